@@ -1,0 +1,596 @@
+"""The model of "Context-aware Multimodal Fusion for Emotion Recognition" (Li et al., Interspeech 2022).
+
+    python model.py        every block of the MMT system with its shapes and parameters, at full size
+
+Read this file with §2 of the paper and its Figures 1-3 open. It goes from the equations to the
+blocks (Fig. 2), to the fusions (Fig. 3), to the whole (Fig. 1), to the pre-trained upstreams.
+
+Symbol   here        meaning                                                  in the paper
+------   ---------   ------------------------------------------------------   ---------------
+B        B           utterances in a batch                                    32   (§3.2)
+T        T           time steps: frames of 20 ms (audio), word pieces (text)  T_s, T_t (§2.2)
+L + 1    L           states of an upstream: its input and L Transformer       25, 13 (§2.1)
+                     layers; we write L for their number
+H        D           width of an upstream                                     1024, 768 (§2.1)
+d        d           width after the projector                                16   (§2.1)
+C        C           utterances in the context: 4 before, target, 4 after     9    (§3.2)
+X_A      x["audio"]  acoustic features, (B, T_A, d)                           Fig. 2a
+X_T      x["text"]   textual features, (B, T_T, d)                            Fig. 2b
+s -> t   x_s, x_t    source gives keys and values, target asks the queries    Eq. (1)
+
+Masks are bool, True = real, False = padding. The data flow of the main system (MMT), one batch:
+
+  waveforms --WavLM--> (B, T_A, 25, 1024) --S&E, project--> X_A (B, T_A, 16) --+--> CMT T->A --pool--+
+                                                                               |                     |
+  9 texts --BERT--> (B, 9, T_T, 13, 768) --S&E, project--> (B, 9, T_T, 16)     |                    (+)
+                    --context conv--> X_T (B, T_T, 16) ------------------------+--> CMT A->T --pool--+
+                                                                                                     |
+                                                    logits (B, 4) <--MLP--- (B, 32) <----------------+
+"""
+
+import math
+import os
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Fig. 3 and Table 1 in one table. A system is a list of paths (target, source) whose pooled outputs
+# are concatenated:  source None: the features as they are;  source = target: a vanilla Transformer;
+# source != target: CMT (source -> target). Then "a ⊕ b" of Table 1 is literally a + b. Entry k
+# (from 0) is Sys. 2k + 1 when frozen and Sys. 2k + 2 when fine-tuned.
+FUSIONS = {
+    "audio-fc": [("audio", None)],  # Sys. 1, 2
+    "audio-te": [("audio", "audio")],  # Sys. 3, 4
+    "text-fc": [("text", None)],  # Sys. 5, 6
+    "text-te": [("text", "text")],  # Sys. 7, 8
+    "cmt-a2t": [("text", "audio")],  # Sys. 9, 10: text asks, audio answers
+    "cmt-t2a": [("audio", "text")],  # Sys. 11, 12: Fig. 3c
+}
+FUSIONS["ef"] = FUSIONS["audio-fc"] + FUSIONS["text-fc"]  # Sys. 13, 14: Fig. 3a
+FUSIONS["lf"] = FUSIONS["audio-te"] + FUSIONS["text-te"]  # Sys. 15, 16: Fig. 3b
+FUSIONS["mmt"] = FUSIONS["cmt-a2t"] + FUSIONS["cmt-t2a"]  # Sys. 17, 18: Fig. 3d
+
+
+@dataclass
+class Config:
+    """What the trainable part is built from; the defaults are the paper's main system at full size."""
+
+    fusion: str = "mmt"  # a key of FUSIONS
+    audio_layers: int = 25  # L + 1 of WavLM-Large
+    audio_dim: int = 1024  # H of WavLM-Large
+    text_layers: int = 13  # L + 1 of BERT-base
+    text_dim: int = 768  # H of BERT-base
+    dim: int = 16  # d, §2.1
+    n_classes: int = 4  # §3.1
+    n_context: int = 9  # C, §3.2; 1 = the target alone
+    dropout: float = 0.5  # "between every two modules", §3.2
+    condense: str = "sum"  # [A1] "sum" or "concat"
+    text_mask: str = "union"  # [A5] "union" or "target"
+    cma_residual: bool = False  # [A7]
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities that the fusion uses, in the order audio, text."""
+        return [m for m in ("audio", "text") if any(m in path for path in FUSIONS[self.fusion])]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Equations
+# ---------------------------------------------------------------------------------------------------
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Average over the real steps: the "average time pooling" of §2.2.
+
+    x (B, T, D), mask (B, T) -> (B, D). Where no step is real the result is zero, never 0/0 = NaN:
+    at a dialogue's edge that happens to every context utterance that does not exist.
+    """
+    weight = mask.to(x.dtype).unsqueeze(-1)  # (B, T, 1)
+    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def cross_modal_attention(
+    x_t: Tensor, x_s: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, mask_s: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Eq. (1): what the target's steps take from the source's.
+
+    x_t (B, T_t, d_t), x_s (B, T_s, d_s), w_q (d_t, d_k), w_k (d_s, d_k), w_v (d_s, d_v),
+    mask_s (B, T_s) or None -> (out (B, T_t, d_v), weights (B, T_t, T_s)). Rows of the weights sum
+    to 1 over the real steps of the source; with no real step they, and the output, are zero.
+    """
+    # Eq. (1), §2.2: softmax(Q_t K_s^T / sqrt(d_k)) V_s
+    q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v  # (B, T_t, d_k), (B, T_s, d_k), (B, T_s, d_v)
+    scores = q @ k.transpose(1, 2) / math.sqrt(w_k.shape[1])  # (B, T_t, T_s)
+    if mask_s is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        # The lowest finite number, not -inf: a row of nothing but -inf has a NaN for its gradient.
+        hidden = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
+        weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        weights = weights.masked_fill(hidden, 0.0)
+    return weights @ v, weights
+
+
+# ---------------------------------------------------------------------------------------------------
+# Blocks of the feature extractor (Fig. 2)
+# ---------------------------------------------------------------------------------------------------
+
+
+class SqueezeExcitation(nn.Module):
+    """Squeeze-and-Excitation over the layers of an upstream: §2.1, Fig. 2, reference [27].
+
+    x (B, T, L, D), mask (B, T) -> (B, T, L, D), each layer scaled by its gate in (0, 1).
+    """
+
+    def __init__(self, n_layers: int):
+        super().__init__()
+        # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
+        # take the layers for S&E's channels, so the bottleneck is L / L = 1 unit. That one ReLU
+        # can be born dead, and then every gate stays at sigmoid(bias): we start it alive, with
+        # bias 1, and the training loop watches `alive`.
+        self.squeeze = nn.Linear(n_layers, 1)
+        self.excite = nn.Linear(1, n_layers)
+        nn.init.ones_(self.squeeze.bias)
+        self.alive = None  # share of the last batch in which the ReLU fired, a 0-d tensor
+
+    def gates(self, x: Tensor, mask: Tensor) -> Tensor:
+        """One gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L)."""
+        # Squeeze: the mean of a layer over all features and all *real* steps. The mask is the
+        # "padding mask" arrow of Fig. 2; an upstream's padded rows are not zero.
+        z = masked_mean(x.mean(dim=-1), mask)  # (B, L)
+        hidden = torch.relu(self.squeeze(z))  # (B, 1)
+        self.alive = (hidden > 0).float().mean().detach()
+        return torch.sigmoid(self.excite(hidden))  # (B, L)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * self.gates(x, mask)[:, None, :, None]
+
+
+class Projector(nn.Module):
+    """The layers of a step condensed to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
+
+    (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat".
+    """
+
+    def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum"):
+        super().__init__()
+        self.condense = condense
+        # UNSPECIFIED [A3]: "an MLP with Layer-Normalization" (§2.1) but "a Fully-Connected (FC)
+        # Layer and Layer Normalization" (§1). We take §1: one linear layer.
+        self.linear = nn.Linear(in_dim, out_dim)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # UNSPECIFIED [A1]: the paper never says how L layers become one vector. We sum them, as
+        # every toolkit does that weights layers; alternative: --condense concat, 25 times wider.
+        x = x.sum(dim=2) if self.condense == "sum" else x.flatten(2)  # (B, T, D) or (B, T, L * D)
+        return self.norm(self.linear(x))
+
+
+class FeatureExtractor(nn.Module):
+    """Fig. 2a without the upstream: states (B, T, L, D), mask (B, T) -> (X (B, T, d), mask)."""
+
+    def __init__(self, n_layers: int, in_dim: int, config: Config):
+        super().__init__()
+        self.se = SqueezeExcitation(n_layers)
+        width = in_dim if config.condense == "sum" else n_layers * in_dim
+        self.projector = Projector(width, config.dim, config.condense)
+
+    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        states = states.float()  # the cache stores 16 bits
+        return self.projector(self.se(states, mask)), mask
+
+
+class ContextConv(nn.Module):
+    """The Conv2D of Fig. 2b: C feature maps of C utterances become one map of the target.
+
+    x (B, C, T, d), mask (B, C, T) -> (x_t (B, T, d), mask (B, T)).
+    """
+
+    def __init__(self, n_context: int = 9, text_mask: str = "union"):
+        super().__init__()
+        # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3" (§2.1).
+        # We take the utterances for the input channels and convolve over (token, feature), so
+        # that X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters.
+        self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
+        self.text_mask = text_mask
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        # UNSPECIFIED [A6]: a window that reaches over a dialogue's edge. We set a zero map, masked
+        # out, for an utterance that does not exist. Padded tokens are zeroed in the same way, so
+        # that the result does not depend on how far the batch was padded.
+        x = x * mask.unsqueeze(-1)  # (B, C, T, d)
+        x = self.conv(x).squeeze(1)  # (B, T, d)
+        # UNSPECIFIED [A5]: which cells of X_T are real. We take every position at which any of the
+        # C utterances has a token; alternative: --text-mask target, the target's own tokens.
+        target = mask.shape[1] // 2
+        return x, mask.any(dim=1) if self.text_mask == "union" else mask[:, target]
+
+
+class TextFeatureExtractor(nn.Module):
+    """Fig. 2b without BERT: the layer states of C utterances -> (X_T (B, T, d), mask (B, T)).
+
+    Either the window is spelled out, states (B, C, T, L, D) and mask (B, C, T), or neighbours share
+    their states: states (U, T, L, D) and mask (U, T) of the U distinct utterances of a batch, and
+    context (B, C), which names rows of `states`, -1 where there is no utterance. The second does
+    each utterance's work once (windows overlap), and is what training uses.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.utterance = FeatureExtractor(config.text_layers, config.text_dim, config)
+        self.context = ContextConv(config.n_context, config.text_mask)
+
+    def forward(
+        self, states: Tensor, mask: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if context is None:
+            context = torch.arange(mask.shape[0] * mask.shape[1], device=mask.device)
+            context = context.view(mask.shape[:2])  # (B, C)
+            states, mask = states.flatten(0, 1), mask.flatten(0, 1)  # (B * C, T, L, D), (B * C, T)
+        x, mask = self.utterance(states, mask)  # (U, T, d), (U, T)
+        # One empty utterance at the end: the row that index -1 means, in Python and here [A6].
+        x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+        mask = torch.cat([mask, mask.new_zeros(1, mask.shape[1])])
+        return self.context(x[context], mask[context])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Fusion (Fig. 3) and the whole (Fig. 1)
+# ---------------------------------------------------------------------------------------------------
+
+
+class TransformerBlock(nn.Module):
+    """One Transformer block around Eq. (1): with itself as source the vanilla encoder, else CMT.
+
+    x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). Padded steps of the
+    target come out as something: whoever pools them must mask them.
+    """
+
+    def __init__(self, dim: int = 16, dropout: float = 0.1, residual: bool = True):
+        super().__init__()
+        # UNSPECIFIED [A8]: heads, depth, width, norm, positions. Eq. (1) has one head and no output
+        # matrix; "the same backbone as the vanilla Transformer" (§2.2) gives post-norm, a
+        # feed-forward of 4 d with ReLU, dropout 0.1. One block; no positions are added, because
+        # both upstreams have put theirs into the states.
+        self.w_q = nn.Parameter(torch.empty(dim, dim))
+        self.w_k = nn.Parameter(torch.empty(dim, dim))
+        self.w_v = nn.Parameter(torch.empty(dim, dim))
+        for w in (self.w_q, self.w_k, self.w_v):
+            nn.init.xavier_uniform_(w)
+        self.norm1 = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim)
+        )
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.residual = residual
+
+    def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None):
+        """Eq. (1) with this block's matrices -> (out (B, T_t, d), weights (B, T_t, T_s))."""
+        return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
+
+    def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None) -> Tensor:
+        x = self.dropout(self.attend(x_t, x_s, mask_s)[0])  # (B, T_t, d)
+        # UNSPECIFIED [A7]: the vanilla Transformer adds the queries here. With them CMT(A->T) would
+        # carry the text itself, but Table 1 has it level with audio alone (Sys. 9, 10 against 1-4).
+        # So we add them in the encoder and not across modalities; alternative: --cma-residual.
+        x = self.norm1(x_t + x if self.residual else x)
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+
+class Fusion(nn.Module):
+    """Fig. 3: the paths of FUSIONS, each pooled over time (§2.2), concatenated.
+
+    x and mask are dicts by modality, (B, T_m, d) and (B, T_m) -> (B, d * number of paths).
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.paths = FUSIONS[config.fusion]
+        self.blocks = nn.ModuleList(
+            nn.Identity()
+            if source is None
+            else TransformerBlock(config.dim, residual=source == target or config.cma_residual)
+            for target, source in self.paths
+        )
+
+    def forward(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
+        pooled = []
+        for (target, source), block in zip(self.paths, self.blocks):
+            h = x[target]  # (B, T_t, d)
+            if source is not None:
+                h = block(h, x[source], mask[source])  # (B, T_t, d)
+            pooled.append(masked_mean(h, mask[target]))  # (B, d)
+        return torch.cat(pooled, dim=-1)
+
+
+class EmotionRecognizer(nn.Module):
+    """Fig. 1: all that is trained from scratch. Layer states of a batch -> logits (B, 4).
+
+    audio  (states (B, T, L, D), mask (B, T)), or None for the text systems
+    text   (states, mask) or (states, mask, context) as in TextFeatureExtractor, or None
+    The order of the logits is that of Fig. 4: neu, hap, ang, sad (data.CLASSES). Raises ValueError for an unknown fusion or where a modality
+    that the fusion needs is missing.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion {config.fusion!r}: take one of {', '.join(FUSIONS)}")
+        self.config = config
+        self.extractor = nn.ModuleDict()
+        if "audio" in config.modalities:
+            self.extractor["audio"] = FeatureExtractor(
+                config.audio_layers, config.audio_dim, config
+            )
+        if "text" in config.modalities:
+            self.extractor["text"] = TextFeatureExtractor(config)
+        self.fusion = Fusion(config)
+        # UNSPECIFIED [A16]: what counts as a module in "a dropout layer (0.5) between every two
+        # modules". We take the boxes of Fig. 1: extractor -> (fusion ->) classifier. A unimodal
+        # system has no fusion box, hence one dropout; its Transformer or pooling is "classifier".
+        self.dropout = nn.Dropout(config.dropout)
+        self.fusion_dropout = nn.Dropout(config.dropout if len(config.modalities) == 2 else 0.0)
+        # UNSPECIFIED [A15]: the width of the "simple MLP comprised of FC layers" (§2.3): one hidden
+        # layer of d. (Uncased BERT, no class weights, no epoch cap, no clipping: see train.py.)
+        width = config.dim * len(self.fusion.paths)
+        self.classifier = nn.Sequential(
+            nn.Linear(width, config.dim), nn.ReLU(), nn.Linear(config.dim, config.n_classes)
+        )
+
+    def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
+        x, mask = {}, {}
+        for modality, states in (("audio", audio), ("text", text)):
+            if modality in self.extractor:
+                if states is None:
+                    raise ValueError(f"fusion {self.config.fusion!r} needs {modality} states")
+                features, mask[modality] = self.extractor[modality](*states)
+                x[modality] = self.dropout(features)  # (B, T, d)
+        fused = self.fusion_dropout(self.fusion(x, mask))  # (B, d * paths)
+        return self.classifier(fused)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4)
+# ---------------------------------------------------------------------------------------------------
+
+
+class UpstreamError(RuntimeError):
+    """A pre-trained model cannot be had or is not what it should be; the message says what to do."""
+
+
+class Upstream(nn.Module):
+    """A pre-trained encoder with its preprocessor: raw inputs -> all of its layer states.
+
+    name      a Hugging Face name or a local folder: any WavLM, HuBERT or wav2vec 2.0 where
+              modality is "audio", any BERT or RoBERTa where it is "text"
+    call      list of B waveforms (n,) at 16 kHz, or of B strings
+              -> (states (B, T, L, D), mask (B, T)), L = number of Transformer layers + 1
+    """
+
+    def __init__(self, name: str, modality: str):
+        super().__init__()
+        self.modality = modality
+        self.preprocessor, self.model = _load(name, modality)
+        self.n_layers = self.model.config.num_hidden_layers + 1
+        self.dim = self.model.config.hidden_size
+        # A fingerprint of the weights that were loaded: what cached layer states depend on.
+        crc = 0
+        for p in self.model.state_dict().values():
+            crc = zlib.crc32(p.contiguous().numpy().tobytes(), crc)
+        self.fingerprint = f"{name} {crc:08x}"
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Upstream":
+        # UNSPECIFIED [A12]: dropout inside the upstreams. We keep them in eval mode, also while
+        # they are fine-tuned: in train mode WavLM drops whole layers and masks its input.
+        return super().train(False)
+
+    def finetunable(self) -> nn.Module:
+        """What fine-tuning opens, §2.4: the CNN encoder of WavLM, the input embeddings of BERT."""
+        return self.model.feature_extractor if self.modality == "audio" else self.model.embeddings
+
+    def forward(self, raw: list) -> tuple[Tensor, Tensor]:
+        norm_over_time = getattr(self.model.config, "feat_extract_norm", None) == "group"
+        if norm_over_time and len(raw) > 1:
+            # The *base* audio models normalise over time, padding included. One clip at a time is
+            # the only way in which a clip's states do not depend on its batch.
+            states, masks = zip(*(self([r]) for r in raw))
+            pad = nn.utils.rnn.pad_sequence
+            states = pad([s[0] for s in states], batch_first=True)
+            return states, pad([m[0] for m in masks], batch_first=True)
+        device = next(self.model.parameters()).device
+        if self.modality == "audio":
+            # Zero mean and unit variance where the upstream was trained so (wavlm-large was).
+            inputs = self.preprocessor(
+                [clip.numpy() for clip in raw], sampling_rate=16000, padding=True,
+                return_attention_mask=True, return_tensors="pt",
+            )  # fmt: skip
+            frames = self.frames(inputs["attention_mask"].sum(dim=1))  # (B,)
+            mask = torch.arange(int(frames.max())) < frames[:, None]  # (B, T)
+        else:
+            # §3.2: 512 tokens. PAPER-ERROR [E9]: it says "512 words" too; the limit is in tokens.
+            inputs = self.preprocessor(
+                raw, padding=True, truncation=True, max_length=512, return_tensors="pt"
+            )
+            mask = inputs["attention_mask"].bool()  # (B, T)
+        with warnings.catch_warnings():  # WavLM's own masks, of two types, are no news to anyone
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+            output = self.model(**inputs.to(device), output_hidden_states=True)
+        # All L + 1 states (§2.1; PAPER-ERROR [E4]: to avoid "leakage", read: loss, of information).
+        # The last of `hidden_states` may come before the final LayerNorm: we take the one after it.
+        states = (*output.hidden_states[:-1], output.last_hidden_state)
+        return torch.stack(states, dim=2), mask.to(device)  # (B, T, L, D), (B, T)
+
+    def steps(self, raw: list) -> Tensor:
+        """How many steps each input will have, without running the model: (N,)."""
+        if self.modality == "audio":
+            return self.frames(torch.tensor([len(x) for x in raw])).clamp(min=0)
+        ids = self.preprocessor(raw, truncation=True, max_length=512)["input_ids"]
+        return torch.tensor([len(x) for x in ids])
+
+    def frames(self, samples: Tensor | int) -> Tensor | int:
+        """Frames that the CNN encoder makes of so many samples: 249 for 5 s = 80,000 samples.
+
+        PAPER-ERROR [E3]: "50 x 25 x 1024 for each second" (§2.1) is nominal: 1 s gives 49 frames.
+        """
+        return frame_count(samples, self.model.config)
+
+
+def frame_count(samples: Tensor | int, config) -> Tensor | int:
+    """floor((n - kernel) / stride) + 1, layer by layer; for WavLM floor((n - 400) / 320) + 1."""
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride):
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
+def _load(name: str, modality: str):
+    """(preprocessor, model) through `from_pretrained`, or UpstreamError in one sentence."""
+    import transformers as hf
+
+    hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
+    flag = "--wavlm" if modality == "audio" else "--bert"
+    local = os.path.isdir(name)
+    if not local:
+        # transformers would retry for half a minute and then raise a page: ask once, briefly.
+        try:
+            hf.AutoConfig.from_pretrained(name, local_files_only=True)
+            local = True
+        except Exception:
+            from huggingface_hub import HfApi
+
+            try:
+                HfApi().model_info(name, timeout=5)
+            except Exception as error:
+                raise UpstreamError(
+                    f"{flag} {name}: no such folder here, not in the download cache, and the "
+                    f"Hugging Face hub does not give it ({type(error).__name__}); on a machine "
+                    f"without a network, copy the model's folder there and pass its path, or take "
+                    f"--upstream tiny for a dry run"
+                ) from None
+    loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
+    try:
+        preprocessor = loader.from_pretrained(name, local_files_only=local)
+        model, info = hf.AutoModel.from_pretrained(
+            name, local_files_only=local, output_loading_info=True
+        )
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UpstreamError(f"{flag} {name} cannot be loaded: {reason}") from None
+    # The hub's old checkpoints name WavLM's positional convolution weight_g / weight_v: if that, or
+    # anything but the unused pooler, failed to load, it would be random, and nothing would show it.
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    part = "feature_extractor" if modality == "audio" else "embeddings"
+    if missing or not hasattr(model, part):
+        raise UpstreamError(
+            f"{flag} {name} is not a whole {modality} encoder: "
+            + (f"no weights for {', '.join(missing[:3])}" if missing else f"it has no {part}")
+        )
+    return preprocessor, model
+
+
+def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
+    """Write WavLM and BERT of a few layers with random weights, as the hub would have them.
+
+    They come back through the same `from_pretrained` as the real ones: a dry run, no science. The
+    vocabulary is made from `texts`. It knows no label, and its embeddings are random, so it may see
+    the test session's words. Returns {"audio": folder, "text": folder}.
+    """
+    import transformers as hf
+
+    paths = {m: os.path.join(folder, m) for m in ("audio", "text")}
+    pieces = hf.BertTokenizer().backend_tokenizer  # BERT's own rules: lower case, split at marks
+    words = {
+        word
+        for text in texts
+        for word, _ in pieces.pre_tokenizer.pre_tokenize_str(
+            pieces.normalizer.normalize_str(text)
+        )
+    }
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        audio = hf.WavLMModel(wavlm_config(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+            conv_dim=(16,) * 7, num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4,
+        ))  # fmt: skip
+        text = hf.BertModel(hf.BertConfig(
+            vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
+            num_attention_heads=2, intermediate_size=128,
+        ))  # fmt: skip
+    audio.save_pretrained(paths["audio"])
+    hf.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(paths["audio"])
+    text.save_pretrained(paths["text"])
+    tokenizer = hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+    tokenizer.save_pretrained(paths["text"])
+    return paths
+
+
+def wavlm_config(**changes):
+    """The configuration of microsoft/wavlm-large, with changes."""
+    import transformers as hf
+
+    large = dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320,
+    )  # fmt: skip
+    return hf.WavLMConfig(**{**large, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Print every block of the MMT system at WavLM-Large / BERT-base size, nothing downloaded."""
+    import transformers as hf
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    with torch.device("meta"):  # shapes without memory
+        wavlm, bert = hf.WavLMModel(wavlm_config()), hf.BertModel(hf.BertConfig())
+    frames = frame_count(80000, wavlm.config)
+    print(f"{'block':34} {'in':36} {'out':20} {'parameters':>11}")
+    for name, module, shape in (
+        ("WavLM-Large (frozen)", wavlm, f"(2, 80000) -> (2, {frames}, 25, 1024)"),
+        ("  CNN encoder: fine-tuned", wavlm.feature_extractor, f"(2, 80000) -> (2, 512, {frames})"),
+        ("BERT-base (frozen)", bert, "(2, 9, 20) -> (2, 9, 20, 13, 768)"),
+        ("  input embeddings: fine-tuned", bert.embeddings, "(18, 20) -> (18, 20, 768)"),
+    ):
+        source, result = shape.split(" -> ")
+        print(f"{name:34} {source:36} {result:20} {count(module):>11,}")
+
+    def shapes(x) -> str:
+        if isinstance(x, Tensor):
+            return str(tuple(x.shape))
+        if isinstance(x, dict):
+            x = x.values()
+        return " ".join(shapes(item) for item in x if item is not None)
+
+    def report(module: nn.Module, args: tuple, out) -> None:
+        name = names[module]
+        title = "  " * name.count(".") + f"{name.rpartition('.')[2]} ({type(module).__name__})"
+        rows[module] = f"{title:34} {shapes(args):36} {shapes(out):20} {count(module):>11,}"
+
+    recognizer = EmotionRecognizer(Config()).eval()
+    names = {m: n for n, m in recognizer.named_modules() if n}
+    rows: dict = {}
+    for module in names:
+        module.register_forward_hook(report)
+    audio = torch.randn(2, frames, 25, 1024), torch.ones(2, frames, dtype=torch.bool)
+    text = torch.randn(2, 9, 20, 13, 768), torch.ones(2, 9, 20, dtype=torch.bool)
+    logits = recognizer(audio, text)
+    for module in names:
+        if module in rows:
+            print(rows[module])
+    print(f"{'EmotionRecognizer (mmt)':34} {'':36} {shapes(logits):20} {count(recognizer):>11,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,510 @@
+"""Training as in §2.4 and §3.2: frozen, then fine-tuned, then the last model tested.
+
+    python train.py --fusion mmt --fold 5                 the toy corpus, made on the spot
+    python train.py --iemocap DIR --fusion mmt --fold 5   the paper's Sys. 18, Session 5
+
+HEADER
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+import evaluate
+from data import CorpusError, Utterance
+from model import FUSIONS, Config, EmotionRecognizer, Upstream, UpstreamError, make_tiny_upstreams
+
+# §3.2: AdamW, 1e-3 "during initial training", 1e-5 "during fine-tuning", weight decay 1e-3, batch 32.
+LR_FROZEN, LR_FINETUNE, WEIGHT_DECAY, BATCH = 1e-3, 1e-5, 1e-3, 32
+FINETUNE_AFTER, STOP_AFTER = 5, 10  # epochs without a lower development loss
+
+
+class Patience:
+    """The two triggers of §3.2, fed with the development loss after each epoch.
+
+    "If the loss has not decreased for 5 epochs, the fine-tuning process starts; if the loss has not
+    decreased for 10 epochs, the training stops." `finetune_after` None: a frozen system, which only
+    stops. With 2 and 4 for brevity, the losses on the left are answered on the right:
+
+        1.0  0.8   "continue"  "continue"      a lower loss each time
+        0.9  0.8   "continue"  "finetune"      2 epochs without one (equal is not lower)
+        0.7        "continue"                  lower: the count is back at 0, fine-tuning goes on
+        0.8 x 4    "continue" x 3  "stop"      4 epochs without one
+    """
+
+    def __init__(
+        self,
+        finetune_after: int | None = FINETUNE_AFTER,
+        stop_after: int = STOP_AFTER,
+        reset_at_finetune: bool = False,
+    ):
+        self.finetune_after = finetune_after
+        self.stop_after = stop_after
+        self.reset_at_finetune = reset_at_finetune
+        self.best = float("inf")
+        self.since_best = 0  # epochs
+        self.finetuning = False
+
+    def step(self, dev_loss: float) -> str:
+        """ "continue", "finetune" (once) or "stop"."""
+        if dev_loss < self.best:
+            self.best, self.since_best = dev_loss, 0
+        else:
+            self.since_best += 1
+        if self.since_best >= self.stop_after:
+            return "stop"
+        if self.finetune_after is None or self.finetuning or self.since_best < self.finetune_after:
+            return "continue"
+        self.start_finetuning()
+        return "finetune"
+
+    def start_finetuning(self) -> None:
+        self.finetuning = True
+        # UNSPECIFIED [A9]: whether the 10 epochs are counted anew from the trigger. We read one
+        # counter, which goes on: 5 more epochs without a lower loss end it; alternative:
+        # --reset-patience. Either way a lower loss sets it to 0, and fine-tuning goes on.
+        if self.reset_at_finetune:
+            self.since_best = 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a run starts from
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Material:
+    """The corpus as tensors and callables, shared by all runs of a command."""
+
+    name: str  # of the corpus, as reports print it
+    corpus: list[Utterance]
+    labels: Tensor  # (N,), -1 where the emotion is none of the four
+    raw: dict[str, list]  # by modality: clips, texts
+    states: dict[str, data.Ragged]  # by modality: their cached layer states
+    upstreams: dict[str, Upstream]
+    pristine: dict[str, dict]  # what fine-tuning opens, before any did
+
+
+def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Material:
+    """Read the corpus, load the upstreams, compute the layer states that are not in the cache."""
+    if args.iemocap is None:
+        print("No --iemocap: this is the TOY corpus of tones and made-up words. Its numbers say toy.")
+        root = data.write_toy("corpora/toy")
+    else:
+        root = args.iemocap
+    toy = data.toy_settings(root) is not None
+    try:
+        corpus = data.read_iemocap(root, full=args.iemocap is not None and not args.partial)
+    except CorpusError as error:
+        hint = "" if args.partial else "\nIf this is not meant to be the full release, say --partial."
+        raise CorpusError([*error.problems, f"{len(error.problems)} problem(s) in {root}{hint}"]) from None
+    if toy:
+        name = "toy" if args.iemocap is None else f"toy-{root.resolve().name}"
+    else:
+        name = f"{root.resolve().name}-partial" if args.partial else "iemocap"
+    cache = Path("cache") / name
+
+    texts = [u.text for u in corpus]
+    names = {"audio": "microsoft/wavlm-large", "text": "bert-base-uncased"}  # [A15]: uncased
+    if args.upstream == "tiny" or (args.upstream is None and toy):
+        folder = cache / f"tiny-{data.digest(texts)}"
+        names = make_tiny_upstreams(str(folder), texts)
+        name += "" if toy else "-tiny"
+    names = {"audio": args.wavlm or names["audio"], "text": args.bert or names["text"]}
+    upstreams = {m: Upstream(names[m], m).to(device) for m in modalities}
+
+    raw: dict[str, list] = {"text": texts}
+    if "audio" in modalities:
+        raw["audio"] = data.cache_clips(cache / "clips", corpus)
+    states = {}
+    for m, upstream in upstreams.items():
+        identity = {
+            "weights": upstream.fingerprint,
+            "inputs": data.digest(texts) if m == "text" else data.clip_key(corpus),
+            "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        }
+        folder = cache / f"{m}-{data.digest(names[m])}"
+        states[m] = data.cache_states(folder, upstream, raw[m], upstream.steps(raw[m]), identity)
+    return Material(
+        name, corpus,
+        torch.tensor([-1 if u.label is None else u.label for u in corpus]),
+        raw, states, upstreams,
+        {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()},
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run folder: settings, checkpoint, log
+# ---------------------------------------------------------------------------------------------------
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be used; the message says what to do."""
+
+
+def claim(folder: Path, settings: dict) -> None:
+    """Make the run folder, or check that the run in it has these settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        changed = [k for k in settings if old.get(k) != settings[k]]
+        if changed:
+            was = ", ".join(f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in changed)
+            raise RunError(f"{folder} holds a run with another {was}; take another --out, or delete it")
+    write_json(path, settings)
+
+
+def write_json(path: Path, value) -> None:
+    replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def replace(path: Path, write) -> None:
+    """Write a file under another name, sync it, rename it: whole or not at all, whenever killed."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """All that one run changes while it trains, hence all that its checkpoint holds."""
+
+    def __init__(self, settings: dict, material: Material, device: str):
+        self.settings, self.material, self.device = settings, material, device
+        torch.manual_seed(settings["seed"])  # initial weights, then dropout
+        self.order = torch.Generator().manual_seed(settings["seed"])  # of the batches
+        config = Config(**{k: settings[k] for k in Config.__dataclass_fields__ if k in settings})
+        self.upstreams = {m: material.upstreams[m] for m in config.modalities}
+        for m, upstream in self.upstreams.items():
+            upstream.requires_grad_(False)  # an earlier run of this command may have changed it
+            upstream.finetunable().load_state_dict(material.pristine[m])
+            setattr(config, f"{m}_layers", upstream.n_layers)
+            setattr(config, f"{m}_dim", upstream.dim)
+        self.model = EmotionRecognizer(config).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LR_FROZEN, weight_decay=WEIGHT_DECAY
+        )
+        self.patience = Patience(
+            None if settings["frozen"] else FINETUNE_AFTER, STOP_AFTER, settings["reset_patience"]
+        )
+        self.windows = data.context_windows(material.corpus, config.n_context)
+        self.states = {m: material.states[m] for m in self.upstreams}  # from the cache
+        self.finetune_epoch: int | None = None  # the epoch that fired the trigger
+        self.log: list[dict] = []  # a row an epoch
+        self.selected: dict | None = None  # [A10]: weights and score of the best epoch
+
+    def inputs(self, rows: Tensor) -> dict[str, tuple]:
+        """The batch of these rows of the corpus, as EmotionRecognizer takes it."""
+        states = self.states.get("audio"), self.states.get("text")
+        return data.inputs(rows, self.windows, *states, self.device)
+
+    def start_finetuning(self) -> None:
+        """§2.4: the CNN encoder of WavLM and the input embeddings of BERT learn too, from now on."""
+        parameters = list(self.model.parameters())
+        for m, upstream in self.upstreams.items():
+            upstream.finetunable().requires_grad_(True)
+            parameters += upstream.finetunable().parameters()
+            self.states[m] = data.live(upstream, self.material.raw[m])
+        # UNSPECIFIED [A11]: the optimiser at the trigger, and the rate of what was trained before.
+        # One rate is named (§3.2), so a new AdamW takes all of it at 1e-5.
+        self.optimizer = torch.optim.AdamW(parameters, lr=LR_FINETUNE, weight_decay=WEIGHT_DECAY)
+        self.finetune_epoch = len(self.log)
+
+    def weights(self) -> dict[str, dict]:
+        """What differs from the start: the model, and once fine-tuning has begun, the opened parts."""
+        parts = {"model": self.model}
+        if self.finetune_epoch is not None:
+            parts |= {m: upstream.finetunable() for m, upstream in self.upstreams.items()}
+        return {name: module.state_dict() for name, module in parts.items()}
+
+    def load_weights(self, weights: dict[str, dict]) -> None:
+        self.model.load_state_dict(weights["model"])
+        for m, upstream in self.upstreams.items():
+            upstream.finetunable().load_state_dict(weights.get(m, self.material.pristine[m]))
+
+    def state(self) -> dict:
+        """The checkpoint: nothing but tensors, numbers, strings, lists and dicts."""
+        random_states = {"cpu": torch.get_rng_state(), "order": self.order.get_state()}
+        if self.device == "cuda":
+            random_states["cuda"] = torch.cuda.get_rng_state()
+        return {
+            "settings": self.settings,
+            "finetune_epoch": self.finetune_epoch,
+            "weights": self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "patience": {"best": self.patience.best, "since_best": self.patience.since_best},
+            "random_states": random_states,
+            "log": self.log,
+            "selected": self.selected,
+        }
+
+    def load_state(self, state: dict) -> None:
+        if state["finetune_epoch"] is not None:
+            self.start_finetuning()
+            self.patience.finetuning = True
+        self.finetune_epoch = state["finetune_epoch"]
+        self.load_weights(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.patience.best = state["patience"]["best"]
+        self.patience.since_best = state["patience"]["since_best"]
+        torch.set_rng_state(state["random_states"]["cpu"])
+        self.order.set_state(state["random_states"]["order"])
+        if self.device == "cuda" and "cuda" in state["random_states"]:
+            torch.cuda.set_rng_state(state["random_states"]["cuda"])
+        self.log = state["log"]
+        self.selected = state["selected"]
+
+
+def resume(run: Run, folder: Path) -> None:
+    """Go on from the folder's checkpoint, or from the trigger of the run's twin, or from nothing.
+
+    Systems 2k - 1 (frozen) and 2k (fine-tuned) are the same run until the trigger first fires; who
+    gets there first leaves `trigger.pt` for the other, whose result is what it would be alone.
+    """
+    if (folder / "checkpoint.pt").exists():
+        run.load_state(torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True))
+        print(f"goes on after epoch {len(run.log)}")
+        return
+    frozen = run.settings["frozen"]
+    twin = folder.parent.with_name(run_name(run.settings["fusion"], not frozen)) / folder.name
+    if (twin / "trigger.pt").exists():
+        state = torch.load(twin / "trigger.pt", map_location="cpu", weights_only=True)
+        if state["settings"] == {**run.settings, "frozen": not frozen}:
+            run.load_state(state)
+            run.patience.since_best = FINETUNE_AFTER
+            print(f"the first {len(run.log)} epochs are those of {twin.parent.name}, not trained again")
+            if not frozen:
+                run.patience.start_finetuning()
+                run.start_finetuning()
+
+
+def run_name(fusion: str, frozen: bool) -> str:
+    return f"{fusion}-{'frozen' if frozen else 'finetuned'}"
+
+
+def train(settings: dict, material: Material, folder: Path, device: str) -> None:
+    """One system on one fold with one seed, from where its folder stands to its result."""
+    fusion, frozen, fold, seed = (settings[k] for k in ("fusion", "frozen", "fold", "seed"))
+    system = evaluate.system_number(fusion, frozen)
+    title = f"Sys. {system} ({run_name(fusion, frozen)}), fold {fold}, seed {seed}"
+    claim(folder, settings)
+    if (folder / "result.json").exists():
+        print(f"{title}: done before, see {folder}")
+        return
+    parts = data.split(material.corpus, fold, seed)
+    row = {u.id: i for i, u in enumerate(material.corpus)}
+    train_rows, dev_rows, test_rows = (torch.tensor([row[u.id] for u in part]) for part in parts)
+    dev_speaker = parts[1][0].speaker
+    print(
+        f"\n{title}: train {len(train_rows)}, dev {len(dev_rows)} (speaker {dev_speaker}), "
+        f"test {len(test_rows)} (Session{fold}) utterances of {material.name}; {folder}"
+    )
+    labels = material.labels.to(device)
+    run = Run(settings, material, device)
+    resume(run, folder)
+    model, patience = run.model, run.patience
+
+    while patience.since_best < STOP_AFTER:  # UNSPECIFIED [A15]: no cap on the epochs
+        started = time.perf_counter()
+        model.train()
+        train_loss = 0.0
+        batches = train_rows[torch.randperm(len(train_rows), generator=run.order)].split(BATCH)
+        for rows in tqdm(batches, desc=f"epoch {len(run.log) + 1}", leave=False, delay=3, disable=None):
+            logits = model(**run.inputs(rows))  # (B, 4)
+            loss = F.cross_entropy(logits, labels[rows])  # §2.4; [A15]: classes not weighted
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()  # [A15]: gradients not clipped
+            train_loss += loss.item() * len(rows) / len(train_rows)
+
+        dev = evaluate.score(material.labels[dev_rows], evaluate.predict(model, dev_rows, run.inputs))
+        phase = "frozen" if run.finetune_epoch is None else "finetune"
+        event = patience.step(dev["loss"])
+        run.log.append({
+            "epoch": len(run.log) + 1, "phase": phase, "lr": run.optimizer.param_groups[0]["lr"],
+            "train_loss": train_loss, "dev_loss": dev["loss"], "dev_wa": dev["wa"],
+            "dev_ua": dev["ua"], "since_best": patience.since_best,
+            "seconds": time.perf_counter() - started,
+        })  # fmt: skip
+        print(
+            f"{material.name} epoch {len(run.log):3} {phase:8} train loss {train_loss:.4f}  "
+            f"dev loss {dev['loss']:.4f} WA {dev['wa']:6.2%} UA {dev['ua']:6.2%}  "
+            f"{'lowest' if patience.since_best == 0 else f'{patience.since_best} since lowest':15} "
+            f"{run.log[-1]['seconds']:.1f} s"
+        )
+        for m, extractor in model.extractor.items():  # [A2]
+            se = getattr(extractor, "utterance", extractor).se
+            if se.alive == 0:
+                print(f"warning: the S&E unit of the {m} features is dead: its gates stand still")
+        select(run, dev, test_rows)
+        at_trigger = patience.since_best == FINETUNE_AFTER and phase == "frozen"
+        if event == "finetune" or (at_trigger and not (folder / "trigger.pt").exists()):
+            save(folder / "trigger.pt", run.state())
+        if event == "finetune":
+            opened = {"audio": "WavLM's CNN encoder", "text": "BERT's input embeddings"}
+            print(
+                f"Trigger: no lower dev loss for {FINETUNE_AFTER} epochs. Fine-tuning starts: "
+                f"{' and '.join(opened[m] for m in run.upstreams)}, learning rate {LR_FINETUNE:g}."
+            )
+            run.start_finetuning()
+        save(folder / "checkpoint.pt", run.state())
+        write_log(folder, run.log)
+
+    print(f"Stop: no lower dev loss for {STOP_AFTER} epochs.")
+    write_log(folder, run.log)  # also when the loop had ended before
+    if run.selected:
+        run.load_weights(run.selected["weights"])
+        if run.selected["finetune_epoch"] is None:
+            run.states = {m: material.states[m] for m in run.upstreams}
+    # The test session is touched here for the first time (unless --select test).
+    log_probs = evaluate.predict(model, test_rows, run.inputs)
+    seen = data.texts_elsewhere(material.corpus)
+    evaluate.write_predictions(
+        folder / "predictions.csv", parts[2], log_probs, [u.id in seen for u in parts[2]]
+    )
+    peak = (
+        torch.cuda.max_memory_allocated() if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    )  # fmt: skip
+    result = {
+        "corpus": material.name, "fusion": fusion, "frozen": frozen, "fold": fold, "seed": seed,
+        **evaluate.score(material.labels[test_rows], log_probs),
+        "epochs": len(run.log), "finetune_epoch": run.finetune_epoch, "dev_speaker": dev_speaker,
+        "n_train": len(train_rows), "n_dev": len(dev_rows), "n_test": len(test_rows),
+        "seconds": sum(row["seconds"] for row in run.log), "peak_memory_bytes": peak,
+        "select": settings["select"],
+    }  # fmt: skip
+    write_json(folder / "result.json", result)
+    print(evaluate.describe(result))
+
+
+def select(run: Run, dev: dict, test_rows: Tensor) -> None:
+    """Keep the weights of the best epoch, where --select asks for one."""
+    # UNSPECIFIED [A10]: "The last model is selected and then evaluated": the last epoch's, 10 epochs
+    # after the best, we take it; alternative: --select best (lowest development loss).
+    if run.settings["select"] == "last":
+        return
+    if run.settings["select"] == "best":
+        value = -dev["loss"]
+    else:
+        test = evaluate.score(run.material.labels[test_rows], evaluate.predict(run.model, test_rows, run.inputs))
+        value = test["wa"]
+        print(f"SELECTING ON TEST: THIS IS CHEATING, AND IT IS MARKED SO. Test WA {value:.2%}")
+    if run.selected is None or value > run.selected["value"]:
+        weights = copy.deepcopy(run.weights())
+        run.selected = {"value": value, "weights": weights, "finetune_epoch": run.finetune_epoch}
+
+
+def save(path: Path, state: dict) -> None:
+    replace(path, lambda file: torch.save(state, file))
+
+
+def write_log(folder: Path, log: list[dict]) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in log)
+    replace(folder / "log.jsonl", lambda file: file.write(lines.encode()))
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--iemocap", type=Path, metavar="DIR", help="the corpus; without it, the toy corpus")
+    p.add_argument("--partial", action="store_true",
+                   help="DIR is a part of IEMOCAP, or another corpus in its layout")  # fmt: skip
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--fusion", choices=list(FUSIONS), default="mmt")
+    what.add_argument("--system", nargs="+", metavar="N", help="Table 1's numbers, 1 to 18, or all")
+    p.add_argument("--frozen", action="store_true", help="no fine-tuning: Table 1's odd numbers")
+    p.add_argument("--fold", nargs="+", default=["5"], metavar="K", help="test session, 1 to 5, or all")
+    p.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N")
+    p.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    p.add_argument("--upstream", choices=("paper", "tiny"),
+                   help="tiny: a few random layers, a dry run; default: paper, and tiny for the toy")  # fmt: skip
+    p.add_argument("--wavlm", metavar="NAME", help="any WavLM, HuBERT or wav2vec 2.0, or its folder")
+    p.add_argument("--bert", metavar="NAME", help="any BERT or RoBERTa, or its folder")
+    p.add_argument("--context", type=int, default=9, metavar="C", help="utterances; odd; 1 = none")
+    p.add_argument("--dropout", type=float, default=0.5)
+    p.add_argument("--condense", choices=("sum", "concat"), default="sum", help="[A1]")
+    p.add_argument("--text-mask", choices=("union", "target"), default="union", help="[A5]")
+    p.add_argument("--cma-residual", action="store_true", help="[A7]")
+    p.add_argument("--reset-patience", action="store_true", help="[A9]")
+    p.add_argument("--select", choices=("last", "best", "test"), default="last",
+                   help="[A10] the epoch to test; test: by test accuracy, to see how that cheats")  # fmt: skip
+    args = p.parse_args(arguments)
+    everything = [str(n) for n in range(1, 19)]
+    args.system = everything if args.system == ["all"] else args.system
+    if args.system and not set(args.system) <= set(everything):
+        p.error(f"--system {' '.join(args.system)}: expected numbers from 1 to 18, or all")
+    if args.system and args.frozen:
+        p.error("--frozen: the number of the --system says this already (odd: frozen)")
+    if args.fold != ["all"] and not set(args.fold) <= {"1", "2", "3", "4", "5"}:
+        p.error(f"--fold {' '.join(args.fold)}: expected numbers from 1 to 5, or all")
+    if args.context < 1 or args.context % 2 == 0:
+        p.error(f"--context {args.context}: expected an odd number, as many before as after the target")
+    if not 0 <= args.dropout < 1:
+        p.error(f"--dropout {args.dropout}: expected a number from 0 to below 1")
+    if args.partial and args.iemocap is None:
+        p.error("--partial: say of which folder, with --iemocap DIR")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: torch finds no CUDA GPU here; leave it out to run on the CPU")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chip = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__} on {device} ({chip})")
+    systems = [(args.fusion, args.frozen)]
+    if args.system:
+        numbers = sorted({int(n) - 1 for n in args.system})
+        systems = [(list(FUSIONS)[n // 2], n % 2 == 0) for n in numbers]
+    modalities = sorted({m for fusion, _ in systems for m in Config(fusion).modalities})
+    material = prepare(args, modalities, device)
+    folds = sorted({u.session for u in material.corpus}) if args.fold == ["all"] else map(int, args.fold)
+    for (fusion, frozen), fold, seed in itertools.product(systems, list(folds), args.seed):
+        settings = {
+            "corpus": material.name, "fusion": fusion, "frozen": frozen, "fold": fold, "seed": seed,
+            "n_context": args.context, "dropout": args.dropout, "condense": args.condense,
+            "text_mask": args.text_mask, "cma_residual": args.cma_residual,
+            "reset_patience": args.reset_patience, "select": args.select,
+            "utterances": data.digest([[u.id, u.emotion, u.text] for u in material.corpus]),
+            "upstreams": {m: material.upstreams[m].fingerprint for m in Config(fusion).modalities},
+        }  # fmt: skip
+        folder = args.out / material.name / run_name(fusion, frozen) / f"fold{fold}-seed{seed}"
+        train(settings, material, folder, device)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except (CorpusError, UpstreamError, RunError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on after the last whole epoch.")
