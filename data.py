@@ -1,6 +1,6 @@
 """IEMOCAP (§3.1) and everything between its files and the model's inputs (§3.2).
 
-    python data.py check DIR              the corpus against the reference counts, every problem at once
+    python data.py check DIR              the corpus against the reference counts: every problem
     python data.py toy DIR [--full-size]  a toy corpus in IEMOCAP's layout, quirks included
 
 One utterance on its way from the disk to a tensor, by example:
@@ -16,7 +16,7 @@ One utterance on its way from the disk to a tensor, by example:
     split          fold 5, seed 0: it is in train, unless its speaker was drawn for development
     load_wav       31,129 samples at 16 kHz in [-1, 1]; clip: leading silence off, first 5 s
     WavLM          31,129 samples -> 97 frames x 25 layers x 1024; 16 bits each in the cache
-    BERT           its words -> k word pieces x 13 x 768; the same for 4 utterances before and 4 after
+    BERT           its words -> k word pieces x 13 x 768; likewise 4 utterances before, 4 after
     a batch        audio: states (32, 249, 25, 1024), mask (32, 249)
                    text:  states (U, T, 13, 768), mask (U, T), context (32, 9) into the U rows
 """
@@ -54,9 +54,9 @@ class CorpusError(ValueError):
         super().__init__("\n".join(problems))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # IEMOCAP (§3.1)
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,9 @@ def scan(root: Path) -> tuple[list[Utterance], list[str]]:
         if not labels:
             problems.append(f"{session}/dialog/EmoEvaluation: holds no label file Ses*.txt")
         for name in sorted({f.name for f in words} - {f.name for f in labels}):
-            problems.append(f"{session}/dialog/EmoEvaluation/{name}: missing, its transcript is there")
+            problems.append(
+                f"{session}/dialog/EmoEvaluation/{name}: missing, its transcript is there"
+            )
         for file in labels:
             corpus += _read_dialog(file, session, problems)
     for u in corpus:
@@ -161,7 +163,8 @@ def scan(root: Path) -> tuple[list[Utterance], list[str]]:
             continue
         if abs(seconds - (u.end - u.start)) > 0.1:
             problems.append(
-                f"{u.wav}: {seconds:.2f} s long, {u.end - u.start:.2f} s by its label; fetch it again"
+                f"{u.wav}: {seconds:.2f} s long, {u.end - u.start:.2f} s by its label; "
+                f"fetch it again"
             )
     return corpus, problems
 
@@ -190,7 +193,9 @@ def _read_dialog(file: Path, session: Path, problems: list[str]) -> list[Utteran
             continue  # the header, blank lines, the lines of single raters
         match = LABEL_LINE.fullmatch(line)
         if not match:
-            problems.append(f"{place}: expected '[start - end] ID emotion [V, A, D]', not {line!r:.60}")
+            problems.append(
+                f"{place}: expected '[start - end] ID emotion [V, A, D]', not {line!r:.60}"
+            )
             continue
         start, end, id, emotion = float(match[1]), float(match[2]), match[3], match[4]
         who = UTTERANCE_ID.fullmatch(id)
@@ -232,7 +237,7 @@ def _lines(path: Path, problems: list[str]) -> list[tuple[str, str]]:
 
 
 def reference_problems(corpus: list[Utterance]) -> list[str]:
-    """How the corpus differs from the full release, a line a row of its tables; [] if it does not."""
+    """How the corpus differs from the full release: a line for each row of the tables above."""
     four = [u for u in corpus if u.label is not None]
     expected: dict[str, dict] = {"labels": EMOTIONS}
     found = {"labels": Counter(u.emotion for u in corpus)}
@@ -255,7 +260,9 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
             problems.append(f"full release: {len(names)} dialogs {what}: {' '.join(sorted(names))}")
     for row in expected:
         wrong = [
-            f"{key} {found[row][key]} (not {n})" for key, n in expected[row].items() if found[row][key] != n
+            f"{key} {found[row][key]} (not {n})"
+            for key, n in expected[row].items()
+            if found[row][key] != n
         ]
         if wrong:
             problems.append(f"full release: {row}: {', '.join(wrong)}")
@@ -286,7 +293,7 @@ def split(
     # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2): of the training
     # speakers, we presume, drawn by the seed. His or her partner stays in training, so the words of
     # the development speaker do stand in the *context* of training utterances, without labels.
-    dev_speaker = random.Random(seed).choice(speakers)
+    dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [u for u in rest if u.speaker != dev_speaker]
     dev = [u for u in rest if u.speaker == dev_speaker]
     test = [u for u in targets if u.session == fold]
@@ -322,9 +329,9 @@ def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
     return torch.where(inside, windows, -1)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Waveforms (§3.2)
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -388,13 +395,13 @@ def clip(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, max(0, MIN_SAMPLES - len(x))))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Layer states: from the cache or from the live upstream
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class Ragged:
-    """N arrays of unlike length in one memory-mapped file: clips, or the layer states of utterances.
+    """N arrays of unlike length in one memory-mapped file: clips, or utterances' layer states.
 
     lengths (N,) steps, each of shape `step`. Array i is `ragged[i]`, (lengths[i], *step); calling
     it with U positions gives them padded: (x (U, T, *step), mask (U, T)).
@@ -491,7 +498,7 @@ def cache_states(
     if not done:
         need = 2 * int(lengths.sum()) * step[0] * step[1]
         free = shutil.disk_usage(folder).free
-        print(f"layer states: {need / 1e9:.2f} GB to go to {folder}, where {free / 1e9:.0f} GB are free")
+        print(f"layer states: {need / 1e6:,.0f} MB for {folder}; {free / 1e6:,.0f} MB are free")
         if need > free:
             raise CorpusError([f"{folder}: too little room on this disk; put cache/ on another"])
     states = Ragged(folder / "data.bin", lengths, step, "f2", "r+" if done else "w+")
@@ -538,9 +545,9 @@ def digest(value) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The toy corpus: tones and made-up sentences in IEMOCAP's layout
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 # What an emotion does to the toy's voice: pitch in Hz, and how fast the overtones fall. Every pitch
 # is a multiple of 50 Hz, so all frames of 20 ms sound alike, and CMT (A->T) cannot smuggle the text
@@ -569,9 +576,10 @@ TOY = {  # tuned so that the toy shows what the paper found; in toy.json, so a c
 def write_toy(root: str | Path, full_size: bool = False, shorten: float = 1.0) -> Path:
     """Write the toy corpus into `root`, unless it stands there already; returns the root.
 
-    By default 1,600 utterances of 0.25 to 0.4 s. `full_size`: the dialogs, utterances, speakers and
-    labels of the full release, so that the check against the reference counts passes, and lengths
-    distributed like its own, times `shorten`. Raises CorpusError where other files stand in `root`.
+    By default 1,600 utterances of 0.15 to 0.25 s. `full_size`: the dialogs, utterances, speakers
+    and labels of the full release, so that the check against the reference counts passes, and
+    lengths distributed like its own, times `shorten`. Raises CorpusError where other files stand
+    in `root`.
     """
     root = Path(root)
     settings = {**TOY, "full_size": full_size, "shorten": shorten}
@@ -590,7 +598,9 @@ def write_toy(root: str | Path, full_size: bool = False, shorten: float = 1.0) -
         for session in SESSIONS
         for name, turns in _toy_dialogs(session, full_size, rng)
     ]
-    for number, (session, name, turns) in enumerate(tqdm(plan, desc="toy corpus", leave=False, disable=None)):
+    for number, (session, name, turns) in enumerate(
+        tqdm(plan, desc="toy corpus", leave=False, disable=None)
+    ):
         folder = root / f"Session{session}"
         for sub in ("dialog/EmoEvaluation/Categorical", "dialog/transcriptions"):
             (folder / sub).mkdir(parents=True, exist_ok=True)
@@ -602,7 +612,7 @@ def write_toy(root: str | Path, full_size: bool = False, shorten: float = 1.0) -
         words = []
         for k, (letter, code) in enumerate(turns):
             felt = FELT.get(code, code if code in VOICES else felt)  # "xxx": as before
-            seconds = rng.uniform(0.25, 0.4)
+            seconds = rng.uniform(0.15, 0.25)
             if full_size:  # median 3.58 s, mean 4.55 s
                 seconds = float(np.clip(rng.lognormal(np.log(3.58), 0.69), 0.585, 34.1)) * shorten
             n = int(seconds * SAMPLE_RATE)
@@ -631,7 +641,9 @@ def write_toy(root: str | Path, full_size: bool = False, shorten: float = 1.0) -
         rows = header + "".join(labels["F"] + labels["M"])
         (folder / "dialog/EmoEvaluation" / f"{name}.txt").write_text(rows)
         (folder / "dialog/EmoEvaluation" / f"._{name}.txt").write_bytes(b"\0\5\x16\7")
-        (folder / "dialog/EmoEvaluation/Categorical" / f"{name}_e2_cat.txt").write_text("one rater\n")
+        (folder / "dialog/EmoEvaluation/Categorical" / f"{name}_e2_cat.txt").write_text(
+            "one rater\n"
+        )
         (folder / "dialog/transcriptions" / f"{name}.txt").write_text("\n".join(words) + "\n")
     (root / "toy.json").write_text(json.dumps(settings))
     return root
@@ -669,7 +681,10 @@ def _toy_dialogs(session: int, full_size: bool, rng: np.random.Generator):
     else:
         codes = ["neu", "neu", "hap", "exc", "ang", "ang", "sad", "sad", "xxx"]
         turns = {
-            k: [("FM"[rng.integers(2)], codes[rng.integers(9)]) for _ in range(TOY["turns"] * len(names))]
+            k: [
+                ("FM"[rng.integers(2)], codes[rng.integers(9)])
+                for _ in range(TOY["turns"] * len(names))
+            ]
             for k, names in kinds.items()
         }
     dialogs = []
@@ -702,14 +717,16 @@ def _toy_chain(left: Counter, rng: np.random.Generator) -> list[tuple[str, str]]
 
 
 def _toy_voice(emotion: str, speaker_fall: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """n samples of a steady tone with overtones, after 50 ms of silence."""
+    """n samples of a steady tone with overtones, after 50 ms of silence where there is room."""
     pitch, fall = VOICES[emotion]
     if rng.random() < TOY["blur"]:
         pitch, _ = list(VOICES.values())[rng.integers(4)]
     fall += speaker_fall + TOY["spread"] * rng.standard_normal()
     t = np.arange(n) / SAMPLE_RATE
-    tone = sum(h**-fall * np.sin(2 * np.pi * h * pitch * t + rng.uniform(0, 6)) for h in range(1, 13))
-    tone[: int(0.05 * SAMPLE_RATE)] = 0
+    tone = sum(
+        h**-fall * np.sin(2 * np.pi * h * pitch * t + rng.uniform(0, 6)) for h in range(1, 13)
+    )
+    tone[: 800 if n > 3200 else 0] = 0
     return 0.3 * rng.uniform(0.3, 1.0) * tone / np.abs(tone).max() + 1e-5 * rng.standard_normal(n)
 
 
@@ -737,7 +754,7 @@ def _write_wav(path: Path, x: np.ndarray) -> None:
         file.writeframes((np.clip(x, -1, 1) * 32767).astype("<i2").tobytes())
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -750,7 +767,7 @@ def main() -> None:
     toy.add_argument("dir", type=Path)
     toy.add_argument("--full-size", action="store_true", help="as many of everything as IEMOCAP")
     toy.add_argument("--shorten", type=float, default=1.0, metavar="F",
-                     help="with --full-size: lengths of the audio times F (1: 12 h, 1.4 GB)")  # fmt: skip
+                     help="with --full-size: audio lengths times F (F = 1: 1.4 GB)")  # fmt: skip
     args = parser.parse_args()
     try:
         if args.command == "toy":
@@ -763,8 +780,8 @@ def main() -> None:
     print(
         f"{args.dir}: {'partial' if args.partial else 'complete'}"
         f"{', a toy corpus' if toy_settings(args.dir) else ''}; {len(corpus)} utterances in "
-        f"{len({u.dialog for u in corpus})} dialogs of {len({u.speaker for u in corpus})} speakers; "
-        f"four classes: {sum(labels.values())} ({', '.join(f'{c} {labels[c]}' for c in CLASSES)})"
+        f"{len({u.dialog for u in corpus})} dialogs of {len({u.speaker for u in corpus})} speakers"
+        f"; four classes: {sum(labels.values())} ({', '.join(f'{c} {labels[c]}' for c in CLASSES)})"
     )
 
 

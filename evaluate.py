@@ -1,6 +1,6 @@
 """What §3.3 and §4 report: metrics, Tables 1 and 2, the confusion matrices of Fig. 4.
 
-    python evaluate.py RUNS       ours beside the paper's, for whatever runs are found below RUNS
+python evaluate.py RUNS       ours beside the paper's, for whatever runs are found below RUNS
 """
 
 import argparse
@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import CLASSES, Utterance
 from model import FUSIONS
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Metrics (§3.1): "averaged weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
 # weights)". The names are easily swapped: WA weighs the classes by their size, UA does not.
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray:
@@ -75,13 +76,14 @@ def predict(model: nn.Module, rows: Tensor, inputs: Callable, batch: int = 32) -
     inputs: a batch of rows -> the keyword arguments of the model.
     """
     model.eval()
-    logits = [model(**inputs(part)) for part in rows.split(batch)]
+    batches = tqdm(rows.split(batch), desc="predicting", leave=False, delay=3, disable=None)
+    logits = [model(**inputs(part)) for part in batches]
     return torch.cat(logits).float().log_softmax(dim=1).cpu()
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The run folder
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 COLUMNS = ["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"]
 
@@ -100,7 +102,9 @@ def write_predictions(
         rows.writerow(COLUMNS)
         for u, p, seen in zip(utterances, log_probs.exp().tolist(), seen_text):
             guess = CLASSES[p.index(max(p))]
-            rows.writerow([u.id, u.speaker, CLASSES[u.label], guess, *(f"{x:.6f}" for x in p), int(seen)])
+            rows.writerow(
+                [u.id, u.speaker, CLASSES[u.label], guess, *(f"{x:.6f}" for x in p), int(seen)]
+            )
     temporary.replace(path)
 
 
@@ -125,9 +129,9 @@ def read_result(folder: Path) -> dict:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Reports (§3.3, §4)
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 # Table 1: WA, UA of the frozen and of the fine-tuned system, in %, 5-fold means on IEMOCAP.
 # PAPER-ERROR [E5]: "fine-tuned systems generally outperform": not UA of Sys. 10 and 16.
@@ -147,6 +151,11 @@ TABLE_1 = {
 }
 # Table 2, Session 5: WA, UA. PAPER-ERROR [E2]: §5 prints 84.35, the abstract and Table 2 84.45.
 TABLE_2 = {True: (78.32, 80.56), False: (84.45, 84.39)}  # frozen, fine-tuned
+
+SWITCHES = {  # of train.py, with the defaults that the paper's systems have
+    "n_context": 9, "dropout": 0.5, "condense": "sum", "text_mask": "union",
+    "cma_residual": False, "reset_patience": False, "select": "last",
+}  # fmt: skip
 
 
 def system_number(fusion: str, frozen: bool) -> int:
@@ -176,72 +185,84 @@ def describe(result: dict) -> str:
 
 def mean_sd(values: Sequence[float]) -> str:
     """ "81.70 ± 1.20" in percent; the sample's standard deviation, none of a single value."""
-    sd = f" ± {100 * statistics.stdev(values):4.2f}" if len(values) > 1 else "       "
+    sd = f" ± {100 * statistics.stdev(values):5.2f}" if len(values) > 1 else " " * 8
     return f"{100 * statistics.fmean(values):5.2f}{sd}"
 
 
-def tables(results: list[dict]) -> str:
-    """Tables 1 and 2 of one corpus, ours beside the paper's, for the systems that were run."""
-    corpus = results[0]["corpus"]
-    sessions = sorted({r["fold"] for r in results} | ({1, 2, 3, 4, 5} if "partial" not in corpus else set()))
+def tables(title: str, results: list[dict]) -> str:
+    """Tables 1 and 2, ours beside the paper's, for the systems that were run; one corpus only."""
+    sessions = {r["fold"] for r in results}
+    if "partial" not in title:  # a partial corpus has the sessions that it has
+        sessions |= {1, 2, 3, 4, 5}
+
+    def row(fusion: str, frozen: bool, runs: list[dict], wa: float, ua: float) -> str:
+        ours = [f"{mean_sd([r[m] for r in runs])} ({p:5.2f})" for m, p in (("wa", wa), ("ua", ua))]
+        number, modality = system_number(fusion, frozen), TABLE_1[fusion][1]
+        name = system_name(fusion, frozen)
+        return f"{number:4} {name:21} {modality:4} {len(runs):4}  {'  '.join(ours)}"
+
     lines = [
-        f"Table 1 with {corpus}: mean ± sd over the runs, in %; (paper: IEMOCAP, real weights)",
-        f"{'Sys.':>4} {'Model':21} {'':4} {'runs':>4}  {'WA':13}{'(paper)':9}{'UA':13}{'(paper)':9}",
+        f"Table 1 with {title}: mean ± sd over runs, in %; (the paper's, on IEMOCAP)",
+        f"Sys. {'Model':26} runs  {'WA':14}{'(paper)':9}{'UA':14}{'(paper)':9}",
     ]
-    for fusion, (_, modality, *paper) in TABLE_1.items():
+    for fusion, (_, _, *paper) in TABLE_1.items():
         for frozen in (True, False):
             runs = [r for r in results if (r["fusion"], r["frozen"]) == (fusion, frozen)]
-            if not runs:
-                continue
-            wa, ua = paper[:2] if frozen else paper[2:]
-            missing = sorted(set(sessions) - {r["fold"] for r in runs})
-            lines.append(
-                f"{system_number(fusion, frozen):4} {system_name(fusion, frozen):21} {modality:4} "
-                f"{len(runs):4}  {mean_sd([r['wa'] for r in runs])} ({wa:5.2f})  "
-                f"{mean_sd([r['ua'] for r in runs])} ({ua:5.2f})"
-                + (f"  folds missing: {' '.join(map(str, missing))}" if missing else "")
-            )
+            if runs:
+                lines.append(row(fusion, frozen, runs, *(paper[:2] if frozen else paper[2:])))
+                missing = sorted(sessions - {r["fold"] for r in runs})
+                if missing:
+                    lines[-1] += f"  folds missing: {' '.join(map(str, missing))}"
     fifth = [r for r in results if r["fusion"] == "mmt" and r["fold"] == 5]
     if fifth:
-        lines.append(f"Table 2, Session 5, MMT, with {corpus}; (paper: IEMOCAP, system not named)")
+        lines.append(
+            f"Table 2, Session 5, with {title}; (the paper's, of a system it does not name)"
+        )
     for frozen in (True, False):
         runs = [r for r in fifth if r["frozen"] == frozen]
         if runs:
-            wa, ua = TABLE_2[frozen]
-            lines.append(
-                f"{system_number('mmt', frozen):4} {system_name('mmt', frozen):21} A+T  {len(runs):4}  "
-                f"{mean_sd([r['wa'] for r in runs])} ({wa:5.2f})  "
-                f"{mean_sd([r['ua'] for r in runs])} ({ua:5.2f})"
-            )
+            lines.append(row("mmt", frozen, runs, *TABLE_2[frozen]))
     return "\n".join(lines)
 
 
-def find_runs(root: Path) -> tuple[list[dict], list[str]]:
-    """(results, what was left out and why) of all runs below `root`."""
-    results, left_out = [], []
+def find_runs(root: Path) -> tuple[dict[str, list[dict]], list[str]]:
+    """({title: results}, what was left out and why) of all runs below `root`.
+
+    The title is the corpus and each switch that is not at its default: a table never mixes two.
+    """
+    found: dict[str, list[dict]] = {}
+    left_out = []
     for config in sorted(root.rglob("config.json")):
         folder = config.parent
         try:
             if not (folder / "result.json").exists():
-                raise RunError(f"{folder}: no result.json; not finished? the same train.py command goes on")
-            results.append(read_result(folder))
-        except RunError as error:
-            left_out.append(str(error))
-    return results, left_out
+                raise RunError(
+                    f"{folder}: no result.json; the same train.py command goes on with it"
+                )
+            result = read_result(folder)
+            settings = json.loads(config.read_text())
+            flips = [
+                f"{k} {settings.get(k, v)}" for k, v in SWITCHES.items() if settings.get(k, v) != v
+            ]
+            if result.get("select") == "test":
+                flips.append("SELECTED ON TEST")
+            found.setdefault(", ".join([result["corpus"], *flips]), []).append(result)
+        except (RunError, OSError, ValueError) as error:
+            left_out.append(f"{folder}: {error}")
+    return found, left_out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="a folder of runs, or one run")
     args = parser.parse_args()
-    results, left_out = find_runs(args.runs)
-    if not results and not left_out:
-        sys.exit(f"error: {args.runs}: no run below it; `python train.py --out {args.runs}` makes some")
-    for corpus in sorted({r["corpus"] for r in results}):
-        here = [r for r in results if r["corpus"] == corpus]
-        print(tables(here) + "\n")
-        if len(here) == 1:
-            print(describe(here[0]) + "\n")
+    found, left_out = find_runs(args.runs)
+    if not found and not left_out:
+        sys.exit(f"error: {args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
+    for title, results in sorted(found.items()):
+        print(tables(title, results) + "\n")
+        if len(results) == 1:
+            print(describe(results[0]) + "\n")
     if left_out:
         sys.exit("Left out:\n" + "\n".join(left_out))
 

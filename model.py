@@ -1,6 +1,6 @@
-"""The model of "Context-aware Multimodal Fusion for Emotion Recognition" (Li et al., Interspeech 2022).
+"""The model of "Context-aware Multimodal Fusion for Emotion Recognition" (Li et al., 2022).
 
-    python model.py        every block of the MMT system with its shapes and parameters, at full size
+    python model.py      every block of the MMT system with its shapes and parameters, at full size
 
 Read this file with §2 of the paper and its Figures 1-3 open. It goes from the equations to the
 blocks (Fig. 2), to the fusions (Fig. 3), to the whole (Fig. 1), to the pre-trained upstreams.
@@ -20,12 +20,14 @@ s -> t   x_s, x_t    source gives keys and values, target asks the queries    Eq
 
 Masks are bool, True = real, False = padding. The data flow of the main system (MMT), one batch:
 
-  waveforms --WavLM--> (B, T_A, 25, 1024) --S&E, project--> X_A (B, T_A, 16) --+--> CMT T->A --pool--+
-                                                                               |                     |
-  9 texts --BERT--> (B, 9, T_T, 13, 768) --S&E, project--> (B, 9, T_T, 16)     |                    (+)
-                    --context conv--> X_T (B, T_T, 16) ------------------------+--> CMT A->T --pool--+
-                                                                                                     |
-                                                    logits (B, 4) <--MLP--- (B, 32) <----------------+
+  waveforms -- WavLM --> (B, T_A, 25, 1024) -- S&E, project --> X_A (B, T_A, 16)
+  9 texts each -- BERT --> (B, 9, T_T, 13, 768) -- S&E, project --> (B, 9, T_T, 16)
+                                                -- context conv --> X_T (B, T_T, 16)
+
+  X_A asks, X_T answers -- CMT T->A --> (B, T_A, 16) -- mean over time --> (B, 16) --+
+  X_T asks, X_A answers -- CMT A->T --> (B, T_T, 16) -- mean over time --> (B, 16) --+
+                                                                                     |
+                                            logits (B, 4) <-- MLP -- (B, 32) <-------+
 """
 
 import math
@@ -56,7 +58,7 @@ FUSIONS["mmt"] = FUSIONS["cmt-a2t"] + FUSIONS["cmt-t2a"]  # Sys. 17, 18: Fig. 3d
 
 @dataclass
 class Config:
-    """What the trainable part is built from; the defaults are the paper's main system at full size."""
+    """What the trainable part is built from; by default the paper's main system at full size."""
 
     fusion: str = "mmt"  # a key of FUSIONS
     audio_layers: int = 25  # L + 1 of WavLM-Large
@@ -77,9 +79,9 @@ class Config:
         return [m for m in ("audio", "text") if any(m in path for path in FUSIONS[self.fusion])]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Equations
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -114,9 +116,9 @@ def cross_modal_attention(
     return weights @ v, weights
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Blocks of the feature extractor (Fig. 2)
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class SqueezeExcitation(nn.Module):
@@ -192,9 +194,9 @@ class ContextConv(nn.Module):
 
     def __init__(self, n_context: int = 9, text_mask: str = "union"):
         super().__init__()
-        # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3" (§2.1).
-        # We take the utterances for the input channels and convolve over (token, feature), so
-        # that X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters.
+        # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3"
+        # (§2.1). We take the utterances for the input channels and convolve over (token,
+        # feature), so that X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
         self.text_mask = text_mask
 
@@ -238,9 +240,9 @@ class TextFeatureExtractor(nn.Module):
         return self.context(x[context], mask[context])
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Fusion (Fig. 3) and the whole (Fig. 1)
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class TransformerBlock(nn.Module):
@@ -313,8 +315,8 @@ class EmotionRecognizer(nn.Module):
 
     audio  (states (B, T, L, D), mask (B, T)), or None for the text systems
     text   (states, mask) or (states, mask, context) as in TextFeatureExtractor, or None
-    The order of the logits is that of Fig. 4: neu, hap, ang, sad (data.CLASSES). Raises ValueError for an unknown fusion or where a modality
-    that the fusion needs is missing.
+    The order of the logits is that of Fig. 4: neu, hap, ang, sad (data.CLASSES). Raises ValueError
+    for an unknown fusion, or where a modality that the fusion needs is missing.
     """
 
     def __init__(self, config: Config):
@@ -354,13 +356,13 @@ class EmotionRecognizer(nn.Module):
         return self.classifier(fused)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4)
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class UpstreamError(RuntimeError):
-    """A pre-trained model cannot be had or is not what it should be; the message says what to do."""
+    """A pre-trained model cannot be had, or is not what it should be; says what to do."""
 
 
 class Upstream(nn.Module):
@@ -382,7 +384,7 @@ class Upstream(nn.Module):
         crc = 0
         for p in self.model.state_dict().values():
             crc = zlib.crc32(p.contiguous().numpy().tobytes(), crc)
-        self.fingerprint = f"{name} {crc:08x}"
+        self.fingerprint = f"{crc:08x}"
         self.requires_grad_(False)
         self.eval()
 
@@ -449,12 +451,18 @@ def frame_count(samples: Tensor | int, config) -> Tensor | int:
     return samples
 
 
+def _transformers():
+    """The library: imported only when needed (it takes seconds), and made quiet."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 def _load(name: str, modality: str):
     """(preprocessor, model) through `from_pretrained`, or UpstreamError in one sentence."""
-    import transformers as hf
-
-    hf.logging.set_verbosity_error()
-    hf.logging.disable_progress_bar()
+    hf = _transformers()
     flag = "--wavlm" if modality == "audio" else "--bert"
     local = os.path.isdir(name)
     if not local:
@@ -502,23 +510,20 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
     vocabulary is made from `texts`. It knows no label, and its embeddings are random, so it may see
     the test session's words. Returns {"audio": folder, "text": folder}.
     """
-    import transformers as hf
-
+    hf = _transformers()
     paths = {m: os.path.join(folder, m) for m in ("audio", "text")}
     pieces = hf.BertTokenizer().backend_tokenizer  # BERT's own rules: lower case, split at marks
     words = {
         word
         for text in texts
-        for word, _ in pieces.pre_tokenizer.pre_tokenize_str(
-            pieces.normalizer.normalize_str(text)
-        )
+        for word, _ in pieces.pre_tokenizer.pre_tokenize_str(pieces.normalizer.normalize_str(text))
     }
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         audio = hf.WavLMModel(wavlm_config(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-            conv_dim=(16,) * 7, num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4,
+            conv_dim=(8,) * 7, num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4,
         ))  # fmt: skip
         text = hf.BertModel(hf.BertConfig(
             vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
@@ -534,21 +539,19 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
 
 def wavlm_config(**changes):
     """The configuration of microsoft/wavlm-large, with changes."""
-    import transformers as hf
-
     large = dict(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
         feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320,
     )  # fmt: skip
-    return hf.WavLMConfig(**{**large, **changes})
+    return _transformers().WavLMConfig(**{**large, **changes})
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Print every block of the MMT system at WavLM-Large / BERT-base size, nothing downloaded."""
-    import transformers as hf
+    hf = _transformers()
 
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -579,7 +582,7 @@ def main() -> None:
         rows[module] = f"{title:34} {shapes(args):36} {shapes(out):20} {count(module):>11,}"
 
     recognizer = EmotionRecognizer(Config()).eval()
-    names = {m: n for n, m in recognizer.named_modules() if n}
+    names = {m: n for n, m in recognizer.named_modules() if n and count(m)}
     rows: dict = {}
     for module in names:
         module.register_forward_hook(report)

@@ -29,7 +29,7 @@ import evaluate
 from data import CorpusError, Utterance
 from model import FUSIONS, Config, EmotionRecognizer, Upstream, UpstreamError, make_tiny_upstreams
 
-# §3.2: AdamW, 1e-3 "during initial training", 1e-5 "during fine-tuning", weight decay 1e-3, batch 32.
+# §3.2: AdamW, 1e-3 "during initial training", 1e-5 "during fine-tuning", weight decay, batch size
 LR_FROZEN, LR_FINETUNE, WEIGHT_DECAY, BATCH = 1e-3, 1e-5, 1e-3, 32
 FINETUNE_AFTER, STOP_AFTER = 5, 10  # epochs without a lower development loss
 
@@ -82,9 +82,9 @@ class Patience:
             self.since_best = 0
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What a run starts from
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -103,7 +103,9 @@ class Material:
 def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Material:
     """Read the corpus, load the upstreams, compute the layer states that are not in the cache."""
     if args.iemocap is None:
-        print("No --iemocap: this is the TOY corpus of tones and made-up words. Its numbers say toy.")
+        print(
+            "No --iemocap: this is the TOY corpus of tones and made-up words. Its numbers say toy."
+        )
         root = data.write_toy("corpora/toy")
     else:
         root = args.iemocap
@@ -111,8 +113,12 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
     try:
         corpus = data.read_iemocap(root, full=args.iemocap is not None and not args.partial)
     except CorpusError as error:
-        hint = "" if args.partial else "\nIf this is not meant to be the full release, say --partial."
-        raise CorpusError([*error.problems, f"{len(error.problems)} problem(s) in {root}{hint}"]) from None
+        hint = (
+            "" if args.partial else "\nIf this is not meant to be the full release, say --partial."
+        )
+        raise CorpusError(
+            [*error.problems, f"{len(error.problems)} problem(s) in {root}{hint}"]
+        ) from None
     if toy:
         name = "toy" if args.iemocap is None else f"toy-{root.resolve().name}"
     else:
@@ -148,9 +154,9 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The run folder: settings, checkpoint, log
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class RunError(RuntimeError):
@@ -166,7 +172,9 @@ def claim(folder: Path, settings: dict) -> None:
         changed = [k for k in settings if old.get(k) != settings[k]]
         if changed:
             was = ", ".join(f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in changed)
-            raise RunError(f"{folder} holds a run with another {was}; take another --out, or delete it")
+            raise RunError(
+                f"{folder} holds a run with another {was}; take another --out, or delete it"
+            )
     write_json(path, settings)
 
 
@@ -184,9 +192,9 @@ def replace(path: Path, write) -> None:
     os.replace(temporary, path)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # One run
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -222,7 +230,7 @@ class Run:
         return data.inputs(rows, self.windows, *states, self.device)
 
     def start_finetuning(self) -> None:
-        """§2.4: the CNN encoder of WavLM and the input embeddings of BERT learn too, from now on."""
+        """§2.4: from now on WavLM's CNN encoder and BERT's input embeddings learn too."""
         parameters = list(self.model.parameters())
         for m, upstream in self.upstreams.items():
             upstream.finetunable().requires_grad_(True)
@@ -234,7 +242,7 @@ class Run:
         self.finetune_epoch = len(self.log)
 
     def weights(self) -> dict[str, dict]:
-        """What differs from the start: the model, and once fine-tuning has begun, the opened parts."""
+        """What training changed: the model and, once fine-tuning, what is open of the upstreams."""
         parts = {"model": self.model}
         if self.finetune_epoch is not None:
             parts |= {m: upstream.finetunable() for m, upstream in self.upstreams.items()}
@@ -295,7 +303,7 @@ def resume(run: Run, folder: Path) -> None:
         if state["settings"] == {**run.settings, "frozen": not frozen}:
             run.load_state(state)
             run.patience.since_best = FINETUNE_AFTER
-            print(f"the first {len(run.log)} epochs are those of {twin.parent.name}, not trained again")
+            print(f"the {len(run.log)} epochs to the trigger are those of {twin.parent.name}")
             if not frozen:
                 run.patience.start_finetuning()
                 run.start_finetuning()
@@ -327,12 +335,14 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
     resume(run, folder)
     model, patience = run.model, run.patience
 
-    while patience.since_best < STOP_AFTER:  # UNSPECIFIED [A15]: no cap on the epochs
+    while patience.since_best < STOP_AFTER:  # [A15]: no cap on the epochs
         started = time.perf_counter()
         model.train()
         train_loss = 0.0
         batches = train_rows[torch.randperm(len(train_rows), generator=run.order)].split(BATCH)
-        for rows in tqdm(batches, desc=f"epoch {len(run.log) + 1}", leave=False, delay=3, disable=None):
+        for rows in tqdm(
+            batches, desc=f"epoch {len(run.log) + 1}", leave=False, delay=3, disable=None
+        ):
             logits = model(**run.inputs(rows))  # (B, 4)
             loss = F.cross_entropy(logits, labels[rows])  # §2.4; [A15]: classes not weighted
             run.optimizer.zero_grad()
@@ -340,7 +350,9 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
             run.optimizer.step()  # [A15]: gradients not clipped
             train_loss += loss.item() * len(rows) / len(train_rows)
 
-        dev = evaluate.score(material.labels[dev_rows], evaluate.predict(model, dev_rows, run.inputs))
+        dev = evaluate.score(
+            material.labels[dev_rows], evaluate.predict(model, dev_rows, run.inputs)
+        )
         phase = "frozen" if run.finetune_epoch is None else "finetune"
         event = patience.step(dev["loss"])
         run.log.append({
@@ -385,10 +397,11 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
     evaluate.write_predictions(
         folder / "predictions.csv", parts[2], log_probs, [u.id in seen for u in parts[2]]
     )
-    peak = (
-        torch.cuda.max_memory_allocated() if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    )  # fmt: skip
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:  # in KiB, on macOS in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
     result = {
         "corpus": material.name, "fusion": fusion, "frozen": frozen, "fold": fold, "seed": seed,
         **evaluate.score(material.labels[test_rows], log_probs),
@@ -403,14 +416,16 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
 
 def select(run: Run, dev: dict, test_rows: Tensor) -> None:
     """Keep the weights of the best epoch, where --select asks for one."""
-    # UNSPECIFIED [A10]: "The last model is selected and then evaluated": the last epoch's, 10 epochs
-    # after the best, we take it; alternative: --select best (lowest development loss).
+    # UNSPECIFIED [A10]: "The last model is selected and then evaluated". We read: the last epoch's,
+    # 10 epochs after the best; alternative: --select best, that of the lowest development loss.
     if run.settings["select"] == "last":
         return
     if run.settings["select"] == "best":
         value = -dev["loss"]
     else:
-        test = evaluate.score(run.material.labels[test_rows], evaluate.predict(run.model, test_rows, run.inputs))
+        test = evaluate.score(
+            run.material.labels[test_rows], evaluate.predict(run.model, test_rows, run.inputs)
+        )
         value = test["wa"]
         print(f"SELECTING ON TEST: THIS IS CHEATING, AND IT IS MARKED SO. Test WA {value:.2%}")
     if run.selected is None or value > run.selected["value"]:
@@ -427,25 +442,31 @@ def write_log(folder: Path, log: list[dict]) -> None:
     replace(folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--iemocap", type=Path, metavar="DIR", help="the corpus; without it, the toy corpus")
+    p.add_argument(
+        "--iemocap", type=Path, metavar="DIR", help="the corpus; without it, the toy corpus"
+    )
     p.add_argument("--partial", action="store_true",
                    help="DIR is a part of IEMOCAP, or another corpus in its layout")  # fmt: skip
     what = p.add_mutually_exclusive_group()
     what.add_argument("--fusion", choices=list(FUSIONS), default="mmt")
     what.add_argument("--system", nargs="+", metavar="N", help="Table 1's numbers, 1 to 18, or all")
     p.add_argument("--frozen", action="store_true", help="no fine-tuning: Table 1's odd numbers")
-    p.add_argument("--fold", nargs="+", default=["5"], metavar="K", help="test session, 1 to 5, or all")
+    p.add_argument(
+        "--fold", nargs="+", default=["5"], metavar="K", help="test session, 1 to 5, or all"
+    )
     p.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N")
     p.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     p.add_argument("--upstream", choices=("paper", "tiny"),
-                   help="tiny: a few random layers, a dry run; default: paper, and tiny for the toy")  # fmt: skip
-    p.add_argument("--wavlm", metavar="NAME", help="any WavLM, HuBERT or wav2vec 2.0, or its folder")
+                   help="tiny: a few random layers, a dry run (default for the toy)")  # fmt: skip
+    p.add_argument(
+        "--wavlm", metavar="NAME", help="any WavLM, HuBERT or wav2vec 2.0, or its folder"
+    )
     p.add_argument("--bert", metavar="NAME", help="any BERT or RoBERTa, or its folder")
     p.add_argument("--context", type=int, default=9, metavar="C", help="utterances; odd; 1 = none")
     p.add_argument("--dropout", type=float, default=0.5)
@@ -454,7 +475,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--cma-residual", action="store_true", help="[A7]")
     p.add_argument("--reset-patience", action="store_true", help="[A9]")
     p.add_argument("--select", choices=("last", "best", "test"), default="last",
-                   help="[A10] the epoch to test; test: by test accuracy, to see how that cheats")  # fmt: skip
+                   help="[A10] the epoch to test; test: by test accuracy, that is, cheating")  # fmt: skip
     args = p.parse_args(arguments)
     everything = [str(n) for n in range(1, 19)]
     args.system = everything if args.system == ["all"] else args.system
@@ -465,7 +486,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.fold != ["all"] and not set(args.fold) <= {"1", "2", "3", "4", "5"}:
         p.error(f"--fold {' '.join(args.fold)}: expected numbers from 1 to 5, or all")
     if args.context < 1 or args.context % 2 == 0:
-        p.error(f"--context {args.context}: expected an odd number, as many before as after the target")
+        p.error(
+            f"--context {args.context}: expected an odd number, as many before as after the target"
+        )
     if not 0 <= args.dropout < 1:
         p.error(f"--dropout {args.dropout}: expected a number from 0 to below 1")
     if args.partial and args.iemocap is None:
@@ -478,7 +501,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chip = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    chip = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    )
     print(f"torch {torch.__version__} on {device} ({chip})")
     systems = [(args.fusion, args.frozen)]
     if args.system:
@@ -486,7 +511,11 @@ def main(arguments: list[str] | None = None) -> None:
         systems = [(list(FUSIONS)[n // 2], n % 2 == 0) for n in numbers]
     modalities = sorted({m for fusion, _ in systems for m in Config(fusion).modalities})
     material = prepare(args, modalities, device)
-    folds = sorted({u.session for u in material.corpus}) if args.fold == ["all"] else map(int, args.fold)
+    folds = (
+        sorted({u.session for u in material.corpus})
+        if args.fold == ["all"]
+        else map(int, args.fold)
+    )
     for (fusion, frozen), fold, seed in itertools.product(systems, list(folds), args.seed):
         settings = {
             "corpus": material.name, "fusion": fusion, "frozen": frozen, "fold": fold, "seed": seed,

@@ -1,0 +1,478 @@
+"""data.py on written-out files: each quirk of IEMOCAP, clips, folds, contexts, the cache, the toy."""
+
+import subprocess
+import sys
+import wave
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from conftest import ROOT, write_dialog, write_wav
+from data import CorpusError
+
+
+def read(root):
+    return {u.id: u for u in data.read_iemocap(root)}
+
+
+# --- the reader
+
+
+def test_one_utterance_as_it_stands_on_the_disk(tmp_path):
+    session = tmp_path / "Session1"
+    for folder, text in (
+        ("EmoEvaluation", "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
+         "[6.2901 - 8.2357]\tSes01F_impro01_F000\tneu\t[2.5000, 2.5000, 2.5000]\n"
+         "C-E2:\tNeutral;\t()\nC-F1:\tNeutral; Anger;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n"
+         "A-F1:\tval 3; act 2; dom  ;\t()\n\n"),
+        ("transcriptions", "Ses01F_impro01_F000 [006.2901-008.2357]: Excuse  me.\t \r\n"),
+    ):  # fmt: skip
+        (session / "dialog" / folder).mkdir(parents=True)
+        (session / "dialog" / folder / "Ses01F_impro01.txt").write_bytes(text.encode())
+    wav = session / "sentences" / "wav" / "Ses01F_impro01" / "Ses01F_impro01_F000.wav"
+    write_wav(wav, [0.1] * 31130)
+    (u,) = data.read_iemocap(tmp_path)
+    assert (u.id, u.session, u.dialog, u.speaker) == (
+        "Ses01F_impro01_F000",
+        1,
+        "Ses01F_impro01",
+        "Ses01F",
+    )
+    assert (u.start, u.end, u.text, u.emotion, u.label) == (6.2901, 8.2357, "Excuse me.", "neu", 0)
+    assert u.wav == wav
+
+
+def test_the_speaker_is_the_letter_of_the_suffix_not_of_the_dialog(tmp_path):
+    write_dialog(
+        tmp_path, "Ses02M_script01_1", [("F000", 0, 1, "neu", "a"), ("M000", 2, 3, "neu", "b")]
+    )
+    assert [u.speaker for u in data.read_iemocap(tmp_path)] == ["Ses02F", "Ses02M"]
+
+
+def test_order_is_time_then_end_then_id_whatever_the_order_of_the_files(tmp_path):
+    write_dialog(tmp_path, "Ses02F_impro01", [
+        ("F000", 5, 6, "neu", "third"), ("F001", 7, 8, "sad", "fourth"),  # all F come first
+        ("M000", 1, 2, "neu", "first"), ("M001", 5, 5.5, "ang", "second: same start, earlier end"),
+        ("M003", 9, 10, "neu", "sixth"), ("F002", 9, 10, "neu", "fifth: same times"),
+    ])  # fmt: skip
+    texts = [u.text.split(":")[0] for u in data.read_iemocap(tmp_path)]
+    assert texts == ["first", "second", "third", "fourth", "fifth", "sixth"]
+
+
+def test_labels_and_their_merging(tmp_path):
+    codes = ["neu", "hap", "exc", "ang", "sad", "xxx", "fru", "sur", "fea", "oth", "dis"]
+    write_dialog(
+        tmp_path, "Ses01F_impro01", [(f"F{i:03}", i, i + 0.5, c, "w") for i, c in enumerate(codes)]
+    )
+    labels = [u.label for u in data.read_iemocap(tmp_path)]
+    assert labels == [0, 1, 1, 2, 3] + [None] * 6
+    assert data.CLASSES == ("neu", "hap", "ang", "sad")  # Fig. 4
+
+
+def test_one_dialog_name_may_be_the_beginning_of_another(tmp_path):
+    write_dialog(tmp_path, "Ses05M_script01_1", [("F000", 0, 1, "neu", "short name")])
+    write_dialog(tmp_path, "Ses05M_script01_1b", [("F000", 0, 1, "sad", "long name")])
+    found = read(tmp_path)
+    assert found["Ses05M_script01_1_F000"].text == "short name"
+    assert found["Ses05M_script01_1b_F000"].dialog == "Ses05M_script01_1b"
+
+
+def test_lines_and_files_that_are_no_utterances_are_passed_over(tmp_path):
+    session = write_dialog(
+        tmp_path, "Ses05F_impro03", [("F000", 0, 1, "neu", "words [LAUGHTER] here")]
+    )
+    words = session / "dialog" / "transcriptions" / "Ses05F_impro03.txt"
+    words.write_text(
+        "F: and so\nM:\n\nSes05F_impro03_FXX3 [000.1-000.2]: ah\nSes05F_impro03_FXX3 [000.3-000.4]: oh\n"
+        "Ses05F_impro03_MXX0 [000.1000-000.2000]:\n" + words.read_text()
+    )
+    labels = session / "dialog" / "EmoEvaluation"
+    (labels / "._Ses05F_impro03.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    (labels / "Categorical").mkdir()
+    (labels / "Categorical" / "Ses05F_impro03_e2_cat.txt").write_text(
+        "Ses05F_impro03_F000 :Anger; ()\n"
+    )
+    (words.parent / "._Ses05F_impro03.txt").write_bytes(b"\xff\xfe")
+    (u,) = data.read_iemocap(tmp_path)
+    assert u.text == "words [LAUGHTER] here"
+
+
+def change(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+BAD = {  # what is done to a good dialogue -> what the error must say
+    "unknown emotion": (
+        lambda lab, wor, wav: change(lab, b"\tneu\t", b"\tjoy\t"),
+        "unknown emotion 'joy'",
+    ),
+    "end before start": (
+        lambda lab, wor, wav: change(lab, b"[0.0000 - 1.0", b"[2.0000 - 1.0"),
+        "ends at 1.0 s",
+    ),
+    "no words": (
+        lambda lab, wor, wav: change(wor, b"impro01_F000", b"impro01_F009"),
+        "has no words",
+    ),
+    "no label": (
+        lambda lab, wor, wav: change(lab, b"impro01_F000", b"impro01_F009"),
+        "but no label",
+    ),
+    "words twice": (lambda lab, wor, wav: wor.write_bytes(wor.read_bytes() * 2), "second time"),
+    "label twice": (lambda lab, wor, wav: lab.write_bytes(lab.read_bytes() * 2), "second time"),
+    "half a label": (
+        lambda lab, wor, wav: change(lab, b"\tneu\t[2.5000, 2.5000, 2.5000]", b"\tne"),
+        "expected",
+    ),
+    "half the words": (
+        lambda lab, wor, wav: wor.write_text("Ses01F_impro01_F000 [000.00"),
+        "expected 'ID",
+    ),
+    "other dialog": (
+        lambda lab, wor, wav: change(lab, b"impro01_F000", b"impro02_F000"),
+        "not an utterance of",
+    ),
+    "other times": (lambda lab, wor, wav: change(wor, b"001.0000]", b"001.5000]"), "other times"),
+    "no transcript": (lambda lab, wor, wav: wor.unlink(), "missing"),
+    "no label file": (lambda lab, wor, wav: lab.unlink(), "holds no label file"),
+    "binary": (lambda lab, wor, wav: lab.write_bytes(b"\xff\xfe\x00["), "cannot be read as UTF-8"),
+    "no wav": (lambda lab, wor, wav: wav.unlink(), "missing"),
+    "empty wav": (lambda lab, wor, wav: wav.write_bytes(b""), "not usable as a WAV"),
+    "no samples": (lambda lab, wor, wav: write_wav(wav, []), "no samples"),
+    "cut wav": (
+        lambda lab, wor, wav: wav.write_bytes(wav.read_bytes()[:5000]),
+        "shorter than its header",
+    ),
+    "short wav": (
+        lambda lab, wor, wav: write_wav(wav, [0.1] * 8000),
+        "0.50 s long, 1.00 s by its label",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_named_with_what_is_wrong(case, tmp_path):
+    session = write_dialog(
+        tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm"), ("M000", 2, 3, "sad", "so")]
+    )
+    harm, message = BAD[case]
+    files = (
+        session / "dialog" / "EmoEvaluation" / "Ses01F_impro01.txt",
+        session / "dialog" / "transcriptions" / "Ses01F_impro01.txt",
+        session / "sentences" / "wav" / "Ses01F_impro01" / "Ses01F_impro01_F000.wav",
+    )
+    harm(*files)
+    with pytest.raises(CorpusError) as error:
+        data.read_iemocap(tmp_path)
+    assert (
+        message in str(error.value)
+        and "Ses01F_impro01" in str(error.value)
+        or "Session1" in str(error.value)
+    )
+
+
+def test_all_problems_come_at_once(tmp_path):
+    for k in (1, 2, 3):
+        session = write_dialog(tmp_path, f"Ses0{k}F_impro01", [("F000", 0, 1, "neu", "hm")])
+        change(
+            session / "dialog" / "EmoEvaluation" / f"Ses0{k}F_impro01.txt", b"\tneu\t", b"\tjoy\t"
+        )
+    with pytest.raises(CorpusError) as error:
+        data.read_iemocap(tmp_path)
+    assert len(error.value.problems) == 3
+
+
+def test_a_wrong_root_is_said(tmp_path):
+    with pytest.raises(CorpusError, match="no Session1"):
+        data.read_iemocap(tmp_path / "nowhere")
+
+
+# --- folds and contexts
+
+
+def test_folds_are_disjoint_in_speakers_and_complete(small_corpus):
+    corpus = data.read_iemocap(small_corpus)
+    four = {u.id for u in corpus if u.emotion in ("neu", "hap", "exc", "ang", "sad")}
+    tested = Counter()
+    for fold in range(1, 6):
+        for seed in range(5):
+            train, dev, test = data.split(corpus, fold, seed)
+            speakers = [
+                {u.id[:5] + u.id.rsplit("_", 1)[1][0] for u in part} for part in (train, dev, test)
+            ]
+            assert len(speakers[1]) == 1 and len(speakers[0]) == 7 and len(speakers[2]) == 2
+            assert not speakers[0] & speakers[1] and not (speakers[0] | speakers[1]) & speakers[2]
+            assert {u.id for u in train + dev + test} == four
+            assert {u.id[4] for u in test} == {str(fold)}
+        tested.update(u.id for u in test)
+    assert set(tested) == four and set(tested.values()) == {1}
+
+
+def test_the_development_speaker_is_drawn_by_the_seed(small_corpus):
+    corpus = data.read_iemocap(small_corpus)
+    drawn = [data.split(corpus, 5, seed)[1][0].speaker for seed in range(40)]
+    assert drawn == [data.split(corpus, 5, seed)[1][0].speaker for seed in range(40)]
+    assert len(set(drawn)) == 8  # all training speakers have their turn
+
+
+def test_a_fold_that_cannot_be_is_said(small_corpus):
+    corpus = [u for u in data.read_iemocap(small_corpus) if u.session != 2]
+    with pytest.raises(CorpusError, match="fold 2 needs"):
+        data.split(corpus, 2, 0)
+
+
+def test_context_is_four_before_and_four_after_in_the_same_dialogue(tmp_path):
+    # Out-of-class turns and both speakers count; the two dialogues never meet.
+    turns = [
+        (f"{'FM'[i % 2]}{i:03}", i, i + 0.5, ("neu", "fru", "xxx")[i % 3], f"{i}") for i in range(6)
+    ]
+    write_dialog(tmp_path, "Ses01F_impro01", turns)
+    write_dialog(tmp_path, "Ses01F_impro02", turns[:3])
+    corpus = data.read_iemocap(tmp_path)
+    windows = data.context_windows(corpus)
+    assert windows.tolist() == [
+        [-1, -1, -1, -1, 0, 1, 2, 3, 4], [-1, -1, -1, 0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3, 4, 5, -1],
+        [-1, 0, 1, 2, 3, 4, 5, -1, -1], [0, 1, 2, 3, 4, 5, -1, -1, -1], [1, 2, 3, 4, 5, -1, -1, -1, -1],
+        [-1, -1, -1, -1, 6, 7, 8, -1, -1], [-1, -1, -1, 6, 7, 8, -1, -1, -1],
+        [-1, -1, 6, 7, 8, -1, -1, -1, -1],
+    ]  # fmt: skip
+    assert data.context_windows(corpus, 1).tolist() == [[i] for i in range(9)]
+
+
+def test_no_training_window_reaches_into_the_test_session(small_corpus):
+    corpus = data.read_iemocap(small_corpus)
+    row = {u.id: i for i, u in enumerate(corpus)}
+    windows = data.context_windows(corpus)
+    for fold in range(1, 6):
+        train, dev, _ = data.split(corpus, fold, 0)
+        seen = windows[[row[u.id] for u in train + dev]].unique()
+        assert all(corpus[i].session != fold for i in seen.tolist() if i >= 0)
+
+
+# --- waveforms
+
+
+def test_load_wav_scales_16_bit_samples(tmp_path):
+    write_wav(tmp_path / "a.wav", [0.0, 0.5, -1.0, 1.0])
+    x = data.load_wav(tmp_path / "a.wav")
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, torch.tensor([0.0, 0.5, -1.0, 1.0]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_other_rates_are_resampled(rate, tmp_path):
+    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    write_wav(tmp_path / "a.wav", tone, rate)
+    x = data.load_wav(tmp_path / "a.wav")
+    assert len(x) == 16000
+    expected = torch.from_numpy(np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)).float()
+    assert (x - expected)[500:-500].abs().max() < 0.02
+
+
+def test_forms_that_are_not_read_are_named(tmp_path):
+    with wave.open(str(tmp_path / "stereo.wav"), "wb") as file:
+        file.setnchannels(2), file.setsampwidth(2), file.setframerate(16000)
+        file.writeframes(b"\0" * 400)
+    with pytest.raises(CorpusError, match="stereo.wav.*2 channel.*mono"):
+        data.load_wav(tmp_path / "stereo.wav")
+
+
+def test_clip_trims_leading_silence_and_keeps_five_seconds():
+    loud, quiet = torch.full((16000,), 0.5), torch.full((8000,), 1e-5)  # 94 dB apart
+    assert torch.equal(data.clip(torch.cat([quiet, loud, quiet])), torch.cat([loud, quiet]))
+    whisper = torch.full((8000,), 0.001)  # 54 dB below: not silence
+    assert len(data.clip(torch.cat([whisper, loud]))) == 24000
+    ramp = 0.5 + torch.arange(100000) / 1e6
+    assert torch.equal(data.clip(ramp), ramp[:80000])
+
+
+def test_clip_never_gives_back_nothing():
+    assert len(data.clip(torch.zeros(16000))) == 16000  # all silence: kept
+    assert len(data.clip(torch.tensor([0.5]))) == 400  # 25 ms: one frame
+    spike = torch.zeros(16000)
+    spike[-1] = 1.0
+    assert len(data.clip(spike)) >= 400
+
+
+# --- the cache
+
+
+def test_cached_states_are_the_live_ones_rounded_to_16_bits(tiny, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    raw = {
+        "audio": [torch.randn(n, generator=g) for n in (5000, 400, 2345, 7000)],
+        "text": ["i hate it", "", "all alone again", "lovely [LAUGHTER] party"],
+    }
+    for m, upstream in tiny.items():
+        cached = data.cache_states(
+            tmp_path / m, upstream, raw[m], upstream.steps(raw[m]), {"weights": "x"}
+        )
+        live = data.live(upstream, raw[m])
+        rows = torch.tensor([2, 0, 3])
+        (x, mask), (y, live_mask) = cached(rows), live(rows)
+        assert torch.equal(mask, live_mask) and x.dtype == torch.float16
+        torch.testing.assert_close(x[mask].float(), y[mask].detach(), atol=1e-3, rtol=2**-10)
+
+
+def test_a_cache_is_read_again_goes_on_after_a_kill_and_is_refused_when_stale(
+    tiny, tmp_path, capsys
+):
+    class Counting:
+        n_layers, dim, calls = tiny["text"].n_layers, tiny["text"].dim, 0
+
+        def __call__(self, raw):
+            self.calls += 1
+            if self.calls == self.dies_at:
+                raise KeyboardInterrupt
+            return tiny["text"](raw)
+
+    raw = [f"i hate it {'so ' * (i % 9)}" for i in range(32 * 60)]
+    lengths = tiny["text"].steps(raw)
+
+    def cache(weights, dies_at=None):
+        upstream = Counting()
+        upstream.dies_at = dies_at
+        try:
+            return upstream, data.cache_states(
+                tmp_path / "c", upstream, raw, lengths, {"weights": weights}
+            )
+        except KeyboardInterrupt:
+            return upstream, None
+
+    _, whole = cache("a")
+    expected = whole.data.clone()
+    assert cache("a")[0].calls == 0
+    cache("b", dies_at=55)  # progress is noted after 50 batches
+    assert "another weights" in capsys.readouterr().out
+    upstream, again = cache("b")
+    assert upstream.calls == 10 and torch.equal(again.data, expected)
+
+
+def test_a_state_that_does_not_fit_16_bits_is_an_error_not_infinity(tmp_path):
+    class Loud:
+        n_layers, dim = 1, 1
+
+        def __call__(self, raw):
+            return torch.full((len(raw), 1, 1, 1), 70000.0), torch.ones(
+                len(raw), 1, dtype=torch.bool
+            )
+
+    with pytest.raises(CorpusError, match="16 bits"):
+        data.cache_states(tmp_path, Loud(), ["a"], torch.tensor([1]), {})
+
+
+def test_inputs_embed_each_distinct_utterance_once():
+    windows = torch.tensor([[-1, 0, 1], [0, 1, 2], [1, 2, -1], [-1, 3, -1]])
+    asked = []
+
+    def text(rows):
+        asked.append(rows.tolist())
+        return rows[:, None].float(), rows[:, None] >= 0
+
+    states, mask, context = data.inputs(torch.tensor([1, 2]), windows, None, text, "cpu")["text"]
+    assert asked == [[0, 1, 2]]
+    assert context.tolist() == [[0, 1, 2], [1, 2, -1]]
+    states, mask, context = data.inputs(torch.tensor([3, 1]), windows, None, text, "cpu")["text"]
+    assert asked[-1] == [0, 1, 2, 3] and context.tolist() == [[-1, 3, -1], [0, 1, 2]]
+
+
+# --- the full release's counts, and the toy
+
+
+def test_reference_tables_agree_with_the_paper_and_with_themselves():
+    assert sum(data.EMOTIONS.values()) == 10039
+    rows = data.SESSIONS
+    assert sum(r[0] for r in rows.values()) == 10039
+    totals = [sum(r[i] for r in rows.values()) for i in range(8)]
+    assert (
+        totals[1] == 1103
+        and totals[2] + totals[3] == 1636
+        and totals[4] == 1084
+        and totals[5] == 1708
+    )
+    assert sum(totals[1:6]) == 5531 == totals[6] + totals[7]
+    for s, r in rows.items():
+        assert sum(r[1:6]) == r[6] + r[7]
+        pair = [data.SPEAKERS[f"Ses0{s}{x}"] for x in "FM"]
+        assert [a + b for a, b in zip(*pair)] == [r[1], r[2] + r[3], r[4], r[5]]
+    names = [n for s in rows for n in data.dialog_names(s)]
+    assert [len(data.dialog_names(s)) for s in rows] == [28, 30, 32, 30, 31]
+    assert len(set(names)) == 151 and sum("impro" in n for n in names) == 80
+    assert (
+        "Ses05M_script01_1b" in names
+        and "Ses03M_impro05b" in names
+        and "Ses01F_impro08" not in names
+    )
+
+
+@pytest.fixture(scope="module")
+def full_size_toy(tmp_path_factory):
+    return data.write_toy(tmp_path_factory.mktemp("toy") / "full", full_size=True, shorten=0.02)
+
+
+def test_the_full_size_toy_passes_the_check_of_the_full_release(full_size_toy):
+    corpus = data.read_iemocap(full_size_toy, full=True)
+    assert len(corpus) == 10039
+    sizes = Counter(u.dialog for u in corpus)
+    assert 24 <= min(sizes.values()) and max(sizes.values()) <= 167
+    lengths = np.array([u.end - u.start for u in corpus]) / 0.02
+    assert abs(np.median(lengths) - 3.58) < 0.15 and abs(lengths.mean() - 4.55) < 0.2
+    words = np.array([len(u.text.split()) for u in corpus])
+    assert abs(np.median(words) - 8) <= 1 and abs(words.mean() - 11.5) < 1.5 and words.max() <= 98
+    files = full_size_toy.glob("Session*/dialog/transcriptions/Ses*.txt")
+    ids = [
+        line.split()[0]
+        for f in files
+        for line in f.read_text().splitlines()
+        if line.startswith("Ses")
+    ]
+    assert len(ids) == 10087 and sum("XX" in id for id in ids) == 48  # FACTS of the full release
+
+
+def test_a_corpus_that_is_not_complete_is_refused_with_the_rows_that_differ(
+    full_size_toy, tmp_path
+):
+    for session in full_size_toy.glob("Session*"):
+        (tmp_path / session.name).symlink_to(session)
+    (tmp_path / "Session5").unlink()
+    with pytest.raises(CorpusError) as error:
+        data.read_iemocap(tmp_path, full=True)
+    text = str(error.value)
+    assert "31 dialogs missing" in text and "session 5: utterances 0 (not 2170)" in text
+    assert (
+        "speaker Ses05F: ang 0 (not 78)" in text and "labels:" in text and "session 4" not in text
+    )
+    assert len(data.read_iemocap(tmp_path)) == 10039 - 2170
+
+
+def test_the_toy_is_written_once_and_never_over_other_files(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(CorpusError, match="other files"):
+        data.write_toy(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_data_py_check_lists_every_problem_and_fails(small_corpus, tmp_path):
+    def check(*arguments):
+        return subprocess.run(
+            [sys.executable, ROOT / "data.py", "check", *arguments], capture_output=True, text=True
+        )
+
+    done = check(small_corpus, "--partial")
+    assert done.returncode == 0 and "70 utterances in 5 dialogs of 10 speakers" in done.stdout, (
+        done.stderr
+    )
+    done = check(small_corpus)
+    assert done.returncode == 1 and "dialogs missing" in done.stderr and "problem(s)" in done.stderr
+
+
+def test_texts_spoken_in_another_session_are_found(tmp_path):
+    for s, text in ((1, "I know, you know."), (2, "i know you know"), (3, "something else")):
+        write_dialog(tmp_path, f"Ses0{s}F_script01_1", [("F000", 0, 1, "neu", text)])
+    found = data.texts_elsewhere(data.read_iemocap(tmp_path))
+    assert found == {"Ses01F_script01_1_F000", "Ses02F_script01_1_F000"}

@@ -1,0 +1,389 @@
+"""train.py: the triggers on written-out losses, and whole runs on a small corpus."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from conftest import ROOT, write_wav
+from train import Patience
+
+
+def events(losses, **settings):
+    patience = Patience(**settings)
+    return "".join(patience.step(x)[0] for x in losses)  # c, f, s
+
+
+# --- the triggers of §3.2
+
+
+def test_fine_tuning_after_5_and_stop_after_10_on_one_counter():
+    assert events([1.0] + [2.0] * 10) == "c" + "ccccf" + "cccc" + "s"
+
+
+def test_a_lower_loss_sets_the_counter_back_and_fine_tuning_goes_on():
+    assert events([1.0] + [2] * 4 + [0.9] + [2] * 10) == "c" + "cccc" + "c" + "ccccf" + "cccc" + "s"
+    # Lower in fine-tuning: 10 more epochs, no second trigger.
+    assert events([1.0] + [2] * 6 + [0.9] + [2] * 10) == "c" + "ccccfc" + "c" + "c" * 9 + "s"
+
+
+def test_equal_is_not_lower_and_nan_is_not_either():
+    assert events([1.0] * 11) == "c" + "ccccf" + "cccc" + "s"
+    assert events([1.0] + [float("nan")] * 10) == "c" + "ccccf" + "cccc" + "s"
+
+
+def test_a_frozen_system_only_stops():
+    assert events([1.0] + [2.0] * 10, finetune_after=None) == "c" + "c" * 9 + "s"
+
+
+def test_the_counter_can_start_anew_at_the_trigger():  # the other reading of A9
+    assert events([1.0] + [2.0] * 15, reset_at_finetune=True) == "c" + "ccccf" + "c" * 9 + "s"
+    assert (
+        events([3, 2, 1, 1, 1, 1], finetune_after=2, stop_after=2, reset_at_finetune=True)[-1]
+        == "s"
+    )
+
+
+def test_the_docstrings_example():
+    losses = [1.0, 0.8, 0.9, 0.8, 0.7, 0.8, 0.8, 0.8, 0.8]
+    assert events(losses, finetune_after=2, stop_after=4) == "cc" + "cf" + "c" + "ccc" + "s"
+
+
+# --- whole runs
+
+
+@pytest.fixture(scope="module")
+def upstreams(tmp_path_factory, small_corpus):
+    """Folders of tiny upstreams whose vocabulary is not made from the corpus."""
+    import model
+
+    words = ["paper street lovely party hate it all alone oh no 1 2 3 4 5 6 7 8 9 10 11 12 13"]
+    return model.make_tiny_upstreams(str(tmp_path_factory.mktemp("upstreams")), words)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def go(monkeypatch, small_corpus, upstreams, workplace):
+    """Run train.py in a folder of its own, with impatient triggers: go(out, arguments) -> run folder."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(train, "FINETUNE_AFTER", 2)
+    monkeypatch.setattr(train, "STOP_AFTER", 4)
+
+    def run(out, *arguments, root=small_corpus, device="cpu"):
+        train.main([
+            "--iemocap", str(root), "--partial", "--wavlm", upstreams["audio"], "--bert",
+            upstreams["text"], "--device", device, "--out", str(workplace / out), *arguments,
+        ])  # fmt: skip
+        return sorted((workplace / out).rglob("config.json"))[-1].parent
+
+    return run
+
+
+def timeless(folder):
+    """The log and the result without their clocks and memory, and the predictions."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    for row in (*log, result):
+        row.pop("seconds")
+    result.pop("peak_memory_bytes")
+    return log, result, (folder / "predictions.csv").read_text()
+
+
+def test_a_run_from_end_to_end(go, small_corpus, capsys):
+    folder = go("end-to-end", "--fusion", "mmt", "--fold", "5")
+    assert folder.parts[-3:] == ("small-partial", "mmt-finetuned", "fold5-seed0")
+    for name in ("config.json", "log.jsonl", "checkpoint.pt", "predictions.csv", "result.json"):
+        assert (folder / name).stat().st_size > 0, name
+    log, result, _ = timeless(folder)
+    assert [row["epoch"] for row in log] == list(range(1, len(log) + 1))
+    assert set(log[0]) == {
+        "epoch", "phase", "lr", "train_loss", "dev_loss", "dev_wa", "dev_ua", "since_best"
+    }  # fmt: skip
+    phases = [(row["phase"], row["lr"]) for row in log]
+    k = result["finetune_epoch"]
+    assert phases == [("frozen", 1e-3)] * k + [("finetune", 1e-5)] * (len(log) - k) and 0 < k < len(
+        log
+    )
+    assert log[-1]["since_best"] == 4 and result["epochs"] == len(log)
+
+    # The result, counted again from the predictions and from the label files.
+    truth = {u.id: u for u in data.read_iemocap(small_corpus)}
+    with open(folder / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["utterance"] for r in rows} == {
+        u.id for u in truth.values() if u.session == 5 and u.emotion != "fru"
+    }
+    right, by_class = 0, {}
+    for r in rows:
+        p = [float(r[c]) for c in ("neu", "hap", "ang", "sad")]
+        assert (
+            abs(sum(p) - 1) < 1e-5
+            and r["prediction"] == ("neu", "hap", "ang", "sad")[p.index(max(p))]
+        )
+        assert (
+            r["label"] == truth[r["utterance"]].emotion
+            and r["speaker"] == truth[r["utterance"]].speaker
+        )
+        right += r["label"] == r["prediction"]
+        by_class.setdefault(r["label"], []).append(r["label"] == r["prediction"])
+    assert result["wa"] == pytest.approx(right / len(rows))
+    assert result["ua"] == pytest.approx(
+        sum(sum(v) / len(v) for v in by_class.values()) / len(by_class)
+    )
+    assert result["n_test"] == len(rows) and sum(map(sum, result["confusion"])) == len(rows)
+    assert result["n_train"] + result["n_dev"] + result["n_test"] == sum(
+        u.label is not None for u in truth.values()
+    )
+    assert result["corpus"] == "small-partial" and result["dev_speaker"][:5] != "Ses05"
+
+    said = capsys.readouterr().out
+    assert "on cpu" in said and "Trigger" in said and "Stop" in said and "small-partial: WA" in said
+    go("end-to-end", "--fusion", "mmt", "--fold", "5")
+    assert "done before" in capsys.readouterr().out
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(go, monkeypatch):
+    whole = timeless(go("whole", "--fusion", "ef"))
+    save, calls = train.save, []
+
+    def dying_save(path, state):
+        save(path, state)
+        calls.append(path)
+        if len(calls) in (
+            2,
+            3,
+            6,
+            7,
+        ):  # in both phases; 3 is the trigger's file, before the checkpoint
+            raise Killed
+
+    monkeypatch.setattr(train, "save", dying_save)
+    for _ in range(5):
+        try:
+            folder = go("killed", "--fusion", "ef")
+            break
+        except Killed:
+            pass
+    assert len(calls) >= 7 and calls[2].name == "trigger.pt"
+    assert timeless(folder) == whole
+
+
+def test_twins_share_their_frozen_phase_and_end_as_they_would_alone(go, workplace, capsys):
+    alone = timeless(go("a1", "--system", "14")), timeless(go("a2", "--system", "13"))
+    go("b", "--system", "13", "14")
+    assert "epochs to the trigger" in capsys.readouterr().out
+    go("c", "--system", "14")
+    go("c", "--system", "13")  # the other way round
+    for out in ("b", "c"):
+        found = workplace / out / "small-partial"
+        assert timeless(found / "ef-finetuned" / "fold5-seed0") == alone[0]
+        assert timeless(found / "ef-frozen" / "fold5-seed0") == alone[1]
+
+
+def test_same_seed_same_bits_other_seed_other_result(go, workplace):
+    first = timeless(go("s1", "--fusion", "text-fc", "--seed", "3"))
+    assert timeless(go("s2", "--fusion", "text-fc", "--seed", "3")) == first
+    assert timeless(go("s3", "--fusion", "text-fc", "--seed", "4"))[0] != first[0]
+
+
+def test_only_what_the_paper_opens_is_ever_changed(go, monkeypatch):
+    seen = {}
+    step = torch.optim.AdamW.step
+
+    def watch(optimizer, *args):
+        rate = optimizer.param_groups[0]["lr"]
+        seen.setdefault(rate, set()).update(map(id, optimizer.param_groups[0]["params"]))
+        assert optimizer.param_groups[0]["weight_decay"] == 1e-3
+        return step(optimizer, *args)
+
+    prepare, materials = train.prepare, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    monkeypatch.setattr(train, "prepare", lambda *a: materials.append(prepare(*a)) or materials[-1])
+    load, before = train.Run, {}
+
+    class Watched(load):
+        def __init__(self, settings, material, device):
+            super().__init__(settings, material, device)
+            for m, upstream in material.upstreams.items():
+                before[m] = {n: p.clone() for n, p in upstream.model.named_parameters()}
+
+    monkeypatch.setattr(train, "Run", Watched)
+    go("opened", "--fusion", "mmt")
+    head, all_of_it = seen[1e-3], seen[1e-5]
+    assert head < all_of_it
+    opened = {id(p) for u in materials[0].upstreams.values() for p in u.finetunable().parameters()}
+    assert all_of_it - head == opened
+    for m, part in (("audio", "feature_extractor."), ("text", "embeddings.")):
+        for name, p in materials[0].upstreams[m].model.named_parameters():
+            same = torch.equal(p, before[m][name])
+            # BERT's position and type rows beyond what was used move by weight decay alone: also opened.
+            assert same != name.startswith(part), name
+
+
+def test_the_test_session_changes_nothing_in_training(go, small_corpus, tmp_path):
+    clean = timeless(go("clean", "--fusion", "mmt"))[0]
+    for session in small_corpus.glob("Session[1-4]"):
+        (tmp_path / "small").mkdir(exist_ok=True)
+        (tmp_path / "small" / session.name).symlink_to(session)
+    source = small_corpus / "Session5"
+    for old in source.rglob("*"):
+        new = tmp_path / "small" / "Session5" / old.relative_to(source)
+        if old.is_dir():
+            new.mkdir(parents=True, exist_ok=True)
+        elif old.suffix == ".wav":
+            with_wave = data.load_wav(old)
+            write_wav(new, (torch.rand(len(with_wave)) - 0.5).tolist())  # noise
+        elif "Emo" in str(old):  # all labels wrong
+            swap = {"neu": "ang", "ang": "neu", "hap": "sad", "sad": "hap"}
+            words = [swap.get(w, w) for w in old.read_text().split("\t")]
+            new.write_text("\t".join(words))
+        else:
+            new.write_text(old.read_text().replace("hate", "love"))
+    poisoned = timeless(go("poisoned", "--fusion", "mmt", root=tmp_path / "small"))[0]
+    assert poisoned == clean
+
+
+def test_selecting_on_test_shouts_and_is_marked(go, capsys):
+    folder = go("cheat", "--fusion", "text-fc", "--select", "test")
+    assert "SELECTING ON TEST" in capsys.readouterr().out
+    assert json.loads((folder / "result.json").read_text())["select"] == "test"
+    assert json.loads((go("best", "--fusion", "text-fc", "--select", "best") / "result.json").read_text())[
+        "select"] == "best"  # fmt: skip
+
+
+def test_best_takes_the_weights_of_the_lowest_development_loss(go):
+    folder = go("best-ef", "--fusion", "ef", "--select", "best")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    lowest = min(state["log"], key=lambda row: row["dev_loss"])
+    assert state["selected"]["value"] == -lowest["dev_loss"]
+    assert (state["selected"]["finetune_epoch"] is None) == (lowest["phase"] == "frozen")
+
+
+def test_other_settings_on_the_same_folder_are_refused_by_name(go):
+    go("settings", "--fusion", "text-fc", "--frozen")
+    with pytest.raises(train.RunError, match="dropout 0.5 .now 0.1."):
+        go("settings", "--fusion", "text-fc", "--frozen", "--dropout", "0.1")
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "--condense concat",
+        "--text-mask target",
+        "--cma-residual",
+        "--reset-patience",
+        "--context 1",
+    ],
+)
+def test_every_switch_of_the_register_runs_and_changes_the_run(go, switch):
+    plain = timeless(go("plain", "--fusion", "cmt-a2t"))
+    other = timeless(go("switch" + switch.replace(" ", ""), "--fusion", "cmt-a2t", *switch.split()))
+    assert other[0] != plain[0]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--system 19", "from 1 to 18"), ("--fold 6", "from 1 to 5"), ("--context 4", "odd"),
+    ("--partial", "--iemocap"), ("--system 1 --frozen", "--frozen"), ("--dropout 1", "--dropout 1.0"),
+])  # fmt: skip
+def test_bad_flags_are_one_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(arguments.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_corpus_that_is_not_the_full_release_is_refused_without_partial(small_corpus, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--iemocap", small_corpus, "--upstream", "tiny"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "dialogs missing" in done.stderr and "say --partial" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", train.FUSIONS)
+def test_one_step_at_full_size(fusion, full_size_upstreams):
+    """WavLM-Large and BERT-base shapes with random weights: a step of each phase on the CPU."""
+    upstreams = full_size_upstreams
+    g = torch.Generator().manual_seed(0)
+    clips = [0.1 * torch.randn(n, generator=g) for n in (80000, 30000)]
+    texts = ["i hate it", "so do i , and all alone", "lovely party"]
+    windows = torch.tensor([[-1, -1, -1, -1, 0, 1, 2, -1, -1], [-1, -1, -1, 0, 1, 2, -1, -1, -1]])
+    labels = torch.tensor([2, 1])
+    material = train.Material(
+        "random", [], labels, {"audio": clips, "text": texts}, {}, upstreams,
+        {m: {k: v.clone() for k, v in u.finetunable().state_dict().items()} for m, u in upstreams.items()},
+    )  # fmt: skip
+    for m in upstreams:
+        with torch.no_grad():
+            x, mask = upstreams[m](material.raw[m])
+        assert x.shape[2:] == ((25, 1024) if m == "audio" else (13, 768))
+        assert m == "text" or mask.sum(1).tolist() == [249, 93]
+        material.states[m] = lambda rows, x=x, mask=mask: (x[rows].half(), mask[rows])
+    settings = {"fusion": fusion, "frozen": False, "seed": 0, "reset_patience": False}
+    data_windows, data.context_windows = data.context_windows, lambda corpus, size: windows
+    try:
+        run = train.Run(settings, material, "cpu")
+    finally:
+        data.context_windows = data_windows
+    run.model.train()
+
+    def step():
+        before = {n: p.clone() for n, p in run.model.named_parameters()}
+        for m, u in run.upstreams.items():
+            before |= {f"{m}.{n}": p.clone() for n, p in u.model.named_parameters()}
+        loss = torch.nn.functional.cross_entropy(
+            run.model(**run.inputs(torch.tensor([0, 1]))), labels
+        )
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        after = dict(run.model.named_parameters())
+        for m, u in run.upstreams.items():
+            after |= {f"{m}.{n}": p for n, p in u.model.named_parameters()}
+        return {n for n in before if not torch.equal(before[n], after[n])}, set(
+            run.model.state_dict()
+        )
+
+    changed, head = step()
+    assert changed == head
+    run.start_finetuning()
+    changed, head = step()
+    bottom = {n for n in changed if n not in head}
+    parts = {"audio": "audio.feature_extractor.", "text": "text.embeddings."}
+    assert {n.split(".", 2)[0] for n in bottom} == set(run.upstreams)
+    assert all(n.startswith(parts[n.split(".")[0]]) for n in bottom)
+
+
+@pytest.fixture(scope="session")
+def full_size_upstreams(tmp_path_factory):
+    import transformers as hf
+
+    import model
+
+    folder = tmp_path_factory.mktemp("full")
+    tiny = model.make_tiny_upstreams(
+        str(folder / "tiny"), ["i hate it so do all alone lovely party and ,"]
+    )
+    torch.manual_seed(0)
+    for m, config, cls in (
+        ("audio", model.wavlm_config(), hf.WavLMModel), ("text", hf.BertConfig(), hf.BertModel)
+    ):  # fmt: skip
+        cls(config).save_pretrained(folder / m)
+        loader = hf.AutoFeatureExtractor if m == "audio" else hf.AutoTokenizer
+        loader.from_pretrained(tiny[m]).save_pretrained(folder / m)
+    return {m: model.Upstream(str(folder / m), m) for m in ("audio", "text")}
