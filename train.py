@@ -84,6 +84,9 @@ class Patience:
 
 # ------------------------------------------------------------------------------------------------
 # What a run starts from
+#
+# The corpus, the upstreams as they were trained by others, and their layer states. A command may
+# ask for many runs (--system all --fold all): they share all of this.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +159,9 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
 
 # ------------------------------------------------------------------------------------------------
 # The run folder: settings, checkpoint, log
+#
+# A fold on IEMOCAP takes hours, so a run can be killed at any moment and goes on: every file is
+# written under another name and then renamed, and a checkpoint holds every random state.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +185,7 @@ def claim(folder: Path, settings: dict) -> None:
 
 
 def write_json(path: Path, value) -> None:
+    """`value` as indented JSON, through `replace`."""
     replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
@@ -249,6 +256,7 @@ class Run:
         return {name: module.state_dict() for name, module in parts.items()}
 
     def load_weights(self, weights: dict[str, dict]) -> None:
+        """The inverse of weights(); what it does not name goes back to where it started."""
         self.model.load_state_dict(weights["model"])
         for m, upstream in self.upstreams.items():
             upstream.finetunable().load_state_dict(weights.get(m, self.material.pristine[m]))
@@ -270,6 +278,7 @@ class Run:
         }
 
     def load_state(self, state: dict) -> None:
+        """The inverse of state(). The order matters: the trigger makes a new optimiser."""
         if state["finetune_epoch"] is not None:
             self.start_finetuning()
             self.patience.finetuning = True
@@ -310,39 +319,45 @@ def resume(run: Run, folder: Path) -> None:
 
 
 def run_name(fusion: str, frozen: bool) -> str:
+    """The run's folder below its corpus: mmt-finetuned is Sys. 18."""
     return f"{fusion}-{'frozen' if frozen else 'finetuned'}"
 
 
 def train(settings: dict, material: Material, folder: Path, device: str) -> None:
-    """One system on one fold with one seed, from where its folder stands to its result."""
-    fusion, frozen, fold, seed = (settings[k] for k in ("fusion", "frozen", "fold", "seed"))
-    system = evaluate.system_number(fusion, frozen)
-    title = f"Sys. {system} ({run_name(fusion, frozen)}), fold {fold}, seed {seed}"
+    """One system on one fold with one seed, from where its folder stands to its result.json."""
+    name = run_name(settings["fusion"], settings["frozen"])
+    number = evaluate.system_number(settings["fusion"], settings["frozen"])
+    title = f"Sys. {number} ({name}), fold {settings['fold']}, seed {settings['seed']}"
     claim(folder, settings)
     if (folder / "result.json").exists():
         print(f"{title}: done before, see {folder}")
         return
-    parts = data.split(material.corpus, fold, seed)
+
+    # Utterances go by their row in the corpus: into labels, windows, clips, texts and states alike.
+    train_set, dev_set, test_set = data.split(material.corpus, settings["fold"], settings["seed"])
     row = {u.id: i for i, u in enumerate(material.corpus)}
-    train_rows, dev_rows, test_rows = (torch.tensor([row[u.id] for u in part]) for part in parts)
-    dev_speaker = parts[1][0].speaker
-    print(
-        f"\n{title}: train {len(train_rows)}, dev {len(dev_rows)} (speaker {dev_speaker}), "
-        f"test {len(test_rows)} (Session{fold}) utterances of {material.name}; {folder}"
+    train_rows, dev_rows = (
+        torch.tensor([row[u.id] for u in part]) for part in (train_set, dev_set)
     )
-    labels = material.labels.to(device)
+    test_rows = torch.tensor([row[u.id] for u in test_set])
+    print(
+        f"\n{title}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
+        f"test {len(test_set)} (Session{settings['fold']}) utterances of {material.name}; {folder}"
+    )
+
     run = Run(settings, material, device)
     resume(run, folder)
     model, patience = run.model, run.patience
-
+    labels = material.labels.to(device)
     while patience.since_best < STOP_AFTER:  # [A15]: no cap on the epochs
         started = time.perf_counter()
-        model.train()
+
+        # One epoch over the training speakers, in an order of its own.
+        model.train()  # dropout on; the upstreams stay in eval mode [A12]
         train_loss = 0.0
         batches = train_rows[torch.randperm(len(train_rows), generator=run.order)].split(BATCH)
-        for rows in tqdm(
-            batches, desc=f"epoch {len(run.log) + 1}", leave=False, delay=3, disable=None
-        ):
+        bar = f"epoch {len(run.log) + 1}"
+        for rows in tqdm(batches, desc=bar, leave=False, delay=3, disable=None):
             logits = model(**run.inputs(rows))  # (B, 4)
             loss = F.cross_entropy(logits, labels[rows])  # §2.4; [A15]: classes not weighted
             run.optimizer.zero_grad()
@@ -350,29 +365,22 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
             run.optimizer.step()  # [A15]: gradients not clipped
             train_loss += loss.item() * len(rows) / len(train_rows)
 
-        dev = evaluate.score(
-            material.labels[dev_rows], evaluate.predict(model, dev_rows, run.inputs)
-        )
-        phase = "frozen" if run.finetune_epoch is None else "finetune"
+        # §3.2: "we randomly select one speaker as a development set and monitor its loss".
+        log_probs = evaluate.predict(model, dev_rows, run.inputs)
+        dev = evaluate.score(material.labels[dev_rows], log_probs)
         event = patience.step(dev["loss"])
+        phase = "frozen" if run.finetune_epoch is None else "finetune"
         run.log.append({
             "epoch": len(run.log) + 1, "phase": phase, "lr": run.optimizer.param_groups[0]["lr"],
             "train_loss": train_loss, "dev_loss": dev["loss"], "dev_wa": dev["wa"],
             "dev_ua": dev["ua"], "since_best": patience.since_best,
             "seconds": time.perf_counter() - started,
         })  # fmt: skip
-        print(
-            f"{material.name} epoch {len(run.log):3} {phase:8} train loss {train_loss:.4f}  "
-            f"dev loss {dev['loss']:.4f} WA {dev['wa']:6.2%} UA {dev['ua']:6.2%}  "
-            f"{'lowest' if patience.since_best == 0 else f'{patience.since_best} since lowest':15} "
-            f"{run.log[-1]['seconds']:.1f} s"
-        )
-        for m, extractor in model.extractor.items():  # [A2]
-            se = getattr(extractor, "utterance", extractor).se
-            if se.alive == 0:
-                print(f"warning: the S&E unit of the {m} features is dead: its gates stand still")
+        print_epoch(material.name, run)
         select(run, dev, test_rows)
-        at_trigger = patience.since_best == FINETUNE_AFTER and phase == "frozen"
+
+        # The state at which the trigger fires, or would in a fine-tuned system: for the run's twin.
+        at_trigger = phase == "frozen" and patience.since_best == FINETUNE_AFTER
         if event == "finetune" or (at_trigger and not (folder / "trigger.pt").exists()):
             save(folder / "trigger.pt", run.state())
         if event == "finetune":
@@ -386,32 +394,50 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
         write_log(folder, run.log)
 
     print(f"Stop: no lower dev loss for {STOP_AFTER} epochs.")
-    write_log(folder, run.log)  # also when the loop had ended before
-    if run.selected:
+    write_log(folder, run.log)  # a kill may have come between the last checkpoint and its line
+    if run.selected:  # [A10]: not the last weights
         run.load_weights(run.selected["weights"])
         if run.selected["finetune_epoch"] is None:
             run.states = {m: material.states[m] for m in run.upstreams}
-    # The test session is touched here for the first time (unless --select test).
+
+    # The test session: predicted here for the first time (but for --select test).
     log_probs = evaluate.predict(model, test_rows, run.inputs)
     seen = data.texts_elsewhere(material.corpus)
     evaluate.write_predictions(
-        folder / "predictions.csv", parts[2], log_probs, [u.id in seen for u in parts[2]]
+        folder / "predictions.csv", test_set, log_probs, [u.id in seen for u in test_set]
     )
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:  # in KiB, on macOS in bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
     result = {
-        "corpus": material.name, "fusion": fusion, "frozen": frozen, "fold": fold, "seed": seed,
+        **{k: settings[k] for k in ("corpus", "fusion", "frozen", "fold", "seed")},
         **evaluate.score(material.labels[test_rows], log_probs),
-        "epochs": len(run.log), "finetune_epoch": run.finetune_epoch, "dev_speaker": dev_speaker,
-        "n_train": len(train_rows), "n_dev": len(dev_rows), "n_test": len(test_rows),
-        "seconds": sum(row["seconds"] for row in run.log), "peak_memory_bytes": peak,
-        "select": settings["select"],
+        "epochs": len(run.log), "finetune_epoch": run.finetune_epoch,
+        "dev_speaker": dev_set[0].speaker, "n_train": len(train_set), "n_dev": len(dev_set),
+        "n_test": len(test_set), "seconds": sum(epoch["seconds"] for epoch in run.log),
+        "peak_memory_bytes": peak_memory(device), "select": settings["select"],
     }  # fmt: skip
     write_json(folder / "result.json", result)
     print(evaluate.describe(result))
+
+
+def print_epoch(corpus: str, run: Run) -> None:
+    """The last epoch in one line, and a warning where an S&E unit has died [A2]."""
+    e = run.log[-1]
+    age = f"{e['since_best']} since lowest" if e["since_best"] else "lowest"
+    print(
+        f"{corpus} epoch {e['epoch']:3} {e['phase']:8} train loss {e['train_loss']:.4f}  "
+        f"dev loss {e['dev_loss']:.4f} WA {e['dev_wa']:6.2%} UA {e['dev_ua']:6.2%}  "
+        f"{age:15} {e['seconds']:.1f} s"
+    )
+    for m, extractor in run.model.extractor.items():
+        if getattr(extractor, "utterance", extractor).se.alive == 0:
+            print(f"warning: the S&E unit of the {m} features is dead: its gates stand still")
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's memory as torch counts it, or of the process where there is no GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def select(run: Run, dev: dict, test_rows: Tensor) -> None:
@@ -434,10 +460,12 @@ def select(run: Run, dev: dict, test_rows: Tensor) -> None:
 
 
 def save(path: Path, state: dict) -> None:
+    """A checkpoint, through `replace`; read back with weights_only, so it can run no code."""
     replace(path, lambda file: torch.save(state, file))
 
 
 def write_log(folder: Path, log: list[dict]) -> None:
+    """log.jsonl, whole: after a kill it never holds an epoch that the checkpoint does not."""
     lines = "".join(json.dumps(row) + "\n" for row in log)
     replace(folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
@@ -475,7 +503,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--cma-residual", action="store_true", help="[A7]")
     p.add_argument("--reset-patience", action="store_true", help="[A9]")
     p.add_argument("--select", choices=("last", "best", "test"), default="last",
-                   help="[A10] the epoch to test; test: by test accuracy, that is, cheating")  # fmt: skip
+                   help="[A10] the epoch to test; test: to see how that cheats")  # fmt: skip
     args = p.parse_args(arguments)
     everything = [str(n) for n in range(1, 19)]
     args.system = everything if args.system == ["all"] else args.system
