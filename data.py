@@ -630,30 +630,27 @@ def write_toy(root: str | Path, full_size: bool = False, shorten: float = 1.0) -
         for session in SESSIONS
         for name, turns in _toy_dialogs(session, full_size, rng)
     ]
-    for number, (session, name, turns) in enumerate(
-        tqdm(plan, desc="toy corpus", leave=False, disable=None)
-    ):
+    bar = tqdm(plan, desc="toy corpus", leave=False, disable=None)
+    for number, (session, name, turns) in enumerate(bar):
         folder = root / f"Session{session}"
-        for sub in ("dialog/EmoEvaluation/Categorical", "dialog/transcriptions"):
-            (folder / sub).mkdir(parents=True, exist_ok=True)
         wavs = folder / "sentences" / "wav" / name
         wavs.mkdir(parents=True)
         counts: Counter = Counter()
-        felt, end = "neu", 0.0
         labels: dict[str, list[str]] = {"F": [], "M": []}
         words = []
+        felt, start, end = "neu", 0.0, 0.0
         for k, (letter, code) in enumerate(turns):
             felt = FELT.get(code, code if code in VOICES else felt)  # "xxx": as before
             seconds = rng.uniform(0.15, 0.25)
             if full_size:  # median 3.58 s, mean 4.55 s
                 seconds = float(np.clip(rng.lognormal(np.log(3.58), 0.69), 0.585, 34.1)) * shorten
             n = int(seconds * SAMPLE_RATE)
+            # Speakers interrupt each other; once, as in the original, two start together.
+            if not (name == "Ses02F_impro01" and k == 7):
+                start = max(end + rng.uniform(-0.2, 0.8), 0.5)
+            end = start + n / SAMPLE_RATE
             id = f"{name}_{letter}{counts[letter]:03}"
             counts[letter] += 1
-            # Speakers may interrupt each other; once, as in the original, two start together.
-            tie = name == "Ses02F_impro01" and k == 7
-            start = start if tie else max(end + rng.uniform(-0.2, 0.8), 0.5)  # noqa: F821
-            end = start + n / SAMPLE_RATE
             x = _toy_voice(felt, speaker_fall[f"Ses{session:02}{letter}"], n, rng)
             _write_wav(wavs / f"{id}.wav", x)
             text = _toy_text(felt, "script" in name, full_size, rng)
@@ -662,21 +659,23 @@ def write_toy(root: str | Path, full_size: bool = False, shorten: float = 1.0) -
                 f"[{start:.4f} - {end:.4f}]\t{id}\t{code}\t[2.5000, 2.5000, 2.5000]\n"
                 f"C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
             )
-        # The quirks: words without id or with an XX id, order, sub-folders, strays of a Mac.
+        # Quirks of the transcripts: a line without an id, 48 ids with XX, two of them twice, one
+        # turn out of order. (Those of the label files: first all F, then all M; raters' lines.)
         words.insert(2, "M: hm.")
+        words[5], words[6] = words[6], words[5]
         if name in ("Ses05F_impro03", "Ses05M_impro03"):
             words += [f"{name}_FXX0 [000.1000-000.2000]: "] * 2
         elif number % 3 == 0 and number < 44 * 3:
             words.append(f"{name}_MXX0 [000.1000-000.2000]: oh")
-        words[5], words[6] = words[6], words[5]
         header = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
-        rows = header + "".join(labels["F"] + labels["M"])
-        (folder / "dialog/EmoEvaluation" / f"{name}.txt").write_text(rows)
-        (folder / "dialog/EmoEvaluation" / f"._{name}.txt").write_bytes(b"\0\5\x16\7")
-        (folder / "dialog/EmoEvaluation/Categorical" / f"{name}_e2_cat.txt").write_text(
-            "one rater\n"
-        )
-        (folder / "dialog/transcriptions" / f"{name}.txt").write_text("\n".join(words) + "\n")
+        for path, text in (
+            (f"dialog/EmoEvaluation/{name}.txt", header + "".join(labels["F"] + labels["M"])),
+            (f"dialog/EmoEvaluation/Categorical/{name}_e2_cat.txt", "one rater\n"),
+            (f"dialog/EmoEvaluation/._{name}.txt", "a stray of macOS\n"),
+            (f"dialog/transcriptions/{name}.txt", "\n".join(words) + "\n"),
+        ):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
     (root / "toy.json").write_text(json.dumps(settings))
     return root
 

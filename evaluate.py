@@ -168,17 +168,20 @@ def system_name(fusion: str, frozen: bool) -> str:
 
 
 def describe(result: dict) -> str:
-    """WA, UA and the confusion matrix of one run, in words; says toy where the corpus is one."""
+    """WA and UA of one run beside chance, and its confusion matrix (Fig. 4), as text."""
     counts = np.array(result["confusion"])
-    share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    size = counts.sum(axis=1)
+    share = counts / size[:, None].clip(min=1)
     lines = [
         f"{result['corpus']}: WA {result['wa']:.2%}  UA {result['ua']:.2%}  on {result['n_test']} "
         f"test utterances of Session{result['fold']}, after {result['epochs']} epochs"
         + (f" in {result['seconds']:.0f} s" if "seconds" in result else ""),
+        f"{result['corpus']}: always the largest class would have "
+        f"WA {size.max() / size.sum():.2%}  UA {1 / (size > 0).sum():.2%}",
         f"{result['corpus']}, share of each true class (row) taken for (column):",
         "        " + "".join(f"{c:>7}" for c in CLASSES),
     ]
-    for c, row, n in zip(CLASSES, share, counts.sum(axis=1)):
+    for c, row, n in zip(CLASSES, share, size):
         lines.append(f"    {c:4}" + "".join(f"{x:7.2f}" for x in row) + f"   of {n}")
     return "\n".join(lines)
 

@@ -58,7 +58,10 @@ FUSIONS["mmt"] = FUSIONS["cmt-a2t"] + FUSIONS["cmt-t2a"]  # Sys. 17, 18: Fig. 3d
 
 @dataclass
 class Config:
-    """What the trainable part is built from; by default the paper's main system at full size."""
+    """What the trainable part is built from; by default the paper's main system at full size.
+
+    Raises ValueError for a fusion, condense or text_mask that there is not.
+    """
 
     fusion: str = "mmt"  # a key of FUSIONS
     audio_layers: int = 25  # L + 1 of WavLM-Large
@@ -72,6 +75,17 @@ class Config:
     condense: str = "sum"  # [A1] "sum" or "concat"
     text_mask: str = "union"  # [A5] "union" or "target"
     cma_residual: bool = False  # [A7]
+
+    def __post_init__(self):
+        for name, known in (
+            ("fusion", tuple(FUSIONS)),
+            ("condense", ("sum", "concat")),
+            ("text_mask", ("union", "target")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}: take one of {', '.join(known)}"
+                )
 
     @property
     def modalities(self) -> list[str]:
@@ -90,8 +104,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     x (B, T, D), mask (B, T) -> (B, D). Where no step is real the result is zero, never 0/0 = NaN:
     at a dialogue's edge that happens to every context utterance that does not exist.
     """
-    weight = mask.to(x.dtype).unsqueeze(-1)  # (B, T, 1)
-    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
+    return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
 
 
 def cross_modal_attention(
@@ -204,7 +218,7 @@ class ContextConv(nn.Module):
         # UNSPECIFIED [A6]: a window that reaches over a dialogue's edge. We set a zero map, masked
         # out, for an utterance that does not exist. Padded tokens are zeroed in the same way, so
         # that the result does not depend on how far the batch was padded.
-        x = x * mask.unsqueeze(-1)  # (B, C, T, d)
+        x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # (B, C, T, d)
         x = self.conv(x).squeeze(1)  # (B, T, d)
         # UNSPECIFIED [A5]: which cells of X_T are real. We take every position at which any of the
         # C utterances has a token; alternative: --text-mask target, the target's own tokens.
@@ -316,13 +330,11 @@ class EmotionRecognizer(nn.Module):
     audio  (states (B, T, L, D), mask (B, T)), or None for the text systems
     text   (states, mask) or (states, mask, context) as in TextFeatureExtractor, or None
     The order of the logits is that of Fig. 4: neu, hap, ang, sad (data.CLASSES). Raises ValueError
-    for an unknown fusion, or where a modality that the fusion needs is missing.
+    where a modality that the fusion needs is missing.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        if config.fusion not in FUSIONS:
-            raise ValueError(f"unknown fusion {config.fusion!r}: take one of {', '.join(FUSIONS)}")
         self.config = config
         self.extractor = nn.ModuleDict()
         if "audio" in config.modalities:
@@ -486,14 +498,15 @@ def _load(name: str, modality: str):
     try:
         preprocessor = loader.from_pretrained(name, local_files_only=local)
         model, info = hf.AutoModel.from_pretrained(
-            name, local_files_only=local, output_loading_info=True
+            name, local_files_only=local, output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UpstreamError(f"{flag} {name} cannot be loaded: {reason}") from None
     # The hub's old checkpoints name WavLM's positional convolution weight_g / weight_v: if that, or
-    # anything but the unused pooler, failed to load, it would be random, and nothing would show it.
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    # anything else that is used, failed to load, it would be random, and nothing would show it.
+    unused = ("pooler", "masked_spec_embed")
+    missing = [key for key in info["missing_keys"] if not any(u in key for u in unused)]
     part = "feature_extractor" if modality == "audio" else "embeddings"
     if missing or not hasattr(model, part):
         raise UpstreamError(

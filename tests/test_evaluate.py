@@ -102,6 +102,16 @@ def test_the_report_sets_means_beside_the_paper_and_names_missing_folds(tmp_path
     assert "toy" in done.stdout
 
 
+def test_one_run_is_described_beside_chance_with_its_confusion_matrix():
+    counts = [[3, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0], [0, 0, 0, 2]]  # 8 utterances, 3 classes
+    result = {"corpus": "toy", "wa": 0.625, "ua": 0.6, "fold": 5, "epochs": 9, "seconds": 2.0}
+    text = evaluate.describe(result | {"confusion": counts, "n_test": 8})
+    assert "WA 62.50%  UA 60.00%" in text and "WA 50.00%  UA 33.33%" in text  # 4 of 8; 1 of 3
+    neu, hap, ang, sad = text.splitlines()[-4:]
+    assert neu.split() == ["neu", "0.75", "0.25", "0.00", "0.00", "of", "4"]
+    assert hap.split()[3] == "1.00" and ang.split()[-1] == "0" and sad.split()[4] == "1.00"
+
+
 def test_corpora_never_share_a_table(tmp_path):
     write_run(tmp_path, "mmt", False, 5, corpus="toy")
     write_run(tmp_path, "mmt", False, 5, corpus="iemocap", right=8)

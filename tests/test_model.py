@@ -33,6 +33,7 @@ def test_masked_mean_is_the_mean_of_the_real_steps():
     torch.manual_seed(0)
     x, mask = torch.randn(5, 7, 3), torch.rand(5, 7) > 0.4
     mask[2] = False  # an utterance that does not exist
+    x[~mask] = float("nan")  # whatever stands in the padding
     out = model.masked_mean(x, mask)
     for b in range(5):
         real = [x[b, t] for t in range(7) if mask[b, t]]
@@ -304,6 +305,8 @@ def test_first_loss_is_near_chance_and_one_batch_can_be_learnt_by_heart(fusion, 
 def test_unknown_fusion_and_missing_modality_are_said():
     with pytest.raises(ValueError, match="unknown fusion 'early'.*ef"):
         EmotionRecognizer(Config("early"))
+    with pytest.raises(ValueError, match="unknown condense 'mean'"):
+        Config(condense="mean")
     with pytest.raises(ValueError, match="needs audio"):
         EmotionRecognizer(Config("ef"))(None, None)
 
