@@ -788,7 +788,7 @@ def _write_wav(path: Path, x: np.ndarray) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="compare a corpus with the full release")
@@ -799,7 +799,7 @@ def main() -> None:
     toy.add_argument("--full-size", action="store_true", help="as many of everything as IEMOCAP")
     toy.add_argument("--shorten", type=float, default=1.0, metavar="F",
                      help="with --full-size: audio lengths times F (F = 1: 1.4 GB)")  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         if args.command == "toy":
             write_toy(args.dir, args.full_size, args.shorten)

@@ -5,10 +5,13 @@ python evaluate.py RUNS       ours beside the paper's, for whatever runs are fou
 
 import argparse
 import csv
+import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -108,25 +111,83 @@ def write_predictions(
     temporary.replace(path)
 
 
-def read_result(folder: Path) -> dict:
-    """The result.json of a run. Raises RunError naming the file and what is wrong with it."""
-    path = folder / "result.json"
+@dataclass
+class Run:
+    """A finished run as its folder tells it; no model is loaded."""
+
+    title: str  # the corpus and every switch that is not at its default
+    result: dict  # result.json
+    ids: list[str]  # of the N test utterances
+    speakers: np.ndarray  # (N,)
+    truth: np.ndarray  # (N,) indices into CLASSES
+    guess: np.ndarray  # (N,)
+    seen_text: np.ndarray | None  # (N,) bool
+
+    @property
+    def dialogs(self) -> np.ndarray:
+        """(N,): the dialogue of each utterance."""
+        return np.array([id.rsplit("_", 1)[0] for id in self.ids])
+
+
+def read_run(folder: Path) -> Run:
+    """config.json, result.json and predictions.csv of a run, checked against each other.
+
+    Raises RunError naming the file and what is wrong with it.
+    """
+    if not (folder / "result.json").exists():
+        raise RunError(f"{folder}: no result.json; the same train.py command goes on with this run")
+    path = folder
     try:
+        path = folder / "config.json"
+        settings = json.loads(path.read_text())
+        flips = [
+            f"{k} {settings.get(k, v)}" for k, v in SWITCHES.items() if settings.get(k, v) != v
+        ]
+        path = folder / "result.json"
         result = json.loads(path.read_text())
+        if result.get("select") == "test":
+            flips = [f for f in flips if not f.startswith("select")] + ["SELECTED ON TEST"]
         counts = np.array(result["confusion"])
-        sound = (
-            counts.shape == (4, 4)
-            and counts.sum() == result["n_test"]
-            and result["fusion"] in FUSIONS
-            and abs(counts.trace() / counts.sum() - result["wa"]) < 1e-6
-            and {type(result["corpus"]), type(result["frozen"])} == {str, bool}
-            and {type(result["fold"]), type(result["seed"])} == {int}
+        assert result["fusion"] in FUSIONS, f"unknown fusion {result['fusion']!r}"
+        assert isinstance(result["corpus"], str), "corpus is no string"
+        assert isinstance(result["frozen"], bool), "frozen is neither true nor false"
+        assert isinstance(result["fold"], int) and isinstance(result["seed"], int), (
+            "no fold or seed"
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: {type(error).__name__}: {error}") from None
-    if not sound:
-        raise RunError(f"{path}: its entries contradict each other")
-    return result
+        path = folder / "predictions.csv"
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        ids = [row["utterance"] for row in rows]
+        truth = np.array([CLASSES.index(row["label"]) for row in rows])
+        guess = np.array([CLASSES.index(row["prediction"]) for row in rows])
+        assert len(set(ids)) == len(ids), "an utterance stands there twice"
+        assert (confusion_matrix(truth, guess) == counts).all(), (
+            "it is not what result.json counted"
+        )
+        for name, metric in (("wa", weighted_accuracy), ("ua", unweighted_accuracy)):
+            wrong = abs(metric(truth, guess) - result[name]) > 1e-6
+            assert not wrong, f"{name} in result.json is not that of these predictions"
+        seen = [row["seen_text"] == "1" for row in rows] if "seen_text" in rows[0] else None
+        return Run(
+            ", ".join([result["corpus"], *flips]), result, ids,
+            np.array([row["speaker"] for row in rows]), truth, guess,
+            None if seen is None else np.array(seen),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, csv.Error,
+            AssertionError) as error:  # fmt: skip
+        reason = str(error) if isinstance(error, (AssertionError, OSError)) else repr(error)
+        raise RunError(f"{path}: {reason}") from None
+
+
+def find_runs(root: Path) -> tuple[list[Run], list[str]]:
+    """(runs, what was left out and why) of all run folders below `root`."""
+    runs, left_out = [], []
+    for config in sorted(root.rglob("config.json")):
+        try:
+            runs.append(read_run(config.parent))
+        except RunError as error:
+            left_out.append(str(error))
+    return runs, left_out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,86 +247,271 @@ def describe(result: dict) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class Table:
+    """A title, a header and rows of strings; printed as text, Markdown or CSV."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def render(self, form: str) -> str:
+        rows = [self.header, *self.rows]
+        if form == "csv":
+            out = io.StringIO()
+            csv.writer(out).writerows([["table", *rows[0]], *([self.title, *r] for r in rows[1:])])
+            return out.getvalue()
+        columns = []
+        for cells in zip(*rows):  # words to the left, numbers to the right
+            align = "<" if any(c[:1].isalpha() for c in cells[1:]) else ">"
+            columns.append([f"{c:{align}{max(map(len, cells))}}" for c in cells])
+        lines = ["  ".join(cells).rstrip() for cells in zip(*columns)]
+        if form == "markdown":
+            rows.insert(1, ["---"] * len(self.header))
+            lines = ["", *(f"| {' | '.join(row)} |" for row in rows)]
+        return "\n".join([self.title, *lines])
+
+
+def percent(x: float, sign: str = "") -> str:
+    return f"{100 * x:{sign}.2f}"
+
+
 def mean_sd(values: Sequence[float]) -> str:
-    """ "81.70 ± 1.20" in percent; the sample's standard deviation, none of a single value."""
-    sd = f" ± {100 * statistics.stdev(values):5.2f}" if len(values) > 1 else " " * 8
-    return f"{100 * statistics.fmean(values):5.2f}{sd}"
+    """ "81.70 ± 1.20" in percent, with the sample's standard deviation; no ± for a single value.
+
+    >>> mean_sd([0.5, 0.75, 1.0])
+    '75.00 ± 25.00'
+    """
+    values = list(values)
+    sd = f" ± {percent(statistics.stdev(values))}" if len(values) > 1 else ""
+    return percent(statistics.fmean(values)) + sd
 
 
-def tables(title: str, results: list[dict]) -> str:
-    """Tables 1 and 2, ours beside the paper's, for the systems that were run; one corpus only."""
-    sessions = {r["fold"] for r in results}
-    if "partial" not in title:  # a partial corpus has the sessions that it has
+def table_1(runs: list[Run]) -> Table:
+    """Table 1: the systems that were run, in the paper's order, ours beside the paper's.
+
+    ± is the standard deviation over the folds, each averaged over its seeds first; where there are
+    several seeds, a second ± gives that of their means over the folds. Folds that a seed misses are
+    named: a mean over other folds than the paper's is not comparable with it.
+    """
+    sessions = {r.result["fold"] for r in runs}
+    if "partial" not in runs[0].title:  # a partial corpus has the sessions that it has
         sessions |= {1, 2, 3, 4, 5}
-
-    def row(fusion: str, frozen: bool, runs: list[dict], wa: float, ua: float) -> str:
-        ours = [f"{mean_sd([r[m] for r in runs])} ({p:5.2f})" for m, p in (("wa", wa), ("ua", ua))]
-        number, modality = system_number(fusion, frozen), TABLE_1[fusion][1]
-        name = system_name(fusion, frozen)
-        return f"{number:4} {name:21} {modality:4} {len(runs):4}  {'  '.join(ours)}"
-
-    lines = [
-        f"Table 1 with {title}: mean ± sd over runs, in %; (the paper's, on IEMOCAP)",
-        f"Sys. {'Model':26} runs  {'WA':14}{'(paper)':9}{'UA':14}{'(paper)':9}",
-    ]
-    for fusion, (_, _, *paper) in TABLE_1.items():
+    rows = []
+    for fusion, (_, modality, *paper) in TABLE_1.items():
         for frozen in (True, False):
-            runs = [r for r in results if (r["fusion"], r["frozen"]) == (fusion, frozen)]
-            if runs:
-                lines.append(row(fusion, frozen, runs, *(paper[:2] if frozen else paper[2:])))
-                missing = sorted(sessions - {r["fold"] for r in runs})
+            mine = [
+                r.result for r in runs
+                if (r.result["fusion"], r.result["frozen"]) == (fusion, frozen)
+            ]  # fmt: skip
+            if not mine:
+                continue
+            row = [str(system_number(fusion, frozen)), system_name(fusion, frozen), modality]
+            row.append(str(len(mine)))
+            for metric, published in zip(("wa", "ua"), paper[:2] if frozen else paper[2:]):
+                folds, seeds = grouped(mine, "fold", metric), grouped(mine, "seed", metric)
+                over_seeds = f" ± {mean_sd(seeds).split()[-1]}" if len(seeds) > 1 else ""
+                difference = statistics.fmean(folds) - published / 100
+                row += [mean_sd(folds) + over_seeds, f"{published:.2f}", percent(difference, "+")]
+            gaps = []
+            for seed in sorted({r["seed"] for r in mine}):
+                missing = sessions - {r["fold"] for r in mine if r["seed"] == seed}
                 if missing:
-                    lines[-1] += f"  folds missing: {' '.join(map(str, missing))}"
-    fifth = [r for r in results if r["fusion"] == "mmt" and r["fold"] == 5]
-    if fifth:
+                    gaps.append(f"seed {seed} misses folds {' '.join(map(str, sorted(missing)))}")
+            rows.append([*row, "; ".join(gaps)])
+    header = ["Sys.", "Model", "", "runs", "WA", "paper", "diff", "UA", "paper", "diff", ""]
+    title = f"Table 1 with {runs[0].title}, in % (paper: IEMOCAP)"
+    return Table(title, header, rows)
+
+
+def grouped(results: list[dict], key: str, metric: str) -> list[float]:
+    """The mean of the metric for each value of the key, in the order of the values."""
+    values = sorted({r[key] for r in results})
+    return [statistics.fmean(r[metric] for r in results if r[key] == v) for v in values]
+
+
+def table_2(runs: list[Run]) -> Table:
+    """Table 2's own rows on Session 5. The paper does not name their system: we take MMT."""
+    rows = []
+    for frozen, published in TABLE_2.items():
+        mine = [
+            r.result for r in runs
+            if (r.result["fusion"], r.result["frozen"], r.result["fold"]) == ("mmt", frozen, 5)
+        ]  # fmt: skip
+        if mine:
+            row = [str(system_number("mmt", frozen)), system_name("mmt", frozen), str(len(mine))]
+            for metric, p in zip(("wa", "ua"), published):
+                values = [r[metric] for r in mine]
+                difference = statistics.fmean(values) - p / 100
+                row += [mean_sd(values), f"{p:.2f}", percent(difference, "+")]
+            rows.append(row)
+    header = ["Sys.", "Model", "runs", "WA", "paper", "diff", "UA", "paper", "diff"]
+    return Table(f"Table 2 with {runs[0].title}, Session 5, in % (paper: IEMOCAP)", header, rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the paper left out: is a difference real, and what does the average hide?
+# ------------------------------------------------------------------------------------------------
+
+
+def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
+    """McNemar's exact test (McNemar 1947): the p-value of "a and b err equally often".
+
+    Only utterances on which one is right and the other wrong speak. If neither system is better,
+    each of these n falls to either side like a fair coin: p is twice the probability of a split at
+    least as uneven, at most 1. It takes utterances for independent, which neighbours are not; the
+    bootstrap below does not. Example: a alone is right once, b alone five times, so n = 6 and
+    p = 2 (C(6,0) + C(6,1)) / 2^6 = 14 / 64.
+
+    >>> mcnemar([1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1, 1, 0])
+    0.21875
+    """
+    a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def bootstrap(
+    truth: np.ndarray, guess_a: np.ndarray, guess_b: np.ndarray, dialogs: np.ndarray,
+    draws: int = 2000, seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:  # fmt: skip
+    """{"wa", "ua"}: (b - a, and the ends of its 95 % interval), paired, by dialogue.
+
+    The percentile bootstrap (Efron and Tibshirani 1993, ch. 13) of the difference. Whole dialogues
+    are drawn with replacement, not utterances, for neighbours are alike; both systems are scored
+    on the same draw. An interval that holds 0 shows no difference. Example: b is right on one more
+    of the two utterances of each dialogue, so every draw gives the same.
+
+    >>> bootstrap(np.array([0, 0, 0, 0]), np.array([0, 1, 0, 1]), np.array([0, 0, 0, 0]),
+    ...           np.array(["d", "d", "e", "e"]))["wa"]
+    (0.5, 0.5, 0.5)
+    """
+    names = sorted(set(dialogs))
+    # Confusion counts by system and dialogue add up to those of any draw: (2, dialogues, 4, 4).
+    counts = np.array([
+        [confusion_matrix(truth[dialogs == d], guess[dialogs == d]) for d in names]
+        for guess in (guess_a, guess_b)
+    ])  # fmt: skip
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(names), [1 / len(names)] * len(names), size=draws)
+    times = np.vstack([np.ones(len(names), dtype=int), times])  # first the data themselves
+    total = np.einsum("nd,sdij->snij", times, counts)  # (2, 1 + draws, 4, 4)
+    size, right = total.sum(axis=3), np.einsum("snii->sni", total)  # (2, 1 + draws, 4)
+    recall = np.where(size > 0, right / size.clip(min=1), np.nan)
+    result = {}
+    for metric, value in (
+        ("wa", right.sum(axis=2) / size.sum(axis=2)), ("ua", np.nanmean(recall, axis=2))
+    ):  # fmt: skip
+        difference = value[1] - value[0]
+        low, high = np.percentile(difference[1:], [2.5, 97.5])
+        result[metric] = (float(difference[0]), float(low), float(high))
+    return result
+
+
+def compare(runs: list[Run], a: int, b: int) -> str:
+    """Systems a and b (Table 1's numbers) on the utterances that both were tested on.
+
+    One run of each a fold, of the lowest seed that both have. Raises RunError where there is none,
+    or where the two runs of a fold did not test the same utterances.
+    """
+    by_system: dict[int, dict] = {a: {}, b: {}}
+    for run in runs:
+        r = run.result
+        number = system_number(r["fusion"], r["frozen"])
+        if number in by_system:
+            by_system[number][r["fold"], -r["seed"]] = run
+    pairs = {fold: (fold, seed) for fold, seed in sorted(by_system[a].keys() & by_system[b].keys())}
+    if not pairs:
+        raise RunError(f"{runs[0].title}: no fold on which both Sys. {a} and Sys. {b} were run")
+    guesses: list[list] = [[], []]
+    truth, dialogs = [], []
+    for key in pairs.values():
+        first, second = by_system[a][key], by_system[b][key]
+        if set(first.ids) != set(second.ids):
+            raise RunError(f"fold {key[0]}: Sys. {a} and {b} were tested on different utterances")
+        order = [second.ids.index(id) for id in first.ids]
+        guesses[0].append(first.guess)
+        guesses[1].append(second.guess[order])
+        truth.append(first.truth)
+        dialogs.append(first.dialogs)
+    y, (ga, gb), d = np.concatenate(truth), map(np.concatenate, guesses), np.concatenate(dialogs)
+    lines = [
+        f"Sys. {a} against Sys. {b} with {runs[0].title}: {len(y)} utterances in {len(set(d))} "
+        f"dialogues, folds {' '.join(map(str, pairs))}"
+    ]
+    if (ga == gb).all():
+        return lines[0] + "\nThe two predicted the same everywhere: no difference to test."
+    only_a, only_b = ((ga == y) & (gb != y)).sum(), ((gb == y) & (ga != y)).sum()
+    lines.append(
+        f"only {a} right: {only_a}, only {b} right: {only_b}; McNemar's exact test "
+        f"p = {mcnemar(ga == y, gb == y):.3g}"
+    )
+    for metric, (difference, low, high) in bootstrap(y, ga, gb, d).items():
         lines.append(
-            f"Table 2, Session 5, with {title}; (the paper's, of a system it does not name)"
+            f"{metric.upper()} of {b} less {a}: {percent(difference, '+')} points, 95 % interval "
+            f"{percent(low, '+')} to {percent(high, '+')}"
+            + ("  (holds 0: no difference shown)" if low <= 0 <= high else "")
         )
-    for frozen in (True, False):
-        runs = [r for r in fifth if r["frozen"] == frozen]
-        if runs:
-            lines.append(row("mmt", frozen, runs, *TABLE_2[frozen]))
     return "\n".join(lines)
 
 
-def find_runs(root: Path) -> tuple[dict[str, list[dict]], list[str]]:
-    """({title: results}, what was left out and why) of all runs below `root`.
+def breakdown(runs: list[Run]) -> Table:
+    """WA and UA of each system apart for parts of the test data, pooled over its runs.
 
-    The title is the corpus and each switch that is not at its default: a table never mixes two.
+    A quarter of IEMOCAP's scripted lines are spoken in other sessions too, so leaving a session out
+    does not leave its texts out: what a system owes to that shows in "text seen" against "unseen".
     """
-    found: dict[str, list[dict]] = {}
-    left_out = []
-    for config in sorted(root.rglob("config.json")):
-        folder = config.parent
-        try:
-            if not (folder / "result.json").exists():
-                raise RunError(
-                    f"{folder}: no result.json; the same train.py command goes on with it"
-                )
-            result = read_result(folder)
-            settings = json.loads(config.read_text())
-            flips = [
-                f"{k} {settings.get(k, v)}" for k, v in SWITCHES.items() if settings.get(k, v) != v
-            ]
-            if result.get("select") == "test":
-                flips.append("SELECTED ON TEST")
-            found.setdefault(", ".join([result["corpus"], *flips]), []).append(result)
-        except (RunError, OSError, ValueError) as error:
-            left_out.append(f"{folder}: {error}")
-    return found, left_out
+    systems: dict[int, list[Run]] = {}
+    for run in runs:
+        number = system_number(run.result["fusion"], run.result["frozen"])
+        systems.setdefault(number, []).append(run)
+    rows = []
+    for number, mine in sorted(systems.items()):
+        truth, guess = (np.concatenate([getattr(r, k) for r in mine]) for k in ("truth", "guess"))
+        ids = np.array([id for r in mine for id in r.ids])
+        speakers = np.concatenate([r.speakers for r in mine])
+        improvised = np.char.find(ids, "_impro") >= 0
+        parts = {"all": np.ones(len(ids), bool), "improvised": improvised, "scripted": ~improvised}
+        if all(r.seen_text is not None for r in mine):
+            seen = np.concatenate([r.seen_text for r in mine])
+            parts |= {"text seen": seen, "text unseen": ~seen}
+        parts |= {f"speaker {s}": speakers == s for s in sorted(set(speakers))}
+        parts |= {f"class {c}": truth == i for i, c in enumerate(CLASSES)}
+        for name, part in parts.items():
+            if part.any():
+                wa = percent(weighted_accuracy(truth[part], guess[part]))
+                ua = percent(unweighted_accuracy(truth[part], guess[part]))
+                rows.append([str(number), name, str(part.sum()), wa, ua])
+    title = f"Parts of the test data with {runs[0].title}, in %, pooled over runs"
+    return Table(title, ["Sys.", "part", "utterances", "WA", "UA"], rows)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="a folder of runs, or one run")
-    args = parser.parse_args()
-    found, left_out = find_runs(args.runs)
-    if not found and not left_out:
+    parser.add_argument("--compare", nargs=2, type=int, metavar=("A", "B"),
+                        help="is the difference of two of Table 1's numbers real?")  # fmt: skip
+    parser.add_argument("--parts", action="store_true", help="improvised, scripted, speakers ...")
+    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
+    args = parser.parse_args(arguments)
+    runs, left_out = find_runs(args.runs)
+    if not runs and not left_out:
         sys.exit(f"error: {args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
-    for title, results in sorted(found.items()):
-        print(tables(title, results) + "\n")
-        if len(results) == 1:
-            print(describe(results[0]) + "\n")
+    try:
+        for title in sorted({r.title for r in runs}):
+            here = [r for r in runs if r.title == title]
+            if args.compare:
+                print(compare(here, *args.compare) + "\n")
+                continue
+            for table in [breakdown(here)] if args.parts else [table_1(here), table_2(here)]:
+                if table.rows:
+                    print(table.render(args.format) + "\n")
+            if len(here) == 1 and args.format == "text" and not args.parts:
+                print(describe(here[0].result) + "\n")
+    except RunError as error:
+        left_out.append(str(error))
     if left_out:
         sys.exit("Left out:\n" + "\n".join(left_out))
 

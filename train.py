@@ -27,6 +27,7 @@ from tqdm import tqdm
 import data
 import evaluate
 from data import CorpusError, Utterance
+from evaluate import RunError
 from model import FUSIONS, Config, EmotionRecognizer, Upstream, UpstreamError, make_tiny_upstreams
 
 # §3.2: AdamW, 1e-3 "during initial training", 1e-5 "during fine-tuning", weight decay, batch size
@@ -163,10 +164,6 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
 # A fold on IEMOCAP takes hours, so a run can be killed at any moment and goes on: every file is
 # written under another name and then renamed, and a checkpoint holds every random state.
 # ------------------------------------------------------------------------------------------------
-
-
-class RunError(RuntimeError):
-    """A run folder cannot be used; the message says what to do."""
 
 
 def claim(folder: Path, settings: dict) -> None:

@@ -1,11 +1,16 @@
 """evaluate.py: metrics on written-out cases, the report on written-out run folders, the register."""
 
+import csv
 import doctest
+import itertools
 import json
+import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,28 +83,61 @@ def write_run(root, fusion, frozen, fold, seed=0, corpus="toy", right=6, n=8, **
         "seconds": 1.0, "peak_memory_bytes": 1, "select": "last",
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result | changes))
+    guesses = ["neu"] * right + ["sad"] * (n - right)
+    rows = ["utterance,speaker,label,prediction,neu,hap,ang,sad"]
+    rows += [
+        f"Ses0{fold}F_impro01_F{i:03},Ses0{fold}F,neu,{g},.4,.2,.2,.2"
+        for i, g in enumerate(guesses)
+    ]
+    (folder / "predictions.csv").write_text("\n".join(rows) + "\n")
     return folder
 
 
-def report(root):
-    return subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", root], capture_output=True, text=True
-    )
+@pytest.fixture
+def report(capsys):
+    """Run evaluate.py on a folder: -> (exit code, what it said, what it complained of)."""
+
+    def run(root, *arguments):
+        code = 0
+        try:
+            evaluate.main([str(root), *arguments])
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else 1
+            print(exit.code, file=sys.stderr)
+        return SimpleNamespace(returncode=code, **capsys.readouterr()._asdict())
+
+    return run
 
 
-def test_the_report_sets_means_beside_the_paper_and_names_missing_folds(tmp_path):
+def test_the_command_itself(tmp_path):
+    write_run(tmp_path, "mmt", False, 5)
+    command = [sys.executable, ROOT / "evaluate.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "Table 1 with toy" in done.stdout, done.stderr
+
+
+def test_the_report_sets_means_beside_the_paper_and_names_missing_folds(report, tmp_path):
     for fold, right in ((1, 4), (2, 6), (3, 8)):
         write_run(tmp_path, "mmt", False, fold, right=right)
     for fold in range(1, 6):
         write_run(tmp_path, "audio-fc", True, fold)
     done = report(tmp_path)
-    assert done.returncode == 0, done.stderr
-    (mmt,) = [line for line in done.stdout.splitlines() if line.strip().startswith("18 MMT")]
+    assert done.returncode == 0, done.err
+    (mmt,) = [line for line in done.out.splitlines() if line.strip().startswith("18  MMT")]
     # 50, 75, 100: mean 75, standard deviation 25; the paper's 80.36 and 81.70.
-    assert "75.00 ± 25.00 (80.36)" in mmt and "(81.70)" in mmt and "folds missing: 4 5" in mmt
-    (audio,) = [line for line in done.stdout.splitlines() if line.strip().startswith("1 WavLM+FC")]
-    assert "75.00 ±  0.00 (66.15)" in audio and "(65.35)" in audio and "missing" not in audio
-    assert "toy" in done.stdout
+    assert (
+        mmt.split()
+        == (
+            "18 MMT fine-tuned A+T 3 75.00 ± 25.00 80.36 -5.36 75.00 ± 25.00 81.70 -6.70 "
+            "seed 0 misses folds 4 5"
+        ).split()
+    )
+    (audio,) = [line for line in done.out.splitlines() if line.strip().startswith("1  WavLM+FC")]
+    assert (
+        audio.split()
+        == ("1 WavLM+FC frozen A 5 75.00 ± 0.00 66.15 +8.85 75.00 ± 0.00 65.35 +9.65").split()
+    )
+    assert "toy" in done.out
 
 
 def test_one_run_is_described_beside_chance_with_its_confusion_matrix():
@@ -112,22 +150,22 @@ def test_one_run_is_described_beside_chance_with_its_confusion_matrix():
     assert hap.split()[3] == "1.00" and ang.split()[-1] == "0" and sad.split()[4] == "1.00"
 
 
-def test_corpora_never_share_a_table(tmp_path):
+def test_corpora_never_share_a_table(report, tmp_path):
     write_run(tmp_path, "mmt", False, 5, corpus="toy")
     write_run(tmp_path, "mmt", False, 5, corpus="iemocap", right=8)
-    out = report(tmp_path).stdout
+    out = report(tmp_path).out
     assert "Table 1 with iemocap" in out and "Table 1 with toy" in out and "87.50" not in out
     assert out.count("Table 2") == 2
 
 
-def test_flipped_switches_and_selection_on_test_never_share_a_table(tmp_path):
+def test_flipped_switches_and_selection_on_test_never_share_a_table(report, tmp_path):
     write_run(tmp_path / "a", "mmt", False, 5)
     flipped = write_run(tmp_path / "b", "mmt", False, 5)
     (flipped / "config.json").write_text('{"cma_residual": true}')
     write_run(tmp_path / "c", "mmt", False, 5, select="test")
-    out = report(tmp_path).stdout
+    out = report(tmp_path).out
     assert out.count("Table 1 with toy") == 3
-    assert "Table 1 with toy, cma_residual True:" in out and "toy, SELECTED ON TEST:" in out
+    assert "Table 1 with toy, cma_residual True, in" in out and "toy, SELECTED ON TEST, in" in out
 
 
 @pytest.mark.parametrize("harm", [
@@ -137,17 +175,130 @@ def test_flipped_switches_and_selection_on_test_never_share_a_table(tmp_path):
     lambda f: (f / "result.json").write_bytes(b"\xff\xfe"),
     lambda f: (f / "result.json").write_text((f / "result.json").read_text().replace('"wa": 0.75', '"wa": 0.9')),
 ])  # fmt: skip
-def test_a_damaged_run_is_named_and_left_out_and_the_exit_code_says_so(harm, tmp_path):
+def test_a_damaged_run_is_named_and_left_out_and_the_exit_code_says_so(harm, report, tmp_path):
     write_run(tmp_path, "ef", True, 1)
     harm(write_run(tmp_path, "ef", True, 2))
     done = report(tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "fold2-seed0" in done.stderr and "13 EF frozen" in done.stdout
+    assert done.returncode == 1 and "Traceback" not in done.err
+    assert "fold2-seed0" in done.err and "13  EF frozen" in done.out
 
 
-def test_a_folder_without_runs_is_said(tmp_path):
+@pytest.mark.parametrize("harm", [
+    lambda text: text.replace("neu,neu", "neu,joy", 1), lambda text: text[:80], lambda text: "",
+    lambda text: text.replace("neu,neu", "neu,sad", 1), lambda text: text + text.splitlines()[1] + "\n",
+    lambda text: "other,columns\n1,2\n", None,
+])  # fmt: skip
+def test_damaged_predictions_are_named_and_left_out(harm, tmp_path):
+    path = write_run(tmp_path, "ef", True, 2) / "predictions.csv"
+    if harm is None:
+        path.unlink()
+    else:
+        path.write_text(harm(path.read_text()))
+    runs, left_out = evaluate.find_runs(tmp_path)
+    assert runs == [] and len(left_out) == 1 and str(path) in left_out[0]
+
+
+def test_several_seeds_are_averaged_in_their_folds_and_gaps_are_named(tmp_path):
+    for fold, seed, right in ((1, 0, 2), (1, 1, 4), (2, 0, 6), (2, 1, 8), (3, 0, 5)):
+        write_run(tmp_path, "ef", True, fold, seed, right=right)
+    (row,) = evaluate.table_1(evaluate.find_runs(tmp_path)[0]).rows
+    # Folds: 3/8, 7/8, 5/8 -> mean 62.5, sd 25. Seeds: (2+6+5)/24 and (4+8)/16 -> sd 14.73.
+    assert row[4] == "62.50 ± 25.00 ± 14.73"
+    assert row[-1] == "seed 0 misses folds 4 5; seed 1 misses folds 3 4 5"
+
+
+def test_tables_as_markdown_and_csv(tmp_path):
+    for fold in range(1, 6):
+        write_run(tmp_path, "mmt", False, fold)
+    table = evaluate.table_1(evaluate.find_runs(tmp_path)[0])
+    lines = table.render("markdown").splitlines()
+    assert lines[2].startswith("| Sys. | Model |") and lines[3].startswith("| --- | --- |")
+    assert lines[4].startswith("| 18 | MMT fine-tuned | A+T | 5 | 75.00 ± 0.00 | 80.36 |")
+    header, row = csv.reader(table.render("csv").splitlines())
+    assert header[:3] == ["table", "Sys.", "Model"] and row[1:3] == ["18", "MMT fine-tuned"]
+
+
+# --- is a difference real?
+
+
+def test_mcnemar_against_all_outcomes_of_the_coins():
+    for only_a, only_b, both in ((0, 1, 3), (1, 5, 2), (3, 3, 0), (2, 9, 5), (0, 0, 4)):
+        a = [1] * only_a + [0] * only_b + [1] * both
+        b = [0] * only_a + [1] * only_b + [1] * both
+        n = only_a + only_b
+        heads = [sum(coins) for coins in itertools.product((0, 1), repeat=n)]
+        uneven = sum(abs(h - n / 2) >= abs(only_a - n / 2) for h in heads) / 2**n
+        assert evaluate.mcnemar(a, b) == pytest.approx(uneven)
+        assert evaluate.mcnemar(b, a) == pytest.approx(uneven)
+
+
+def test_bootstrap_against_a_loop_over_drawn_dialogues():
+    chance = random.Random(0)
+    truth, a, b, dialogs = [], [], [], []
+    for d in range(12):
+        for _ in range(5 + d):
+            y = chance.randrange(4)
+            truth.append(y), dialogs.append(f"d{d}")
+            a.append(y if chance.random() < 0.5 else chance.randrange(4))
+            b.append(y if chance.random() < 0.5 + 0.03 * d else chance.randrange(4))
+    found = evaluate.bootstrap(*(np.array(x) for x in (truth, a, b, dialogs)))
+
+    def metrics(rows, guess):
+        by_class = {}
+        for i in rows:
+            by_class.setdefault(truth[i], []).append(guess[i] == truth[i])
+        recalls = [sum(v) / len(v) for v in by_class.values()]
+        return sum(guess[i] == truth[i] for i in rows) / len(rows), sum(recalls) / len(recalls)
+
+    members = {d: [i for i, x in enumerate(dialogs) if x == d] for d in set(dialogs)}
+    draws = []
+    for _ in range(3000):
+        rows = [i for d in chance.choices(sorted(members), k=12) for i in members[d]]
+        (wa_a, ua_a), (wa_b, ua_b) = metrics(rows, a), metrics(rows, b)
+        draws.append((wa_b - wa_a, ua_b - ua_a))
+    (wa_a, ua_a), (wa_b, ua_b) = (metrics(range(len(truth)), g) for g in (a, b))
+    for k, (metric, difference) in enumerate((("wa", wa_b - wa_a), ("ua", ua_b - ua_a))):
+        ordered = sorted(draw[k] for draw in draws)
+        expected = (difference, ordered[75], ordered[-76])
+        assert found[metric] == pytest.approx(expected, abs=0.012)
+
+
+def test_two_identical_systems_are_said_to_be_so(tmp_path):
+    for fold in (1, 2):
+        write_run(tmp_path, "mmt", True, fold), write_run(tmp_path, "mmt", False, fold)
+    text = evaluate.compare(evaluate.find_runs(tmp_path)[0], 17, 18)
+    assert "16 utterances in 2 dialogues, folds 1 2" in text and "the same everywhere" in text
+
+
+def test_compare_pairs_the_folds_that_both_have(tmp_path):
+    write_run(tmp_path, "ef", True, 1, right=2), write_run(tmp_path, "ef", True, 2)
+    write_run(tmp_path, "mmt", False, 1, right=8), write_run(tmp_path, "mmt", False, 3)
+    runs, _ = evaluate.find_runs(tmp_path)
+    text = evaluate.compare(runs, 13, 18)
+    # 6 utterances on which only 18 is right: p = 2 / 2^6; one dialogue, so no spread.
+    assert "folds 1\n" in text and "only 13 right: 0, only 18 right: 6" in text and "p = 0.0312" in text
+    assert "WA of 18 less 13: +75.00 points, 95 % interval +75.00 to +75.00" in text
+    with pytest.raises(evaluate.RunError, match="no fold"):
+        evaluate.compare(runs, 1, 18)
+
+
+def test_parts_of_the_test_data(tmp_path):
+    folder = write_run(tmp_path, "ef", True, 5, right=6, n=8)
+    text = (folder / "predictions.csv").read_text()
+    lines = [line + (",1" if i in (1, 8) else ",0") for i, line in enumerate(text.splitlines())]
+    lines[0] = text.splitlines()[0] + ",seen_text"
+    lines[7:] = [line.replace("_impro01_F", "_script01_1_M").replace("Ses05F,", "Ses05M,") for line in lines[7:]]
+    (folder / "predictions.csv").write_text("\n".join(lines) + "\n")
+    rows = {row[1]: row[2:] for row in evaluate.breakdown(evaluate.find_runs(tmp_path)[0]).rows}
+    assert rows["all"] == ["8", "75.00", "75.00"] and rows["class neu"] == rows["all"]
+    assert rows["improvised"] == ["6", "100.00", "100.00"] == rows["speaker Ses05F"]
+    assert rows["scripted"] == ["2", "0.00", "0.00"] == rows["speaker Ses05M"]
+    assert rows["text seen"] == ["2", "50.00", "50.00"] and rows["text unseen"][0] == "6"
+
+
+def test_a_folder_without_runs_is_said(report, tmp_path):
     done = report(tmp_path)
-    assert done.returncode == 1 and "no run in it" in done.stderr
+    assert done.returncode == 1 and "no run in it" in done.err
 
 
 def test_the_papers_numbers_are_the_papers():
