@@ -307,19 +307,20 @@ class Fusion(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.paths = FUSIONS[config.fusion]
-        self.blocks = nn.ModuleList(
-            nn.Identity()
-            if source is None
-            else TransformerBlock(config.dim, residual=source == target or config.cma_residual)
+        self.blocks = nn.ModuleDict({
+            f"{source}-to-{target}": TransformerBlock(
+                config.dim, residual=source == target or config.cma_residual
+            )
             for target, source in self.paths
-        )
+            if source is not None
+        })  # fmt: skip
 
     def forward(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
         pooled = []
-        for (target, source), block in zip(self.paths, self.blocks):
+        for target, source in self.paths:
             h = x[target]  # (B, T_t, d)
             if source is not None:
-                h = block(h, x[source], mask[source])  # (B, T_t, d)
+                h = self.blocks[f"{source}-to-{target}"](h, x[source], mask[source])  # (B, T_t, d)
             pooled.append(masked_mean(h, mask[target]))  # (B, d)
         return torch.cat(pooled, dim=-1)
 
@@ -572,15 +573,21 @@ def main() -> None:
     with torch.device("meta"):  # shapes without memory
         wavlm, bert = hf.WavLMModel(wavlm_config()), hf.BertModel(hf.BertConfig())
     frames = frame_count(80000, wavlm.config)
-    print(f"{'block':34} {'in':36} {'out':20} {'parameters':>11}")
-    for name, module, shape in (
-        ("WavLM-Large (frozen)", wavlm, f"(2, 80000) -> (2, {frames}, 25, 1024)"),
-        ("  CNN encoder: fine-tuned", wavlm.feature_extractor, f"(2, 80000) -> (2, 512, {frames})"),
-        ("BERT-base (frozen)", bert, "(2, 9, 20) -> (2, 9, 20, 13, 768)"),
-        ("  input embeddings: fine-tuned", bert.embeddings, "(18, 20) -> (18, 20, 768)"),
+    config = Config(
+        "mmt", wavlm.config.num_hidden_layers + 1, wavlm.config.hidden_size,
+        bert.config.num_hidden_layers + 1, bert.config.hidden_size,
+    )  # fmt: skip
+    acoustic = (2, frames, config.audio_layers, config.audio_dim)  # two clips of 5 s
+    textual = (2, config.n_context, 20, config.text_layers, config.text_dim)  # 20 tokens each
+    width = "{:36} {:42} {:22} {:>12}".format
+    print(width("block", "in", "out", "parameters"))
+    for name, module, source, result in (
+        ("WavLM-Large (frozen)", wavlm, (2, 80000), acoustic),
+        ("  CNN encoder: fine-tuned", wavlm.feature_extractor, (2, 80000), (2, 512, frames)),
+        ("BERT-base (frozen)", bert, textual[:3], textual),
+        ("  input embeddings: fine-tuned", bert.embeddings, textual[:3], (*textual[:3], 768)),
     ):
-        source, result = shape.split(" -> ")
-        print(f"{name:34} {source:36} {result:20} {count(module):>11,}")
+        print(width(name, str(source), str(result), f"{count(module):,}"))
 
     def shapes(x) -> str:
         if isinstance(x, Tensor):
@@ -592,20 +599,20 @@ def main() -> None:
     def report(module: nn.Module, args: tuple, out) -> None:
         name = names[module]
         title = "  " * name.count(".") + f"{name.rpartition('.')[2]} ({type(module).__name__})"
-        rows[module] = f"{title:34} {shapes(args):36} {shapes(out):20} {count(module):>11,}"
+        rows[module] = width(title, shapes(args), shapes(out), f"{count(module):,}")
 
-    recognizer = EmotionRecognizer(Config()).eval()
+    recognizer = EmotionRecognizer(config).eval()
     names = {m: n for n, m in recognizer.named_modules() if n and count(m)}
     rows: dict = {}
     for module in names:
         module.register_forward_hook(report)
-    audio = torch.randn(2, frames, 25, 1024), torch.ones(2, frames, dtype=torch.bool)
-    text = torch.randn(2, 9, 20, 13, 768), torch.ones(2, 9, 20, dtype=torch.bool)
+    audio = torch.randn(acoustic), torch.ones(acoustic[:2], dtype=torch.bool)
+    text = torch.randn(textual), torch.ones(textual[:3], dtype=torch.bool)
     logits = recognizer(audio, text)
     for module in names:
         if module in rows:
             print(rows[module])
-    print(f"{'EmotionRecognizer (mmt)':34} {'':36} {shapes(logits):20} {count(recognizer):>11,}")
+    print(width("EmotionRecognizer (mmt)", "", shapes(logits), f"{count(recognizer):,}"))
 
 
 if __name__ == "__main__":
