@@ -276,7 +276,11 @@ def test_compare_pairs_the_folds_that_both_have(tmp_path):
     runs, _ = evaluate.find_runs(tmp_path)
     text = evaluate.compare(runs, 13, 18)
     # 6 utterances on which only 18 is right: p = 2 / 2^6; one dialogue, so no spread.
-    assert "folds 1\n" in text and "only 13 right: 0, only 18 right: 6" in text and "p = 0.0312" in text
+    assert (
+        "folds 1\n" in text
+        and "only 13 right: 0, only 18 right: 6" in text
+        and "p = 0.0312" in text
+    )
     assert "WA of 18 less 13: +75.00 points, 95 % interval +75.00 to +75.00" in text
     with pytest.raises(evaluate.RunError, match="no fold"):
         evaluate.compare(runs, 1, 18)
@@ -287,7 +291,10 @@ def test_parts_of_the_test_data(tmp_path):
     text = (folder / "predictions.csv").read_text()
     lines = [line + (",1" if i in (1, 8) else ",0") for i, line in enumerate(text.splitlines())]
     lines[0] = text.splitlines()[0] + ",seen_text"
-    lines[7:] = [line.replace("_impro01_F", "_script01_1_M").replace("Ses05F,", "Ses05M,") for line in lines[7:]]
+    lines[7:] = [
+        line.replace("_impro01_F", "_script01_1_M").replace("Ses05F,", "Ses05M,")
+        for line in lines[7:]
+    ]
     (folder / "predictions.csv").write_text("\n".join(lines) + "\n")
     rows = {row[1]: row[2:] for row in evaluate.breakdown(evaluate.find_runs(tmp_path)[0]).rows}
     assert rows["all"] == ["8", "75.00", "75.00"] and rows["class neu"] == rows["all"]

@@ -119,7 +119,7 @@ def test_squeeze_excitation_against_loops():
         )
         for k in range(n_layers):
             gate = 1 / (
-                1 + math.exp(-(float(se.excite.weight[k, 0]) * hidden + float(se.excite.bias[k])))
+                1 + math.exp(-(se.excite.weight[k, 0].item() * hidden + se.excite.bias[k].item()))
             )
             assert abs(float(gates[i, k]) - gate) < 1e-5
             torch.testing.assert_close(out[i, :, k], x[i, :, k] * gate)
