@@ -215,7 +215,7 @@ TABLE_2 = {True: (78.32, 80.56), False: (84.45, 84.39)}  # frozen, fine-tuned
 
 SWITCHES = {  # of train.py, with the defaults that the paper's systems have
     "n_context": 9, "dropout": 0.5, "condense": "sum", "text_mask": "union",
-    "cma_residual": False, "reset_patience": False, "select": "last",
+    "cma_residual": False, "reset_patience": False, "select": "last", "wavlm": None, "bert": None,
 }  # fmt: skip
 
 

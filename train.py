@@ -141,8 +141,12 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
     texts = [u.text for u in corpus]
     names = {"audio": "microsoft/wavlm-large", "text": "bert-base-uncased"}  # [A15]: uncased
     if args.upstream == "tiny" or (args.upstream is None and toy):
-        folder = cache / f"tiny-{data.digest(texts)}"
-        names = make_tiny_upstreams(str(folder), texts)
+        folder = cache / f"tiny-{data.digest([texts, torch.__version__])}"
+        if not folder.exists():  # whole or not at all
+            part = folder.with_name(folder.name + ".part")
+            make_tiny_upstreams(str(part), texts)
+            part.rename(folder)
+        names = {m: str(folder / m) for m in names}
         name += "" if toy else "-tiny"
     names = {"audio": args.wavlm or names["audio"], "text": args.bert or names["text"]}
     upstreams = {m: Upstream(names[m], m).to(device) for m in modalities}
@@ -187,7 +191,8 @@ def claim(folder: Path, settings: dict) -> None:
             raise RunError(
                 f"{folder} holds a run with another {was}; take another --out, or delete it"
             )
-    write_json(path, settings)
+    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+    write_json(path, {**settings, "libraries": libraries})  # told, not compared
 
 
 def write_json(path: Path, value) -> None:
@@ -556,6 +561,7 @@ def main(arguments: list[str] | None = None) -> None:
             "n_context": args.context, "dropout": args.dropout, "condense": args.condense,
             "text_mask": args.text_mask, "cma_residual": args.cma_residual,
             "reset_patience": args.reset_patience, "select": args.select,
+            "wavlm": args.wavlm, "bert": args.bert,
             "utterances": data.digest([[u.id, u.emotion, u.text] for u in material.corpus]),
             "upstreams": {m: material.upstreams[m].fingerprint for m in Config(fusion).modalities},
         }  # fmt: skip

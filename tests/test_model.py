@@ -121,7 +121,7 @@ def test_squeeze_excitation_against_loops():
             gate = 1 / (
                 1 + math.exp(-(se.excite.weight[k, 0].item() * hidden + se.excite.bias[k].item()))
             )
-            assert abs(float(gates[i, k]) - gate) < 1e-5
+            assert abs(gates[i, k].item() - gate) < 1e-5
             torch.testing.assert_close(out[i, :, k], x[i, :, k] * gate)
 
 
