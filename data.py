@@ -23,6 +23,7 @@ One utterance on its way from the disk to a tensor, by example:
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -125,7 +126,7 @@ def dialog_names(session: int) -> list[str]:
 
 
 LABEL_LINE = re.compile(r"\[(\d+\.\d+) - (\d+\.\d+)\]\s+(\S+)\s+([a-z]+)\s+\[.+\]")
-WORDS_LINE = re.compile(r"(\S+) \[(\d+\.\d+)-(\d+\.\d+)\]:(.*)")
+WORDS_LINE = re.compile(r"(\S+)\s+\[(\d+\.\d+)-(\d+\.\d+)\]:(.*)")
 UTTERANCE_ID = re.compile(r"(Ses\d\d)[FM]_\w+_([FM])\d{3}")
 EXTRA_ID = re.compile(r"Ses\d\d[FM]_\w+_[FM]XX\d")  # words that have neither a wav nor a label
 
@@ -165,7 +166,9 @@ def scan(root: Path) -> tuple[list[Utterance], list[str]]:
             )
         for file in labels:
             corpus += _read_dialog(file, session, problems)
-    for u in corpus:
+    if not corpus and not problems:
+        problems.append(f"{root}: no utterance in any label file")
+    for u in tqdm(corpus, desc="wav headers", leave=False, delay=3, disable=None):
         try:
             seconds = wav_seconds(u.wav)
         except CorpusError as error:
@@ -182,10 +185,12 @@ def scan(root: Path) -> tuple[list[Utterance], list[str]]:
 def _read_dialog(file: Path, session: Path, problems: list[str]) -> list[Utterance]:
     """One dialogue: its label file, its transcript, the places of its wavs."""
     dialog = file.stem
+    if not dialog.startswith(f"Ses0{session.name[-1]}"):
+        problems.append(f"{file}: a dialog of another session; it does not belong in {session}")
     transcript = session / "dialog" / "transcriptions" / file.name
     spoken: dict[str, tuple[float, float, str]] = {}  # id -> start, end, words
     for place, line in _lines(transcript, problems):
-        id = line.partition(" ")[0]
+        id = line.split()[0] if line else ""
         if not id.startswith("Ses") or EXTRA_ID.fullmatch(id):
             continue  # "M: ..." and "F: ..." without an id, and the 48 XX ids
         match = WORDS_LINE.fullmatch(line)
@@ -236,13 +241,13 @@ def _read_dialog(file: Path, session: Path, problems: list[str]) -> list[Utteran
 def _lines(path: Path, problems: list[str]) -> list[tuple[str, str]]:
     """("FILE:NUMBER", line without white space at its ends) of a text file, [] where unreadable."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         problems.append(f"{path}: missing")
     except (UnicodeDecodeError, OSError) as error:
         problems.append(f"{path}: cannot be read as UTF-8 text ({error}); fetch it again")
     else:
-        return [(f"{path}:{n}", line.strip()) for n, line in enumerate(text.splitlines(), 1)]
+        return [(f"{path}:{n}", line.strip()) for n, line in enumerate(text.split("\n"), 1)]
     return []
 
 
@@ -357,7 +362,7 @@ def _open_wav(path: str | Path):
                 raise wave.Error(f"{form}; convert it to mono, 16 bits")
             if file.getnframes() == 0:
                 raise wave.Error("no samples in it")
-            if os.path.getsize(path) < 2 * file.getnframes():
+            if os.path.getsize(path) < 44 + 2 * file.getnframes():  # 44: the shortest header
                 raise wave.Error("shorter than its header says")
             yield file
     except FileNotFoundError:
@@ -381,7 +386,10 @@ def load_wav(path: str | Path) -> Tensor:
     """
     with _open_wav(path) as file:
         rate = file.getframerate()
-        pcm = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
+        samples = file.readframes(file.getnframes())
+        if len(samples) != 2 * file.getnframes():
+            raise CorpusError([f"{path}: shorter than its header says; fetch it again"])
+        pcm = np.frombuffer(samples, dtype="<i2")
     x = torch.from_numpy(pcm.astype(np.float32) / 32768)  # (n,)
     if rate != SAMPLE_RATE:
         from torchaudio.functional import resample
@@ -567,6 +575,19 @@ def _note(folder: Path, key: dict, done: int) -> None:
     os.replace(temporary, folder / "meta.json")
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path):
+    """One process at a time makes what belongs into `folder`; the others wait, then find it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"another process fills {folder}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def digest(value) -> str:
     """A short fingerprint of anything that JSON can hold."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
@@ -614,7 +635,8 @@ def write_toy(root: str | Path, full_size: bool = False, shorten: float = 1.0) -
     in `root`.
     """
     root = Path(root)
-    settings = {**TOY, "full_size": full_size, "shorten": shorten}
+    tables = digest([VOICES, KEYWORDS, FILLERS, FELT])
+    settings = {**TOY, "tables": tables, "full_size": full_size, "shorten": shorten}
     if toy_settings(root) == settings:
         return root
     if root.exists() and any(root.iterdir()) and not (root / "toy.json").exists():
@@ -800,6 +822,8 @@ def main(arguments: list[str] | None = None) -> None:
     toy.add_argument("--shorten", type=float, default=1.0, metavar="F",
                      help="with --full-size: audio lengths times F (F = 1: 1.4 GB)")  # fmt: skip
     args = parser.parse_args(arguments)
+    if args.command == "toy" and args.shorten <= 0:
+        parser.error(f"--shorten {args.shorten}: expected a number above 0")
     try:
         if args.command == "toy":
             write_toy(args.dir, args.full_size, args.shorten)
@@ -807,6 +831,8 @@ def main(arguments: list[str] | None = None) -> None:
         corpus = read_iemocap(args.dir, full=not args.partial)
     except CorpusError as error:
         sys.exit(f"{error}\n{len(error.problems)} problem(s) in {args.dir}")
+    except OSError as error:
+        sys.exit(f"error: {error}")
     labels = Counter(CLASSES[u.label] for u in corpus if u.label is not None)
     print(
         f"{args.dir}: {'partial' if args.partial else 'complete'}"

@@ -124,6 +124,11 @@ class Run:
     seen_text: np.ndarray | None  # (N,) bool
 
     @property
+    def key(self) -> tuple:
+        """(fusion, frozen, fold, seed): one run of a corpus for each."""
+        return tuple(self.result[k] for k in ("fusion", "frozen", "fold", "seed"))
+
+    @property
     def dialogs(self) -> np.ndarray:
         """(N,): the dialogue of each utterance."""
         return np.array([id.rsplit("_", 1)[0] for id in self.ids])
@@ -154,6 +159,7 @@ def read_run(folder: Path) -> Run:
         assert isinstance(result["fold"], int) and isinstance(result["seed"], int), (
             "no fold or seed"
         )
+        describe(result)  # all that it prints must be there
         path = folder / "predictions.csv"
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -184,7 +190,11 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
     runs, left_out = [], []
     for config in sorted(root.rglob("config.json")):
         try:
-            runs.append(read_run(config.parent))
+            run = read_run(config.parent)
+            same = [r for r in runs if (r.title, r.key) == (run.title, run.key)]
+            if same:
+                raise RunError(f"{config.parent}: the same system, fold and seed as another run")
+            runs.append(run)
         except RunError as error:
             left_out.append(str(error))
     return runs, left_out
@@ -499,19 +509,19 @@ def main(arguments: list[str] | None = None) -> None:
     runs, left_out = find_runs(args.runs)
     if not runs and not left_out:
         sys.exit(f"error: {args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
-    try:
-        for title in sorted({r.title for r in runs}):
-            here = [r for r in runs if r.title == title]
-            if args.compare:
+    for title in sorted({r.title for r in runs}):
+        here = [r for r in runs if r.title == title]
+        if args.compare:
+            try:
                 print(compare(here, *args.compare) + "\n")
-                continue
-            for table in [breakdown(here)] if args.parts else [table_1(here), table_2(here)]:
-                if table.rows:
-                    print(table.render(args.format) + "\n")
-            if len(here) == 1 and args.format == "text" and not args.parts:
-                print(describe(here[0].result) + "\n")
-    except RunError as error:
-        left_out.append(str(error))
+            except RunError as error:
+                left_out.append(str(error))
+            continue
+        for table in [breakdown(here)] if args.parts else [table_1(here), table_2(here)]:
+            if table.rows:
+                print(table.render(args.format) + "\n")
+        if len(here) == 1 and args.format == "text" and not args.parts:
+            print(describe(here[0].result) + "\n")
     if left_out:
         sys.exit("Left out:\n" + "\n".join(left_out))
 

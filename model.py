@@ -41,8 +41,8 @@ from torch import Tensor, nn
 
 # Fig. 3 and Table 1 in one table. A system is a list of paths (target, source) whose pooled outputs
 # are concatenated:  source None: the features as they are;  source = target: a vanilla Transformer;
-# source != target: CMT (source -> target). Then "a ⊕ b" of Table 1 is literally a + b. Entry k
-# (from 0) is Sys. 2k + 1 when frozen and Sys. 2k + 2 when fine-tuned.
+# source != target: CMT (source -> target), so "cmt-a2t" is ("text", "audio"). Then "a ⊕ b" of
+# Table 1 is literally a + b. Entry k (from 0) is Sys. 2k + 1 when frozen, Sys. 2k + 2 fine-tuned.
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
@@ -146,20 +146,21 @@ class SqueezeExcitation(nn.Module):
         # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
         # take the layers for S&E's channels, so the bottleneck is L / L = 1 unit. That one ReLU
         # can be born dead, and then every gate stays at sigmoid(bias): we start it alive, with
-        # bias 1, and the training loop watches `alive`.
-        self.squeeze = nn.Linear(n_layers, 1)
-        self.excite = nn.Linear(1, n_layers)
-        nn.init.ones_(self.squeeze.bias)
-        self.alive = None  # share of the last batch in which the ReLU fired, a 0-d tensor
+        # bias 1, and the training loop watches `fired`.
+        self.reduce = nn.Linear(n_layers, 1)
+        self.expand = nn.Linear(1, n_layers)
+        nn.init.ones_(self.reduce.bias)
+        self.fired = False  # whether the ReLU was above 0 for any utterance since someone looked
 
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
         """One gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L)."""
         # Squeeze: the mean of a layer over all features and all *real* steps. The mask is the
         # "padding mask" arrow of Fig. 2; an upstream's padded rows are not zero.
         z = masked_mean(x.mean(dim=-1), mask)  # (B, L)
-        hidden = torch.relu(self.squeeze(z))  # (B, 1)
-        self.alive = (hidden > 0).float().mean().detach()
-        return torch.sigmoid(self.excite(hidden))  # (B, L)
+        # Excitation: two linear layers down to the bottleneck and back, as in [27].
+        hidden = torch.relu(self.reduce(z))  # (B, 1)
+        self.fired = self.fired | (hidden > 0).any()
+        return torch.sigmoid(self.expand(hidden))  # (B, L)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return x * self.gates(x, mask)[:, None, :, None]
@@ -210,7 +211,8 @@ class ContextConv(nn.Module):
         super().__init__()
         # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3"
         # (§2.1). We take the utterances for the input channels and convolve over (token,
-        # feature), so that X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters.
+        # feature), so that X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters. Token t of one
+        # utterance thus meets tokens t - 1 to t + 1 of the others: they share a position, no more.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
         self.text_mask = text_mask
 
@@ -393,8 +395,10 @@ class Upstream(nn.Module):
         self.preprocessor, self.model = _load(name, modality)
         self.n_layers = self.model.config.num_hidden_layers + 1
         self.dim = self.model.config.hidden_size
-        # A fingerprint of the weights that were loaded: what cached layer states depend on.
-        crc = 0
+        # A fingerprint of the weights and the preprocessor: what cached layer states depend on.
+        tokenizer = getattr(self.preprocessor, "backend_tokenizer", None)
+        rules = tokenizer.to_str() if tokenizer else self.preprocessor.to_json_string()
+        crc = zlib.crc32(rules.encode())
         for p in self.model.state_dict().values():
             crc = zlib.crc32(p.contiguous().numpy().tobytes(), crc)
         self.fingerprint = f"{crc:08x}"
@@ -469,7 +473,6 @@ def _transformers():
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     return transformers
 
 
@@ -477,13 +480,22 @@ def _load(name: str, modality: str):
     """(preprocessor, model) through `from_pretrained`, or UpstreamError in one sentence."""
     hf = _transformers()
     flag = "--wavlm" if modality == "audio" else "--bert"
-    local = os.path.isdir(name)
-    if not local:
-        # transformers would retry for half a minute and then raise a page: ask once, briefly.
+    loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
+
+    def load(local: bool):
+        (hf.logging.disable_progress_bar if local else hf.logging.enable_progress_bar)()
+        # Never trust_remote_code (the default): a model folder must not run code of its own.
+        return loader.from_pretrained(name, local_files_only=local), hf.AutoModel.from_pretrained(
+            name, local_files_only=local, output_loading_info=True, dtype=torch.float32
+        )
+
+    try:
         try:
-            hf.AutoConfig.from_pretrained(name, local_files_only=True)
-            local = True
+            preprocessor, (model, info) = load(local=True)  # a folder, or downloaded before
         except Exception:
+            if os.path.isdir(name):
+                raise
+            # Offline, transformers would retry for half a minute and raise a page: ask briefly.
             from huggingface_hub import HfApi
 
             try:
@@ -495,12 +507,9 @@ def _load(name: str, modality: str):
                     f"without a network, copy the model's folder there and pass its path, or take "
                     f"--upstream tiny for a dry run"
                 ) from None
-    loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
-    try:
-        preprocessor = loader.from_pretrained(name, local_files_only=local)
-        model, info = hf.AutoModel.from_pretrained(
-            name, local_files_only=local, output_loading_info=True, dtype=torch.float32
-        )
+            preprocessor, (model, info) = load(local=False)
+    except UpstreamError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UpstreamError(f"{flag} {name} cannot be loaded: {reason}") from None
@@ -525,6 +534,7 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
     the test session's words. Returns {"audio": folder, "text": folder}.
     """
     hf = _transformers()
+    hf.logging.disable_progress_bar()
     paths = {m: os.path.join(folder, m) for m in ("audio", "text")}
     pieces = hf.BertTokenizer().backend_tokenizer  # BERT's own rules: lower case, split at marks
     words = {

@@ -76,14 +76,19 @@ class Patience:
             self.best, self.since_best = dev_loss, 0
         else:
             self.since_best += 1
-        if self.since_best >= self.stop_after:
+        if self.stopped:
             return "stop"
         if self.finetune_after is None or self.finetuning or self.since_best < self.finetune_after:
             return "continue"
         self.start_finetuning()
         return "finetune"
 
+    @property
+    def stopped(self) -> bool:
+        return self.since_best >= self.stop_after
+
     def start_finetuning(self) -> None:
+        """What "finetune" does to the counter."""
         self.finetuning = True
         # UNSPECIFIED [A9]: whether the 10 epochs are counted anew from the trigger. We read one
         # counter, which goes on: 5 more epochs without a lower loss end it; alternative:
@@ -111,6 +116,12 @@ class Material:
     states: dict[str, data.Ragged]  # by modality: their cached layer states
     upstreams: dict[str, Upstream]
     pristine: dict[str, dict]  # what fine-tuning opens, before any did
+    inputs: dict[str, str]  # by modality: a digest of what the upstreams are fed
+
+
+def folds(args: argparse.Namespace, corpus: list[Utterance]) -> list[int]:
+    """The sessions to test on; "all": those that the corpus has."""
+    return sorted({u.session for u in corpus} if args.fold == ["all"] else map(int, args.fold))
 
 
 def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Material:
@@ -135,8 +146,11 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
     if toy:
         name = "toy" if args.iemocap is None else f"toy-{root.resolve().name}"
     else:
-        name = f"{root.resolve().name}-partial" if args.partial else "iemocap"
+        name = root.resolve().name if args.partial else "iemocap"
+    name += "-partial" if args.partial else ""
     cache = Path("cache") / name
+    for fold in folds(args, corpus):  # before hours of caching: raises where there is no such fold
+        data.split(corpus, fold, args.seed[0])
 
     texts = [u.text for u in corpus]
     names = {"audio": "microsoft/wavlm-large", "text": "bert-base-uncased"}  # [A15]: uncased
@@ -154,11 +168,12 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
     raw: dict[str, list] = {"text": texts}
     if "audio" in modalities:
         raw["audio"] = data.cache_clips(cache / "clips", corpus)
+    fed = {m: data.digest(texts if m == "text" else data.clip_key(corpus)) for m in modalities}
     states = {}
     for m, upstream in upstreams.items():
         identity = {
             "weights": upstream.fingerprint,
-            "inputs": data.digest(texts) if m == "text" else data.clip_key(corpus),
+            "inputs": fed[m],
             "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",
         }
         folder = cache / f"{m}-{data.digest(names[m])}"
@@ -167,7 +182,7 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
         name, corpus,
         torch.tensor([-1 if u.label is None else u.label for u in corpus]),
         raw, states, upstreams,
-        {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()},
+        {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()}, fed,
     )  # fmt: skip
 
 
@@ -184,7 +199,10 @@ def claim(folder: Path, settings: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     if path.exists():
-        old = json.loads(path.read_text())
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise RunError(f"{path}: damaged ({error}); delete {folder} to start anew") from None
         changed = [k for k in settings if old.get(k) != settings[k]]
         if changed:
             was = ", ".join(f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in changed)
@@ -238,7 +256,7 @@ class Run:
         )
         self.windows = data.context_windows(material.corpus, config.n_context)
         self.states = {m: material.states[m] for m in self.upstreams}  # from the cache
-        self.finetune_epoch: int | None = None  # the epoch that fired the trigger
+        self.finetune_epoch: int | None = None  # whose dev loss fired the trigger: the last frozen
         self.log: list[dict] = []  # a row an epoch
         self.selected: dict | None = None  # [A10]: weights and score of the best epoch
 
@@ -306,6 +324,15 @@ class Run:
         self.selected = state["selected"]
 
 
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint's dict; weights_only: a hostile file runs no code. RunError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise RunError(f"{path}: cannot be read ({reason}); delete it to go without it") from None
+
+
 def resume(run: Run, folder: Path) -> None:
     """Go on from the folder's checkpoint, or from the trigger of the run's twin, or from nothing.
 
@@ -313,13 +340,13 @@ def resume(run: Run, folder: Path) -> None:
     gets there first leaves `trigger.pt` for the other, whose result is what it would be alone.
     """
     if (folder / "checkpoint.pt").exists():
-        run.load_state(torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True))
+        run.load_state(load_checkpoint(folder / "checkpoint.pt"))
         print(f"goes on after epoch {len(run.log)}")
         return
     frozen = run.settings["frozen"]
     twin = folder.parent.with_name(run_name(run.settings["fusion"], not frozen)) / folder.name
     if (twin / "trigger.pt").exists():
-        state = torch.load(twin / "trigger.pt", map_location="cpu", weights_only=True)
+        state = load_checkpoint(twin / "trigger.pt")
         if state["settings"] == {**run.settings, "frozen": not frozen}:
             run.load_state(state)
             run.patience.since_best = FINETUNE_AFTER
@@ -356,11 +383,13 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
         f"test {len(test_set)} (Session{settings['fold']}) utterances of {material.name}; {folder}"
     )
 
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     run = Run(settings, material, device)
     resume(run, folder)
     model, patience = run.model, run.patience
     labels = material.labels.to(device)
-    while patience.since_best < STOP_AFTER:  # [A15]: no cap on the epochs
+    while not patience.stopped:  # [A15]: no cap on the epochs
         started = time.perf_counter()
 
         # One epoch over the training speakers, in an order of its own.
@@ -384,15 +413,16 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
         run.log.append({
             "epoch": len(run.log) + 1, "phase": phase, "lr": run.optimizer.param_groups[0]["lr"],
             "train_loss": train_loss, "dev_loss": dev["loss"], "dev_wa": dev["wa"],
-            "dev_ua": dev["ua"], "since_best": patience.since_best,
+            "dev_ua": dev["ua"],
+            "since_best": FINETUNE_AFTER if event == "finetune" else patience.since_best,
             "seconds": time.perf_counter() - started,
         })  # fmt: skip
         print_epoch(material.name, run)
         select(run, dev, test_rows)
 
         # The state at which the trigger fires, or would in a fine-tuned system: for the run's twin.
-        at_trigger = phase == "frozen" and patience.since_best == FINETUNE_AFTER
-        if event == "finetune" or (at_trigger and not (folder / "trigger.pt").exists()):
+        fired = [e["epoch"] for e in run.log if e["since_best"] == FINETUNE_AFTER]
+        if fired and fired[0] == len(run.log):
             save(folder / "trigger.pt", run.state())
         if event == "finetune":
             opened = {"audio": "WavLM's CNN encoder", "text": "BERT's input embeddings"}
@@ -439,12 +469,14 @@ def print_epoch(corpus: str, run: Run) -> None:
         f"{age:15} {e['seconds']:.1f} s"
     )
     for m, extractor in run.model.extractor.items():
-        if getattr(extractor, "utterance", extractor).se.alive == 0:
+        se = getattr(extractor, "utterance", extractor).se
+        if not se.fired:
             print(f"warning: the S&E unit of the {m} features is dead: its gates stand still")
+        se.fired = False
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's memory as torch counts it, or of the process where there is no GPU."""
+    """Bytes: of the GPU by this run, as torch counts it; without one, of the process so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
@@ -464,7 +496,10 @@ def select(run: Run, dev: dict, test_rows: Tensor) -> None:
             run.material.labels[test_rows], evaluate.predict(run.model, test_rows, run.inputs)
         )
         value = test["wa"]
-        print(f"SELECTING ON TEST: THIS IS CHEATING, AND IT IS MARKED SO. Test WA {value:.2%}")
+        print(
+            f"SELECTING ON TEST: THIS IS CHEATING, AND IT IS MARKED SO. "
+            f"{run.material.name} test WA {value:.2%}"
+        )
     if run.selected is None or value > run.selected["value"]:
         weights = copy.deepcopy(run.weights())
         run.selected = {"value": value, "weights": weights, "finetune_epoch": run.finetune_epoch}
@@ -532,6 +567,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--dropout {args.dropout}: expected a number from 0 to below 1")
     if args.partial and args.iemocap is None:
         p.error("--partial: say of which folder, with --iemocap DIR")
+    if not all(0 <= seed < 2**63 for seed in args.seed):
+        p.error(f"--seed {' '.join(map(str, args.seed))}: expected numbers from 0 to 2^63 - 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA GPU here; leave it out to run on the CPU")
     return args
@@ -544,18 +581,17 @@ def main(arguments: list[str] | None = None) -> None:
         torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     )
     print(f"torch {torch.__version__} on {device} ({chip})")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: cached states equal live ones
     systems = [(args.fusion, args.frozen)]
     if args.system:
         numbers = sorted({int(n) - 1 for n in args.system})
         systems = [(list(FUSIONS)[n // 2], n % 2 == 0) for n in numbers]
     modalities = sorted({m for fusion, _ in systems for m in Config(fusion).modalities})
-    material = prepare(args, modalities, device)
-    folds = (
-        sorted({u.session for u in material.corpus})
-        if args.fold == ["all"]
-        else map(int, args.fold)
-    )
-    for (fusion, frozen), fold, seed in itertools.product(systems, list(folds), args.seed):
+    with data.exclusive(Path("cache")):
+        material = prepare(args, modalities, device)
+    for (fusion, frozen), fold, seed in itertools.product(
+        systems, folds(args, material.corpus), args.seed
+    ):
         settings = {
             "corpus": material.name, "fusion": fusion, "frozen": frozen, "fold": fold, "seed": seed,
             "n_context": args.context, "dropout": args.dropout, "condense": args.condense,
@@ -564,6 +600,7 @@ def main(arguments: list[str] | None = None) -> None:
             "wavlm": args.wavlm, "bert": args.bert,
             "utterances": data.digest([[u.id, u.emotion, u.text] for u in material.corpus]),
             "upstreams": {m: material.upstreams[m].fingerprint for m in Config(fusion).modalities},
+            "inputs": {m: material.inputs[m] for m in Config(fusion).modalities},
         }  # fmt: skip
         folder = args.out / material.name / run_name(fusion, frozen) / f"fold{fold}-seed{seed}"
         train(settings, material, folder, device)
@@ -573,7 +610,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (CorpusError, UpstreamError, RunError) as error:
+    except (CorpusError, UpstreamError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nStopped. The same command goes on after the last whole epoch.")

@@ -169,11 +169,22 @@ def test_a_bad_file_is_named_with_what_is_wrong(case, tmp_path):
     harm(*files)
     with pytest.raises(CorpusError) as error:
         data.read_iemocap(tmp_path)
-    assert (
-        message in str(error.value)
-        and "Ses01F_impro01" in str(error.value)
-        or "Session1" in str(error.value)
-    )
+    assert message in str(error.value)
+    assert str(tmp_path / "Session1") in str(error.value)  # the file, or the folder that lacks it
+
+
+def test_a_dialog_in_another_sessions_folder_is_said(tmp_path):
+    write_dialog(tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm")])
+    (tmp_path / "Session1").rename(tmp_path / "Session2")
+    with pytest.raises(CorpusError, match="dialog of another session"):
+        data.read_iemocap(tmp_path)
+
+
+def test_tabs_and_carriage_returns_in_transcripts_are_white_space(tmp_path):
+    session = write_dialog(tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "lovely\r party")])
+    words = session / "dialog" / "transcriptions" / "Ses01F_impro01.txt"
+    change(words, b"F000 [", b"F000 \t[")
+    assert data.read_iemocap(tmp_path)[0].text == "lovely party"
 
 
 def test_all_problems_come_at_once(tmp_path):
@@ -300,6 +311,30 @@ def test_clip_never_gives_back_nothing():
 
 
 # --- the cache
+
+
+def test_cached_clips_are_trimmed_cut_and_only_of_the_four_classes(tmp_path):
+    session = write_dialog(tmp_path, "Ses01F_impro01", [
+        ("F000", 0, 7, "neu", "long"), ("M000", 8, 9, "fru", "out of class"), ("F001", 9, 10, "sad", "x"),
+    ])  # fmt: skip
+    quiet = session / "sentences" / "wav" / "Ses01F_impro01" / "Ses01F_impro01_F001.wav"
+    write_wav(quiet, [0.0] * 8000 + [0.5] * 8000)
+    corpus = data.read_iemocap(tmp_path)
+    clips = data.cache_clips(tmp_path / "clips", corpus)
+    assert clips.lengths.tolist() == [80000, 0, 8000]
+    torch.testing.assert_close(clips[0], data.load_wav(corpus[0].wav)[:80000])
+    again = data.cache_clips(tmp_path / "clips", corpus)
+    assert torch.equal(again[2], clips[2])
+
+
+def test_a_cut_cache_file_is_refused(tmp_path, capsys):
+    write_dialog(tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm")])
+    corpus = data.read_iemocap(tmp_path)
+    whole = data.cache_clips(tmp_path / "clips", corpus)[0].clone()
+    path = tmp_path / "clips" / "data.bin"
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(data.cache_clips(tmp_path / "clips", corpus)[0], whole)
+    assert "size of data.bin" in capsys.readouterr().out
 
 
 def test_cached_states_are_the_live_ones_rounded_to_16_bits(tiny, tmp_path):

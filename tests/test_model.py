@@ -115,11 +115,11 @@ def test_squeeze_excitation_against_loops():
         ]
         hidden = max(
             0.0,
-            sum(w * v for w, v in zip(se.squeeze.weight[0].tolist(), z)) + se.squeeze.bias.item(),
+            sum(w * v for w, v in zip(se.reduce.weight[0].tolist(), z)) + se.reduce.bias.item(),
         )
         for k in range(n_layers):
             gate = 1 / (
-                1 + math.exp(-(se.excite.weight[k, 0].item() * hidden + se.excite.bias[k].item()))
+                1 + math.exp(-(se.expand.weight[k, 0].item() * hidden + se.expand.bias[k].item()))
             )
             assert abs(gates[i, k].item() - gate) < 1e-5
             torch.testing.assert_close(out[i, :, k], x[i, :, k] * gate)
@@ -130,10 +130,11 @@ def test_squeeze_excitation_starts_alive_and_says_so():
         torch.manual_seed(seed)
         se = model.SqueezeExcitation(25)
         se(0.1 * torch.randn(8, 10, 25, 16), torch.ones(8, 10, dtype=torch.bool))
-        assert se.alive == 1
-    nn.init.constant_(se.squeeze.bias, -100.0)
+        assert se.fired
+    nn.init.constant_(se.reduce.bias, -100.0)
+    se.fired = False
     se(torch.randn(8, 10, 25, 16), torch.ones(8, 10, dtype=torch.bool))
-    assert se.alive == 0
+    assert not se.fired
 
 
 def test_context_convolution_against_loops():
@@ -145,13 +146,13 @@ def test_context_convolution_against_loops():
     for b in range(2):
         for t in range(5):
             for d in range(16):
-                total = float(bias)
+                total = bias.item()
                 for c in range(9):
                     for i in (-1, 0, 1):
                         for j in (-1, 0, 1):
                             if 0 <= t + i < 5 and 0 <= d + j < 16 and mask[b, c, t + i]:
-                                total += float(w[c, i + 1, j + 1] * x[b, c, t + i, d + j])
-                assert abs(total - float(out[b, t, d])) < 1e-4
+                                total += (w[c, i + 1, j + 1] * x[b, c, t + i, d + j]).item()
+                assert abs(total - out[b, t, d].item()) < 1e-4
     assert (out_mask == mask.any(dim=1)).all()
     assert (model.ContextConv(text_mask="target")(x, mask)[1] == mask[:, 4]).all()
 
@@ -300,6 +301,31 @@ def test_first_loss_is_near_chance_and_one_batch_can_be_learnt_by_heart(fusion, 
         loss.backward()
         optimizer.step()
     assert float(loss) < 0.05
+
+
+@pytest.mark.parametrize("fusion, between", [("text-fc", 1), ("text-te", 1), ("ef", 2), ("mmt", 2)])
+def test_dropout_of_one_half_stands_between_the_modules(fusion, between, tiny):  # A16
+    config = small_config(fusion, tiny)
+    assert config.dropout == 0.5
+    recognizer, seen = EmotionRecognizer(config).train(), []
+    for layer in (recognizer.dropout, recognizer.fusion_dropout):
+        layer.register_forward_hook(lambda layer, args, out: seen.append((layer.p, args[0], out)))
+    audio, text, context = sample(tiny)
+    recognizer(tiny["audio"](audio), (*tiny["text"](text), context))
+    active = [(x, out) for p, x, out in seen if p]
+    extracted = len(config.modalities)
+    assert len(active) == extracted + (between == 2)
+    for x, out in active:  # what is kept is doubled, about half is not kept
+        kept = out != 0
+        torch.testing.assert_close(out[kept], 2 * x[kept])
+        assert 0.3 < kept.float().mean() < 0.7
+
+
+def test_the_audio_is_normalised_before_the_upstream(tiny):
+    x = 0.1 * torch.randn(4000)
+    torch.testing.assert_close(
+        tiny["audio"]([3 * x + 0.2])[0], tiny["audio"]([x])[0], atol=1e-3, rtol=0
+    )
 
 
 def test_unknown_fusion_and_missing_modality_are_said():

@@ -273,6 +273,51 @@ def test_best_takes_the_weights_of_the_lowest_development_loss(go):
     assert (state["selected"]["finetune_epoch"] is None) == (lowest["phase"] == "frozen")
 
 
+def test_best_predicts_with_the_weights_it_kept(go):
+    folder = go("best-predicts", "--fusion", "text-fc", "--select", "best", "--frozen")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["log"][-1]["since_best"] > 0  # the last epoch is not the best
+    last = go("last-predicts", "--fusion", "text-fc", "--frozen")
+    assert (folder / "predictions.csv").read_text() != (last / "predictions.csv").read_text()
+    # Give the last run the best weights for its last ones, and let it test again.
+    other = torch.load(last / "checkpoint.pt", weights_only=True)
+    other["weights"] = state["selected"]["weights"]
+    torch.save(other, last / "checkpoint.pt")
+    (last / "result.json").unlink()
+    go("last-predicts", "--fusion", "text-fc", "--frozen")
+    assert (folder / "predictions.csv").read_text() == (last / "predictions.csv").read_text()
+
+
+def test_the_papers_numbers_are_the_defaults(capsys):
+    args = train.parse([])
+    assert (args.dropout, args.context, args.select, args.fold) == (0.5, 9, "last", ["5"])
+    assert (train.LR_FROZEN, train.LR_FINETUNE, train.WEIGHT_DECAY) == (1e-3, 1e-5, 1e-3)
+    assert (train.BATCH, train.FINETUNE_AFTER, train.STOP_AFTER) == (32, 5, 10)
+
+
+def test_every_epoch_sees_each_training_utterance_once_in_another_order(go, monkeypatch):
+    orders, inputs = [], data.inputs
+
+    def watch(rows, *rest):
+        if torch.is_grad_enabled():  # not while predicting
+            orders.append(rows.tolist())
+        return inputs(rows, *rest)
+
+    monkeypatch.setattr(data, "inputs", watch)
+    go("orders", "--fusion", "text-fc", "--frozen", "--seed", "7")
+    first, second = (sum(orders[i : i + 2], []) for i in (0, 2))  # 39 utterances: 32 and 7
+    assert len(orders[0]) == 32 and sorted(first) == sorted(second) and first != second
+    assert len(set(first)) == len(first)
+
+
+def test_a_damaged_checkpoint_is_one_sentence(go):
+    folder = go("damaged", "--fusion", "text-fc", "--frozen")
+    (folder / "result.json").unlink()
+    (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
+    with pytest.raises(evaluate.RunError, match="checkpoint.pt: cannot be read .*delete it"):
+        go("damaged", "--fusion", "text-fc", "--frozen")
+
+
 def test_other_settings_on_the_same_folder_are_refused_by_name(go):
     go("settings", "--fusion", "text-fc", "--frozen")
     with pytest.raises(train.RunError, match="dropout 0.5 .now 0.1."):
