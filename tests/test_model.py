@@ -293,7 +293,7 @@ def test_first_loss_is_near_chance_and_one_batch_can_be_learnt_by_heart(fusion, 
     recognizer = EmotionRecognizer(small_config(fusion, tiny))
     recognizer.eval()
     first = F.cross_entropy(recognizer((a, a_mask), (t, t_mask)), labels)
-    assert abs(float(first) - math.log(4)) < 0.25
+    assert abs(first.item() - math.log(4)) < 0.25
     optimizer = torch.optim.AdamW(recognizer.parameters(), lr=1e-2)
     for _ in range(150):
         loss = F.cross_entropy(recognizer((a, a_mask), (t, t_mask)), labels)
