@@ -501,8 +501,8 @@ def cache_clips(folder: Path, corpus: list[Utterance]) -> Ragged:
 
 def clip_key(corpus: list[Utterance]) -> dict:
     """What the clips depend on: the files, by size and time of change, and how they are cut."""
-    files = [(u.wav.stat().st_size, u.wav.stat().st_mtime_ns) for u in corpus]
-    wavs = digest([[u.id, u.label, *file] for u, file in zip(corpus, files)])
+    files = [u.wav.stat() for u in corpus]
+    wavs = digest([[u.id, u.label, f.st_size, f.st_mtime_ns] for u, f in zip(corpus, files)])
     return {"wavs": wavs, "seconds": CLIP_SECONDS, "trim_db": TRIM_DB}
 
 
@@ -569,10 +569,21 @@ def _cached(folder: Path, key: dict) -> int:
 
 def _note(folder: Path, key: dict, done: int) -> None:
     """Say in meta.json what is done, all at once or not at all."""
-    temporary = folder / "meta.json.part"
-    size = (folder / "data.bin").stat().st_size
-    temporary.write_text(json.dumps({"key": key, "done": done, "bytes": size}, indent=1))
-    os.replace(temporary, folder / "meta.json")
+    meta = {"key": key, "done": done, "bytes": (folder / "data.bin").stat().st_size}
+    replace(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+
+
+def replace(path: Path, write: Callable) -> None:
+    """Write a file under another name, sync it, rename it: whole or not at all, whenever killed.
+
+    write is called with the file, open for bytes. All that a later command trusts goes this way.
+    """
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

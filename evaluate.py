@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import CLASSES, Utterance
+from data import CLASSES, Utterance, replace
 from model import FUSIONS
 
 # ------------------------------------------------------------------------------------------------
@@ -99,16 +99,15 @@ def write_predictions(
     path: Path, utterances: list[Utterance], log_probs: Tensor, seen_text: list[bool]
 ) -> None:
     """predictions.csv: all that the reports need. seen_text: another session has the same words."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(COLUMNS)
-        for u, p, seen in zip(utterances, log_probs.exp().tolist(), seen_text):
-            guess = CLASSES[p.index(max(p))]
-            rows.writerow(
-                [u.id, u.speaker, CLASSES[u.label], guess, *(f"{x:.6f}" for x in p), int(seen)]
-            )
-    temporary.replace(path)
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(COLUMNS)
+    for u, p, seen in zip(utterances, log_probs.exp().tolist(), seen_text):
+        guess = CLASSES[p.index(max(p))]
+        rows.writerow(
+            [u.id, u.speaker, CLASSES[u.label], guess, *(f"{x:.6f}" for x in p), int(seen)]
+        )
+    replace(path, lambda file: file.write(text.getvalue().encode()))
 
 
 @dataclass

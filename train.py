@@ -19,7 +19,6 @@ import argparse
 import copy
 import itertools
 import json
-import os
 import resource
 import signal
 import sys
@@ -214,18 +213,8 @@ def claim(folder: Path, settings: dict) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """`value` as indented JSON, through `replace`."""
-    replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
-
-
-def replace(path: Path, write) -> None:
-    """Write a file under another name, sync it, rename it: whole or not at all, whenever killed."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """`value` as indented JSON, through data.replace."""
+    data.replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -506,14 +495,14 @@ def select(run: Run, dev: dict, test_rows: Tensor) -> None:
 
 
 def save(path: Path, state: dict) -> None:
-    """A checkpoint, through `replace`; read back with weights_only, so it can run no code."""
-    replace(path, lambda file: torch.save(state, file))
+    """A checkpoint, through data.replace; read back with weights_only: it can run no code."""
+    data.replace(path, lambda file: torch.save(state, file))
 
 
 def write_log(folder: Path, log: list[dict]) -> None:
     """log.jsonl, whole: after a kill it never holds an epoch that the checkpoint does not."""
     lines = "".join(json.dumps(row) + "\n" for row in log)
-    replace(folder / "log.jsonl", lambda file: file.write(lines.encode()))
+    data.replace(folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
 # ------------------------------------------------------------------------------------------------
