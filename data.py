@@ -424,7 +424,7 @@ def clip(x: Tensor) -> Tensor:
 # numbers, 12.7 MB in 16 bits, all of IEMOCAP at most 46 GB. In fine-tuning the bottom layer learns,
 # every state changes with it, and the upstreams run on every batch. Both answer the same call:
 #
-#     states, mask = source(indices)        (U, T, L, D), (U, T) for U positions in the corpus
+#     states, mask = source(rows)           (U, T, L, D), (U, T) for U rows of the corpus
 # ------------------------------------------------------------------------------------------------
 
 
@@ -432,7 +432,7 @@ class Ragged:
     """N arrays of unlike length in one memory-mapped file: clips, or utterances' layer states.
 
     lengths (N,) steps, each of shape `step`. Array i is `ragged[i]`, (lengths[i], *step); calling
-    it with U positions gives them padded: (x (U, T, *step), mask (U, T)).
+    it with U rows of the corpus gives them padded: (x (U, T, *step), mask (U, T)).
     """
 
     def __init__(self, path: Path, lengths: Tensor, step: tuple, dtype: str, mode: str = "c"):
@@ -450,37 +450,38 @@ class Ragged:
             raise IndexError(i)  # ends a for loop
         return self.data[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
-    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        lengths = self.lengths[indices, None]  # (U, 1)
-        steps = torch.arange(int(lengths.max()))
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = self.lengths[rows, None]  # (U, 1)
+        steps = torch.arange(int(lengths.max()))  # (T,)
         # What stands in the padding is the last step again: never zero, as it would be live.
-        rows = self.offsets[indices, None] + torch.minimum(steps, lengths - 1)  # (U, T)
-        return self.data[rows], steps < lengths
+        places = self.offsets[rows, None] + torch.minimum(steps, lengths - 1)  # (U, T)
+        return self.data[places], steps < lengths
 
 
 def live(upstream: Callable, raw: Sequence) -> Callable:
     """The same call as a Ragged of states, answered by the upstream: for fine-tuning."""
-    return lambda indices: upstream([raw[i] for i in indices.tolist()])
+    return lambda rows: upstream([raw[i] for i in rows.tolist()])
 
 
-def inputs(
-    indices: Tensor, windows: Tensor, audio: Callable | None, text: Callable | None, device: str
+def batch(
+    rows: Tensor, windows: Tensor, sources: dict[str, Callable], device: str
 ) -> dict[str, tuple]:
-    """One batch for EmotionRecognizer: the utterances at `indices` (B,), as keyword arguments.
+    """The keyword arguments of EmotionRecognizer for the utterances at `rows` (B,) of the corpus.
 
-    audio and text answer a call with positions by (states, mask): a Ragged, or `live`. The model
-    never knows which.
+    sources: by modality a Ragged or `live`; which of the two, the model never knows. Neighbours
+    overlap: 32 windows of 9 hold fewer than 288 utterances, and each goes through BERT's states
+    once. With windows [[-1, 5, 6], [5, 6, 7]] the texts asked for are those of rows [5, 6, 7], and
+    the context that the model gets is [[-1, 0, 1], [0, 1, 2]].
     """
-    batch = {}
-    if audio is not None:
-        batch["audio"] = audio(indices)
-    if text is not None:
-        # Neighbours overlap: a batch of 32 windows of 9 holds fewer than 288 utterances.
-        distinct, rows = windows[indices].unique(return_inverse=True)  # (U,), (B, C)
-        if distinct[0] == -1:  # "no utterance" sorts first; dropped, it is row -1
-            distinct, rows = distinct[1:], rows - 1
-        batch["text"] = (*text(distinct), rows)
-    return {k: tuple(t.to(device, non_blocking=True) for t in v) for k, v in batch.items()}
+    arguments = {}
+    if "audio" in sources:
+        arguments["audio"] = sources["audio"](rows)
+    if "text" in sources:
+        distinct, context = windows[rows].unique(return_inverse=True)  # (U,), (B, C)
+        if distinct[0] == -1:  # sorted first; without it every number is one lower, and -1 is -1
+            distinct, context = distinct[1:], context - 1
+        arguments["text"] = (*sources["text"](distinct), context)
+    return {m: tuple(t.to(device, non_blocking=True) for t in v) for m, v in arguments.items()}
 
 
 def cache_clips(folder: Path, corpus: list[Utterance]) -> Ragged:

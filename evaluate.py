@@ -73,14 +73,14 @@ def score(labels: Tensor, log_probs: Tensor) -> dict:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, rows: Tensor, inputs: Callable, batch: int = 32) -> Tensor:
+def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> Tensor:
     """Log-probabilities (N, 4) of the utterances at `rows` (N,), without dropout, on the CPU.
 
-    inputs: a batch of rows -> the keyword arguments of the model.
+    batch: `size` rows of the corpus -> the keyword arguments of the model.
     """
     model.eval()
-    batches = tqdm(rows.split(batch), desc="predicting", leave=False, delay=3, disable=None)
-    logits = [model(**inputs(part)) for part in batches]
+    parts = tqdm(rows.split(size), desc="predicting", leave=False, delay=3, disable=None)
+    logits = [model(**batch(part)) for part in parts]
     return torch.cat(logits).float().log_softmax(dim=1).cpu()
 
 

@@ -87,6 +87,11 @@ class Config:
                     f"unknown {name} {getattr(self, name)!r}: take one of {', '.join(known)}"
                 )
 
+    @classmethod
+    def of(cls, settings: dict) -> "Config":
+        """The Config in a run's settings (config.json), which hold more than that."""
+        return cls(**{name: settings[name] for name in cls.__dataclass_fields__})
+
     @property
     def modalities(self) -> list[str]:
         """The modalities that the fusion uses, in the order audio, text."""
@@ -391,7 +396,7 @@ class Upstream(nn.Module):
 
     def __init__(self, name: str, modality: str):
         super().__init__()
-        self.modality = modality
+        self.name, self.modality = name, modality
         self.preprocessor, self.model = _load(name, modality)
         self.n_layers = self.model.config.num_hidden_layers + 1
         self.dim = self.model.config.hidden_size

@@ -23,7 +23,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -114,8 +114,8 @@ class Material:
     raw: dict[str, list]  # by modality: clips, texts
     states: dict[str, data.Ragged]  # by modality: their cached layer states
     upstreams: dict[str, Upstream]
-    pristine: dict[str, dict]  # what fine-tuning opens, before any did
-    inputs: dict[str, str]  # by modality: a digest of what the upstreams are fed
+    pristine: dict[str, dict]  # by modality: what fine-tuning opens, before any did
+    identity: dict[str, dict]  # by modality: digests of the upstream and of what it is fed
 
 
 def folds(args: argparse.Namespace, corpus: list[Utterance]) -> list[int]:
@@ -167,21 +167,20 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
     raw: dict[str, list] = {"text": texts}
     if "audio" in modalities:
         raw["audio"] = data.cache_clips(cache / "clips", corpus)
-    fed = {m: data.digest(texts if m == "text" else data.clip_key(corpus)) for m in modalities}
-    states = {}
+    states, identity = {}, {}
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     for m, upstream in upstreams.items():
-        identity = {
-            "weights": upstream.fingerprint,
-            "inputs": fed[m],
-            "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        }
-        folder = cache / f"{m}-{data.digest(names[m])}"
-        states[m] = data.cache_states(folder, upstream, raw[m], upstream.steps(raw[m]), identity)
+        fed = data.digest(texts if m == "text" else data.clip_key(corpus))
+        identity[m] = {"weights": upstream.fingerprint, "inputs": fed}
+        states[m] = data.cache_states(
+            cache / f"{m}-{data.digest(names[m])}", upstream, raw[m], upstream.steps(raw[m]),
+            {**identity[m], "libraries": libraries},
+        )  # fmt: skip
     return Material(
         name, corpus,
         torch.tensor([-1 if u.label is None else u.label for u in corpus]),
         raw, states, upstreams,
-        {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()}, fed,
+        {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()}, identity,
     )  # fmt: skip
 
 
@@ -193,8 +192,12 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
 # ------------------------------------------------------------------------------------------------
 
 
-def claim(folder: Path, settings: dict) -> None:
-    """Make the run folder, or check that the run in it has these settings."""
+def claim(folder: Path, settings: dict, told: dict) -> None:
+    """Make the run folder, or check that the run in it has these settings; write config.json.
+
+    It holds the settings, on which the result depends, and what is told beside them without being
+    compared: where the upstreams lie, the libraries' versions. Raises RunError naming what differs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     if path.exists():
@@ -208,8 +211,7 @@ def claim(folder: Path, settings: dict) -> None:
             raise RunError(
                 f"{folder} holds a run with another {was}; take another --out, or delete it"
             )
-    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(path, {**settings, "libraries": libraries})  # told, not compared
+    write_json(path, {**settings, **told})
 
 
 def write_json(path: Path, value) -> None:
@@ -229,13 +231,11 @@ class Run:
         self.settings, self.material, self.device = settings, material, device
         torch.manual_seed(settings["seed"])  # initial weights, then dropout
         self.order = torch.Generator().manual_seed(settings["seed"])  # of the batches
-        config = Config(**{k: settings[k] for k in Config.__dataclass_fields__ if k in settings})
+        config = Config.of(settings)
         self.upstreams = {m: material.upstreams[m] for m in config.modalities}
         for m, upstream in self.upstreams.items():
             upstream.requires_grad_(False)  # an earlier run of this command may have changed it
             upstream.finetunable().load_state_dict(material.pristine[m])
-            setattr(config, f"{m}_layers", upstream.n_layers)
-            setattr(config, f"{m}_dim", upstream.dim)
         self.model = EmotionRecognizer(config).to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR_FROZEN, weight_decay=WEIGHT_DECAY
@@ -244,15 +244,14 @@ class Run:
             None if settings["frozen"] else FINETUNE_AFTER, STOP_AFTER, settings["reset_patience"]
         )
         self.windows = data.context_windows(material.corpus, config.n_context)
-        self.states = {m: material.states[m] for m in self.upstreams}  # from the cache
+        self.sources = {m: material.states[m] for m in self.upstreams}  # the cache, then live
         self.finetune_epoch: int | None = None  # whose dev loss fired the trigger: the last frozen
         self.log: list[dict] = []  # a row an epoch
         self.selected: dict | None = None  # [A10]: weights and score of the best epoch
 
-    def inputs(self, rows: Tensor) -> dict[str, tuple]:
-        """The batch of these rows of the corpus, as EmotionRecognizer takes it."""
-        states = self.states.get("audio"), self.states.get("text")
-        return data.inputs(rows, self.windows, *states, self.device)
+    def batch(self, rows: Tensor) -> dict[str, tuple]:
+        """The utterances at these rows of the corpus, as EmotionRecognizer takes them."""
+        return data.batch(rows, self.windows, self.sources, self.device)
 
     def start_finetuning(self) -> None:
         """§2.4: from now on WavLM's CNN encoder and BERT's input embeddings learn too."""
@@ -260,7 +259,7 @@ class Run:
         for m, upstream in self.upstreams.items():
             upstream.finetunable().requires_grad_(True)
             parameters += upstream.finetunable().parameters()
-            self.states[m] = data.live(upstream, self.material.raw[m])
+            self.sources[m] = data.live(upstream, self.material.raw[m])
         # UNSPECIFIED [A11]: the optimiser at the trigger, and the rate of what was trained before.
         # One rate is named (§3.2), so a new AdamW takes all of it at 1e-5.
         self.optimizer = torch.optim.AdamW(parameters, lr=LR_FINETUNE, weight_decay=WEIGHT_DECAY)
@@ -350,12 +349,12 @@ def run_name(fusion: str, frozen: bool) -> str:
     return f"{fusion}-{'frozen' if frozen else 'finetuned'}"
 
 
-def train(settings: dict, material: Material, folder: Path, device: str) -> None:
+def train(settings: dict, told: dict, material: Material, folder: Path, device: str) -> None:
     """One system on one fold with one seed, from where its folder stands to its result.json."""
     name = run_name(settings["fusion"], settings["frozen"])
     number = evaluate.system_number(settings["fusion"], settings["frozen"])
     title = f"Sys. {number} ({name}), fold {settings['fold']}, seed {settings['seed']}"
-    claim(folder, settings)
+    claim(folder, settings, told)
     if (folder / "result.json").exists():
         print(f"{title}: done before, see {folder}")
         return
@@ -387,7 +386,7 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
         batches = train_rows[torch.randperm(len(train_rows), generator=run.order)].split(BATCH)
         bar = f"epoch {len(run.log) + 1}"
         for rows in tqdm(batches, desc=bar, leave=False, delay=3, disable=None):
-            logits = model(**run.inputs(rows))  # (B, 4)
+            logits = model(**run.batch(rows))  # (B, 4)
             loss = F.cross_entropy(logits, labels[rows])  # §2.4; [A15]: classes not weighted
             run.optimizer.zero_grad()
             loss.backward()
@@ -395,7 +394,7 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
             train_loss += loss.item() * len(rows) / len(train_rows)
 
         # §3.2: "we randomly select one speaker as a development set and monitor its loss".
-        log_probs = evaluate.predict(model, dev_rows, run.inputs)
+        log_probs = evaluate.predict(model, dev_rows, run.batch)
         dev = evaluate.score(material.labels[dev_rows], log_probs)
         event = patience.step(dev["loss"])
         phase = "frozen" if run.finetune_epoch is None else "finetune"
@@ -428,10 +427,10 @@ def train(settings: dict, material: Material, folder: Path, device: str) -> None
     if run.selected:  # [A10]: not the last weights
         run.load_weights(run.selected["weights"])
         if run.selected["finetune_epoch"] is None:
-            run.states = {m: material.states[m] for m in run.upstreams}
+            run.sources = {m: material.states[m] for m in run.upstreams}
 
     # The test session: predicted here for the first time (but for --select test).
-    log_probs = evaluate.predict(model, test_rows, run.inputs)
+    log_probs = evaluate.predict(model, test_rows, run.batch)
     seen = data.texts_elsewhere(material.corpus)
     evaluate.write_predictions(
         folder / "predictions.csv", test_set, log_probs, [u.id in seen for u in test_set]
@@ -481,9 +480,8 @@ def select(run: Run, dev: dict, test_rows: Tensor) -> None:
     if run.settings["select"] == "best":
         value = -dev["loss"]
     else:
-        test = evaluate.score(
-            run.material.labels[test_rows], evaluate.predict(run.model, test_rows, run.inputs)
-        )
+        log_probs = evaluate.predict(run.model, test_rows, run.batch)
+        test = evaluate.score(run.material.labels[test_rows], log_probs)
         value = test["wa"]
         print(
             f"SELECTING ON TEST: THIS IS CHEATING, AND IT IS MARKED SO. "
@@ -575,24 +573,32 @@ def main(arguments: list[str] | None = None) -> None:
     if args.system:
         numbers = sorted({int(n) - 1 for n in args.system})
         systems = [(list(FUSIONS)[n // 2], n % 2 == 0) for n in numbers]
-    modalities = sorted({m for fusion, _ in systems for m in Config(fusion).modalities})
+    modalities_of = {fusion: Config(fusion).modalities for fusion, _ in systems}
     with data.exclusive(Path("cache")):
-        material = prepare(args, modalities, device)
+        material = prepare(args, sorted({m for ms in modalities_of.values() for m in ms}), device)
     for (fusion, frozen), fold, seed in itertools.product(
         systems, folds(args, material.corpus), args.seed
     ):
+        used = {m: material.upstreams[m] for m in modalities_of[fusion]}
+        config = Config(
+            fusion, n_context=args.context, dropout=args.dropout, condense=args.condense,
+            text_mask=args.text_mask, cma_residual=args.cma_residual,
+            **{f"{m}_layers": u.n_layers for m, u in used.items()},
+            **{f"{m}_dim": u.dim for m, u in used.items()},
+        )  # fmt: skip
         settings = {
-            "corpus": material.name, "fusion": fusion, "frozen": frozen, "fold": fold, "seed": seed,
-            "n_context": args.context, "dropout": args.dropout, "condense": args.condense,
-            "text_mask": args.text_mask, "cma_residual": args.cma_residual,
-            "reset_patience": args.reset_patience, "select": args.select,
+            "corpus": material.name, "frozen": frozen, "fold": fold, "seed": seed,
+            **asdict(config), "reset_patience": args.reset_patience, "select": args.select,
             "wavlm": args.wavlm, "bert": args.bert,
             "utterances": data.digest([[u.id, u.emotion, u.text] for u in material.corpus]),
-            "upstreams": {m: material.upstreams[m].fingerprint for m in Config(fusion).modalities},
-            "inputs": {m: material.inputs[m] for m in Config(fusion).modalities},
+            "upstreams": {m: material.identity[m] for m in used},
+        }  # fmt: skip
+        told = {
+            "folders": {m: u.name for m, u in used.items()},
+            "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip
         folder = args.out / material.name / run_name(fusion, frozen) / f"fold{fold}-seed{seed}"
-        train(settings, material, folder, device)
+        train(settings, told, material, folder, device)
 
 
 if __name__ == "__main__":

@@ -401,7 +401,7 @@ def test_a_state_that_does_not_fit_16_bits_is_an_error_not_infinity(tmp_path):
         data.cache_states(tmp_path, Loud(), ["a"], torch.tensor([1]), {})
 
 
-def test_inputs_embed_each_distinct_utterance_once():
+def test_a_batch_embeds_each_distinct_utterance_once():
     windows = torch.tensor([[-1, 0, 1], [0, 1, 2], [1, 2, -1], [-1, 3, -1]])
     asked = []
 
@@ -409,10 +409,11 @@ def test_inputs_embed_each_distinct_utterance_once():
         asked.append(rows.tolist())
         return rows[:, None].float(), rows[:, None] >= 0
 
-    states, mask, context = data.inputs(torch.tensor([1, 2]), windows, None, text, "cpu")["text"]
+    sources = {"text": text}
+    states, mask, context = data.batch(torch.tensor([1, 2]), windows, sources, "cpu")["text"]
     assert asked == [[0, 1, 2]]
     assert context.tolist() == [[0, 1, 2], [1, 2, -1]]
-    states, mask, context = data.inputs(torch.tensor([3, 1]), windows, None, text, "cpu")["text"]
+    states, mask, context = data.batch(torch.tensor([3, 1]), windows, sources, "cpu")["text"]
     assert asked[-1] == [0, 1, 2, 3] and context.tolist() == [[-1, 3, -1], [0, 1, 2]]
 
 

@@ -300,7 +300,7 @@ def test_first_loss_is_near_chance_and_one_batch_can_be_learnt_by_heart(fusion, 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.05
+    assert loss.item() < 0.05
 
 
 @pytest.mark.parametrize("fusion, between", [("text-fc", 1), ("text-te", 1), ("ef", 2), ("mmt", 2)])

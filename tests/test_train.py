@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import data
 import evaluate
 import train
 from conftest import ROOT, write_wav
+from model import Config
 from train import Patience
 
 
@@ -296,14 +298,14 @@ def test_the_papers_numbers_are_the_defaults(capsys):
 
 
 def test_every_epoch_sees_each_training_utterance_once_in_another_order(go, monkeypatch):
-    orders, inputs = [], data.inputs
+    orders, batch = [], data.batch
 
     def watch(rows, *rest):
         if torch.is_grad_enabled():  # not while predicting
             orders.append(rows.tolist())
-        return inputs(rows, *rest)
+        return batch(rows, *rest)
 
-    monkeypatch.setattr(data, "inputs", watch)
+    monkeypatch.setattr(data, "batch", watch)
     go("orders", "--fusion", "text-fc", "--frozen", "--seed", "7")
     first, second = (sum(orders[i : i + 2], []) for i in (0, 2))  # 39 utterances: 32 and 7
     assert len(orders[0]) == 32 and sorted(first) == sorted(second) and first != second
@@ -371,7 +373,7 @@ def test_one_step_at_full_size(fusion, full_size_upstreams):
     labels = torch.tensor([2, 1])
     material = train.Material(
         "random", [], labels, {"audio": clips, "text": texts}, {}, upstreams,
-        {m: {k: v.clone() for k, v in u.finetunable().state_dict().items()} for m, u in upstreams.items()},
+        {m: {k: v.clone() for k, v in u.finetunable().state_dict().items()} for m, u in upstreams.items()}, {},
     )  # fmt: skip
     for m in upstreams:
         with torch.no_grad():
@@ -379,7 +381,7 @@ def test_one_step_at_full_size(fusion, full_size_upstreams):
         assert x.shape[2:] == ((25, 1024) if m == "audio" else (13, 768))
         assert m == "text" or mask.sum(1).tolist() == [249, 93]
         material.states[m] = lambda rows, x=x, mask=mask: (x[rows].half(), mask[rows])
-    settings = {"fusion": fusion, "frozen": False, "seed": 0, "reset_patience": False}
+    settings = {"frozen": False, "seed": 0, "reset_patience": False, **asdict(Config(fusion))}
     data_windows, data.context_windows = data.context_windows, lambda corpus, size: windows
     try:
         run = train.Run(settings, material, "cpu")
@@ -392,7 +394,7 @@ def test_one_step_at_full_size(fusion, full_size_upstreams):
         for m, u in run.upstreams.items():
             before |= {f"{m}.{n}": p.clone() for n, p in u.model.named_parameters()}
         loss = torch.nn.functional.cross_entropy(
-            run.model(**run.inputs(torch.tensor([0, 1]))), labels
+            run.model(**run.batch(torch.tensor([0, 1]))), labels
         )
         run.optimizer.zero_grad()
         loss.backward()
