@@ -1,6 +1,11 @@
 """What §3.3 and §4 report: metrics, Tables 1 and 2, the confusion matrices of Fig. 4.
 
-python evaluate.py RUNS       ours beside the paper's, for whatever runs are found below RUNS
+    python evaluate.py RUNS                     ours beside the paper's, for whatever runs are found
+    python evaluate.py RUNS --pictures DIR      Fig. 4 and learning curves
+    python evaluate.py RUN --wav x.wav --text "i never said that" --before "did you say that"
+
+What a finished run left in its folder is enough for the first two. The third, an utterance of your
+own, loads the model and its upstreams; in a notebook it is Recognizer, at the end of this file.
 """
 
 import argparse
@@ -8,6 +13,7 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -19,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import CLASSES, Utterance, replace
-from model import FUSIONS
+from data import CLASSES, CLIP_SECONDS, SAMPLE_RATE, CorpusError, Utterance, clip, load_wav, replace
+from model import FUSIONS, Config, EmotionRecognizer, Upstream, UpstreamError
 
 # ------------------------------------------------------------------------------------------------
 # Metrics (§3.1): "averaged weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
@@ -114,12 +120,14 @@ def write_predictions(
 class Run:
     """A finished run as its folder tells it; no model is loaded."""
 
+    folder: Path
     title: str  # the corpus and every switch that is not at its default
     result: dict  # result.json
     ids: list[str]  # of the N test utterances
     speakers: np.ndarray  # (N,)
     truth: np.ndarray  # (N,) indices into CLASSES
     guess: np.ndarray  # (N,)
+    certainty: np.ndarray  # (N,) the probability of the guess
     seen_text: np.ndarray | None  # (N,) bool
 
     @property
@@ -165,6 +173,7 @@ def read_run(folder: Path) -> Run:
         ids = [row["utterance"] for row in rows]
         truth = np.array([CLASSES.index(row["label"]) for row in rows])
         guess = np.array([CLASSES.index(row["prediction"]) for row in rows])
+        certainty = np.array([float(row[row["prediction"]]) for row in rows])
         assert len(set(ids)) == len(ids), "an utterance stands there twice"
         assert (confusion_matrix(truth, guess) == counts).all(), (
             "it is not what result.json counted"
@@ -174,14 +183,23 @@ def read_run(folder: Path) -> Run:
             assert not wrong, f"{name} in result.json is not that of these predictions"
         seen = [row["seen_text"] == "1" for row in rows] if "seen_text" in rows[0] else None
         return Run(
-            ", ".join([result["corpus"], *flips]), result, ids,
-            np.array([row["speaker"] for row in rows]), truth, guess,
+            folder, ", ".join([result["corpus"], *flips]), result, ids,
+            np.array([row["speaker"] for row in rows]), truth, guess, certainty,
             None if seen is None else np.array(seen),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, csv.Error,
             AssertionError) as error:  # fmt: skip
         reason = str(error) if isinstance(error, (AssertionError, OSError)) else repr(error)
         raise RunError(f"{path}: {reason}") from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint's dict; weights_only: a hostile file runs no code. RunError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise RunError(f"{path}: cannot be read ({reason}); delete it to go without it") from None
 
 
 def find_runs(root: Path) -> tuple[list[Run], list[str]]:
@@ -497,6 +515,299 @@ def breakdown(runs: list[Run]) -> Table:
     return Table(title, ["Sys.", "part", "utterances", "WA", "UA"], rows)
 
 
+# ------------------------------------------------------------------------------------------------
+# Pictures, at the width of a column of the paper; matplotlib is the one optional package
+# ------------------------------------------------------------------------------------------------
+
+
+def figure(width: float, height: float, title: str):
+    """An empty matplotlib Figure of so many inches. Raises RunError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise RunError("pictures need matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    matplotlib.rcParams.update({"font.size": 7, "axes.titlesize": 7, "figure.dpi": 200})
+    fig = Figure((width, height), layout="constrained")
+    fig.suptitle(title, fontsize=8)
+    return fig
+
+
+def draw_confusions(runs: list[Run], path: Path) -> None:
+    """Fig. 4: shares of each true class; its own four systems on Session 5 where they were run.
+
+    Without any of those, all that is in `runs`, twelve at most.
+    """
+    where = {(system_number(*r.key[:2]), r.key[2]): r for r in reversed(runs)}  # the lowest seed
+    shown = [where[n, 5] for n in (4, 8, 18, 7) if (n, 5) in where] or runs[:12]
+    columns = min(len(shown), 2 if len(shown) <= 4 else 4)
+    rows = -(-len(shown) // columns)
+    fig = figure(1.7 * columns, 1.75 * rows + 0.25, shown[0].title)
+    axes = fig.subplots(rows, columns, squeeze=False).flat
+    for ax, letter, run in zip(axes, "abcdefghijkl", shown):
+        counts = np.array(run.result["confusion"])
+        share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (i, j), value in np.ndenumerate(share):
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center",
+                    color="white" if value > 0.5 else "black")  # fmt: skip
+        fold = "" if run.result["fold"] == 5 else f" Session{run.result['fold']}"
+        ax.set_title(
+            f"({letter}) Sys. {system_number(*run.key[:2])}{fold} (UA: {run.result['ua']:.2%})"
+        )
+        ax.set_xticks(range(4), CLASSES)
+        ax.set_yticks(range(4), CLASSES)
+        ax.set_xlabel("Predictions")
+        ax.set_ylabel("Groundtruth")
+    for ax in list(axes)[len(shown) :]:
+        ax.remove()
+    fig.savefig(path)
+
+
+def draw_curves(runs: list[Run], path: Path) -> None:
+    """Loss and development UA of one system over the epochs, a colour a run; trigger and stop."""
+    number = system_number(*runs[0].key[:2])
+    fig = figure(3.4, 3.2, f"{runs[0].title}: Sys. {number}, {system_name(*runs[0].key[:2])}")
+    loss, ua = fig.subplots(2, 1, sharex=True)
+    for k, run in enumerate(runs):
+        path_of_log = run.folder / "log.jsonl"
+        try:
+            log = [json.loads(line) for line in path_of_log.read_text().splitlines()]
+            epochs, train, dev, dev_ua = (
+                [row[key] for row in log] for key in ("epoch", "train_loss", "dev_loss", "dev_ua")
+            )
+            trigger = run.result["finetune_epoch"]
+            fold = {"color": f"C{k}", "linewidth": 0.8}
+            loss.plot(epochs, train, linestyle=":", **fold)
+            loss.plot(epochs, dev, label=f"fold {run.result['fold']}", **fold)
+            ua.plot(epochs, [100 * x for x in dev_ua], **fold)
+            for ax, values, scale in ((loss, dev, 1), (ua, dev_ua, 100)):
+                if trigger:
+                    ax.plot(trigger, scale * values[trigger - 1], "v", color=f"C{k}", markersize=4)
+                ax.plot(epochs[-1], scale * values[-1], "s", color=f"C{k}", markersize=3)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise RunError(f"{path_of_log}: {error!r}") from None
+    # A legend for the marks that does not repeat for each fold.
+    loss.plot([], [], "k-", linewidth=0.8, label="development")
+    loss.plot([], [], "k:", linewidth=0.8, label="training")
+    loss.plot([], [], "kv", markersize=4, linestyle="", label="trigger")
+    loss.plot([], [], "ks", markersize=3, linestyle="", label="stop")
+    loss.legend(ncols=3, fontsize=6, frameon=False)
+    loss.set_ylabel("cross-entropy")
+    ua.set_ylabel("development UA in %")
+    ua.set_xlabel("epoch")
+    ua.xaxis.get_major_locator().set_params(integer=True)
+    fig.savefig(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# An utterance of your own
+# ------------------------------------------------------------------------------------------------
+
+
+class Recognizer:
+    """A finished run, for utterances of your own. In a notebook:
+
+        from evaluate import Recognizer
+        Recognizer("runs/toy/mmt-finetuned/fold5-seed0").recognize("x.wav", "i never said that")
+
+    Raises RunError where the folder is not that of a finished run, UpstreamError where what it was
+    trained on cannot be had any more.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.run = read_run(Path(folder))
+        path = self.run.folder / "config.json"
+        state = load_checkpoint(self.run.folder / "checkpoint.pt")
+        try:
+            settings = json.loads(path.read_text())
+            self.config = Config.of(settings)
+            self.upstreams = {
+                m: Upstream(settings["folders"][m], m) for m in self.config.modalities
+            }
+            for m, upstream in self.upstreams.items():
+                if upstream.fingerprint != settings["upstreams"][m]["weights"]:
+                    raise RunError(f"{upstream.name}: not the weights that {path} was trained with")
+            weights = (state["selected"] or state)["weights"]
+            self.model = EmotionRecognizer(self.config)
+            self.model.load_state_dict(weights["model"])
+            for m, upstream in self.upstreams.items():
+                if m in weights:  # it was fine-tuned
+                    upstream.finetunable().load_state_dict(weights[m])
+        except (RunError, UpstreamError):
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise RunError(
+                f"{path}: does not fit checkpoint.pt beside it ({reason}); delete the folder"
+            ) from None
+        self.model.eval()
+
+    @torch.no_grad()
+    def batch(
+        self,
+        wav: str | Path | None = None,
+        text: str | None = None,
+        before: Sequence[str] = (),
+        after: Sequence[str] = (),
+    ) -> dict[str, tuple]:
+        """The model's keyword arguments for one utterance, a batch of 1.
+
+        wav: a file as load_wav reads it; text: its words; before, after: the words of the turns
+        around it, in their order. What the system has no ear or eye for is left out.
+        """
+        arguments = {}
+        if "audio" in self.upstreams:
+            if wav is None:
+                raise RunError(f"{self.run.folder}: this system listens; give it --wav FILE")
+            arguments["audio"] = self.upstreams["audio"]([clip(load_wav(wav))])
+        if "text" in self.upstreams:
+            if text is None:
+                raise RunError(f"{self.run.folder}: this system reads; give it --text WORDS")
+            half = self.config.n_context // 2
+            before, after = list(before)[max(0, len(before) - half) :], list(after)[:half]
+            edges = [-1] * (half - len(before)), [-1] * (half - len(after))  # [A6]
+            texts = [*before, text, *after]
+            context = torch.tensor([[*edges[0], *range(len(texts)), *edges[1]]])  # (1, C)
+            arguments["text"] = (*self.upstreams["text"](texts), context)
+        return arguments
+
+    @torch.no_grad()
+    def recognize(self, *utterance, **named) -> dict[str, float]:
+        """{"neu": p, "hap": p, "ang": p, "sad": p}; arguments as for `batch`."""
+        log_probs = self.model(**self.batch(*utterance, **named))[0].log_softmax(dim=0)
+        return dict(zip(CLASSES, log_probs.exp().tolist()))
+
+    def explain(self, wav=None, text=None, before=(), after=()) -> str:
+        """What recognize says, how sure that is, and what to think of it, in words."""
+        p = self.recognize(wav, text, before, after)
+        first, *rest = sorted(p, key=p.get, reverse=True)
+        lines = [f"{first} {p[first]:.1%}, then {', '.join(f'{c} {p[c]:.1%}' for c in rest)}"]
+        # How sure: not the model's own word for it, but how often it was right when it said so.
+        run, session = self.run, f"Session{self.run.result['fold']}"
+        alike = np.abs(run.certainty - p[first]).argsort(kind="stable")[:50]
+        low, high = run.certainty[alike].min(), run.certainty[alike].max()
+        right = np.mean(run.truth[alike] == run.guess[alike])
+        lines.append(
+            f"How sure: of the {len(alike)} test utterances of {session} on which it was about as "
+            f"sure ({low:.0%} to {high:.0%}), it was right on {right:.0%}."
+        )
+        if "audio" in self.upstreams:
+            seconds = len(load_wav(wav)) / SAMPLE_RATE
+            if seconds > CLIP_SECONDS:
+                lines.append(
+                    f"Note: {wav} is {seconds:.1f} s long; the model hears {CLIP_SECONDS} s of it, "
+                    f"from the first sound on."
+                )
+        elif wav is not None:
+            lines.append(f"Note: this system only reads; it did not hear {wav}.")
+        half = self.config.n_context // 2
+        if "text" not in self.upstreams and (text or before or after):
+            lines.append("Note: this system only listens; it did not read the words.")
+        elif "text" in self.upstreams:
+            for name, turns in (("before", before), ("after", after)):
+                if len(turns) < half:
+                    lines.append(
+                        f"Note: --{name} has {len(turns)} of the {half} turns that the model reads;"
+                        f" it takes the rest for the edge of the dialogue."
+                    )
+                elif len(turns) > half:
+                    lines.append(f"Note: of --{name} the model reads the {half} nearest turns.")
+        if run.result["corpus"].startswith("toy"):
+            lines.append(
+                "Note: this model was trained on the toy corpus of tones and made-up words. "
+                "What it says of real speech means nothing."
+            )
+        return "\n".join(f"{run.result['corpus']}: {line}" for line in lines)
+
+    @torch.no_grad()
+    def gates(self, batch: dict[str, tuple]) -> dict[str, Tensor]:
+        """The S&E gates of Fig. 2 by modality: audio (1, L), text (U, L), a row a context text."""
+        gates = {}
+        for m, (states, mask, *_) in batch.items():
+            extractor = self.model.extractor[m]
+            se = getattr(extractor, "utterance", extractor).se
+            gates[m] = se.gates(states.float(), mask)
+        return gates
+
+    @torch.no_grad()
+    def attention(self, batch: dict[str, tuple]) -> dict[str, Tensor]:
+        """Weights (T_t, T_s) of Eq. (1) of the cross-modal blocks, by "source-to-target"."""
+        x, mask = self.model.features(**batch)
+        return {
+            f"{s}-to-{t}": self.model.fusion.blocks[f"{s}-to-{t}"].attend(x[t], x[s], mask[s])[1][0]
+            for t, s in self.model.fusion.paths if s not in (None, t)
+        }  # fmt: skip
+
+
+def draw_gates(recognizer: Recognizer, batch: dict[str, tuple], path: Path) -> None:
+    """The S&E gates over the layers, for one utterance and the texts around it."""
+    gates = recognizer.gates(batch)
+    fig = figure(3.4, 1.4 * len(gates) + 0.4, f"{recognizer.run.title}: S&E gates")
+    for ax, (m, values) in zip(fig.subplots(len(gates), 1, squeeze=False).flat, gates.items()):
+        target = 0
+        if m == "text":
+            context = batch["text"][2][0]
+            target = int(context[len(context) // 2])
+            for row in range(len(values)):
+                if row != target:
+                    label = "its context" if row == (target == 0) else None
+                    ax.plot(values[row], color="C7", linewidth=0.5, label=label)
+        ax.plot(values[target], "o-", color="C0", linewidth=1, markersize=2.5, label="utterance")
+        ax.set_title("WavLM" if m == "audio" else "BERT")
+        ax.set_ylabel("gate")
+        ax.set_ylim(0, 1)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(fontsize=6, frameon=False, ncols=2)
+    ax.set_xlabel("layer (0: what goes into the first Transformer layer)")
+    fig.savefig(path)
+
+
+def draw_attention(
+    recognizer: Recognizer, batch: dict[str, tuple], wav: str | Path, text: str, path: Path
+) -> None:
+    """Eq. (1) on one utterance: who attends to what, tokens against seconds, over the waveform."""
+    weights = recognizer.attention(batch)
+    x = clip(load_wav(wav))
+    seconds = len(x) / SAMPLE_RATE
+    tokenizer = recognizer.upstreams["text"].preprocessor
+    tokens = tokenizer.convert_ids_to_tokens(
+        tokenizer(text, truncation=True, max_length=512)["input_ids"]
+    )
+    n = next(w.shape["audio-to-text" != k] for k, w in weights.items())  # positions of X_T
+    # X_T is as long as the longest text of the context: further positions hold only neighbours.
+    tokens = [*tokens, *["(context)"] * (n - len(tokens))][:n]
+    every = 1 + n // 30  # labels that fit
+    fig = figure(
+        3.4,
+        1.0 + len(weights) * (0.6 + 0.11 * n / every),
+        f"{recognizer.run.title}: attention of Eq. (1)",
+    )
+    axes = fig.subplots(
+        len(weights) + 1, 1, sharex=True, squeeze=False,
+        height_ratios=[*[max(3, n / every)] * len(weights), 3],
+    ).flat  # fmt: skip
+    for ax, (name, w) in zip(axes, weights.items()):
+        w = w.numpy()
+        from_audio = name == "audio-to-text"
+        image = ax.imshow(
+            w if from_audio else w.T, aspect="auto", cmap="Blues", vmin=0,
+            extent=(0, seconds, n - 0.5, -0.5), interpolation="nearest",
+        )  # fmt: skip
+        ax.set_title(
+            "A→T: a token's weights over the frames (rows sum to 1)" if from_audio
+            else "T→A: a frame's weights over the tokens (columns sum to 1)"
+        )  # fmt: skip
+        ax.set_yticks(range(0, n, every), tokens[::every], fontsize=6)
+        fig.colorbar(image, ax=ax, pad=0.01).ax.tick_params(labelsize=5)
+    ax = axes[len(weights)]
+    ax.plot(np.linspace(0, seconds, len(x)), x, linewidth=0.3, color="C7")
+    ax.set_ylabel("wave")
+    ax.set_xlabel("seconds from the first sound")
+    fig.savefig(path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="a folder of runs, or one run")
@@ -504,7 +815,21 @@ def main(arguments: list[str] | None = None) -> None:
                         help="is the difference of two of Table 1's numbers real?")  # fmt: skip
     parser.add_argument("--parts", action="store_true", help="improvised, scripted, speakers ...")
     parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="where to draw them")
+    own = parser.add_argument_group("an utterance of your own, for one finished run")
+    own.add_argument("--wav", type=Path, metavar="FILE", help="16 bits, mono")
+    own.add_argument("--text", metavar="WORDS", help="its transcript")
+    own.add_argument("--before", nargs="+", action="extend", default=[], metavar="WORDS",
+                     help="the turns before it, in their order")  # fmt: skip
+    own.add_argument("--after", nargs="+", action="extend", default=[], metavar="WORDS",
+                     help="the turns after it")  # fmt: skip
     args = parser.parse_args(arguments)
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+    if args.wav or args.text is not None:
+        return own_utterance(args)
+    if args.before or args.after:
+        parser.error("--before, --after: of which utterance? give --wav or --text with them")
     runs, left_out = find_runs(args.runs)
     if not runs and not left_out:
         sys.exit(f"error: {args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
@@ -521,9 +846,38 @@ def main(arguments: list[str] | None = None) -> None:
                 print(table.render(args.format) + "\n")
         if len(here) == 1 and args.format == "text" and not args.parts:
             print(describe(here[0].result) + "\n")
+        if args.pictures:
+            stem = "-".join(re.findall(r"\w+", title))
+            draw = [(draw_confusions, here, "confusions")]
+            for number in sorted({system_number(*r.key[:2]) for r in here}):
+                same = [r for r in here if system_number(*r.key[:2]) == number]
+                draw.append((draw_curves, same, f"curves-{number:02}"))
+            for function, some, name in draw:
+                try:
+                    function(some, args.pictures / f"{stem}-{name}.png")
+                    print(f"drawn: {args.pictures / f'{stem}-{name}.png'}")
+                except RunError as error:
+                    left_out.append(str(error))
     if left_out:
         sys.exit("Left out:\n" + "\n".join(left_out))
 
 
+def own_utterance(args: argparse.Namespace) -> None:
+    """What `evaluate.py RUN --wav ... --text ...` says and draws."""
+    recognizer = Recognizer(args.runs)
+    print(recognizer.explain(args.wav, args.text, args.before, args.after))
+    if args.pictures:
+        batch = recognizer.batch(args.wav, args.text, args.before, args.after)
+        draw_gates(recognizer, batch, args.pictures / "gates.png")
+        print(f"drawn: {args.pictures / 'gates.png'}")
+        if recognizer.attention(batch):
+            path = args.pictures / "attention.png"
+            draw_attention(recognizer, batch, args.wav, args.text, path)
+            print(f"drawn: {path}")
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CorpusError, RunError, UpstreamError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -364,14 +364,19 @@ class EmotionRecognizer(nn.Module):
             nn.Linear(width, config.dim), nn.ReLU(), nn.Linear(config.dim, config.n_classes)
         )
 
-    def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
+    def features(self, audio: tuple | None = None, text: tuple | None = None) -> tuple[dict, dict]:
+        """X_A and X_T of Fig. 2: by modality x (B, T, d) and mask (B, T)."""
         x, mask = {}, {}
         for modality, states in (("audio", audio), ("text", text)):
             if modality in self.extractor:
                 if states is None:
                     raise ValueError(f"fusion {self.config.fusion!r} needs {modality} states")
-                features, mask[modality] = self.extractor[modality](*states)
-                x[modality] = self.dropout(features)  # (B, T, d)
+                x[modality], mask[modality] = self.extractor[modality](*states)
+        return x, mask
+
+    def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
+        x, mask = self.features(audio, text)
+        x = {modality: self.dropout(features) for modality, features in x.items()}  # (B, T, d)
         fused = self.fusion_dropout(self.fusion(x, mask))  # (B, d * paths)
         return self.classifier(fused)
 

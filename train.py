@@ -312,15 +312,6 @@ class Run:
         self.selected = state["selected"]
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint's dict; weights_only: a hostile file runs no code. RunError if it is damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise RunError(f"{path}: cannot be read ({reason}); delete it to go without it") from None
-
-
 def resume(run: Run, folder: Path) -> None:
     """Go on from the folder's checkpoint, or from the trigger of the run's twin, or from nothing.
 
@@ -328,13 +319,13 @@ def resume(run: Run, folder: Path) -> None:
     gets there first leaves `trigger.pt` for the other, whose result is what it would be alone.
     """
     if (folder / "checkpoint.pt").exists():
-        run.load_state(load_checkpoint(folder / "checkpoint.pt"))
+        run.load_state(evaluate.load_checkpoint(folder / "checkpoint.pt"))
         print(f"goes on after epoch {len(run.log)}")
         return
     frozen = run.settings["frozen"]
     twin = folder.parent.with_name(run_name(run.settings["fusion"], not frozen)) / folder.name
     if (twin / "trigger.pt").exists():
-        state = load_checkpoint(twin / "trigger.pt")
+        state = evaluate.load_checkpoint(twin / "trigger.pt")
         if state["settings"] == {**run.settings, "frozen": not frozen}:
             run.load_state(state)
             run.patience.since_best = FINETUNE_AFTER

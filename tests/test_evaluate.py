@@ -342,3 +342,75 @@ def test_the_code_and_the_readme_list_the_same_points():
     for tag in tags(sources):  # each is explained in exactly one place
         kind = {"A": "UNSPECIFIED", "D": "DEVIATION", "E": "PAPER-ERROR"}[tag[0]]
         assert len(re.findall(rf"{kind} \[{tag}\]", sources)) == 1, tag
+
+
+# --- pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn, draw = [], evaluate.figure
+    monkeypatch.setattr(evaluate, "figure", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    return drawn
+
+
+def write_log(folder, dev_losses):
+    rows = [
+        {"epoch": i, "train_loss": 2 * x, "dev_loss": x, "dev_ua": 1 - x}
+        for i, x in enumerate(dev_losses, 1)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_figure_4_has_the_papers_panels_in_its_order(report, figures, tmp_path):
+    runs = (
+        ("text-te", True),
+        ("audio-te", False),
+        ("mmt", False),
+        ("text-te", False),
+        ("ef", True),
+    )
+    for k, (fusion, frozen) in enumerate(runs):
+        for fold in (1, 5):
+            folder = write_run(tmp_path / "runs", fusion, frozen, fold, right=k + 2)
+            write_log(folder, [0.5, 0.4])
+    done = report(tmp_path / "runs", "--pictures", str(tmp_path / "pictures"))
+    assert done.returncode == 0 and "toy-confusions.png" in done.out
+    axes = figures[0].axes
+    assert [ax.get_title() for ax in axes] == [
+        "(a) Sys. 4 (UA: 37.50%)", "(b) Sys. 8 (UA: 62.50%)", "(c) Sys. 18 (UA: 50.00%)",
+        "(d) Sys. 7 (UA: 25.00%)",
+    ]  # fmt: skip
+    cells = [t.get_text() for t in axes[0].texts]
+    assert cells[:4] == ["0.38", "0.00", "0.00", "0.62"] and cells[4:] == ["0.00"] * 12
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["neu", "hap", "ang", "sad"]
+    assert figures[0].get_suptitle() == "toy"
+    names = {p.name for p in (tmp_path / "pictures").iterdir()}
+    assert names == {"toy-confusions.png"} | {f"toy-curves-{n:02}.png" for n in (4, 7, 8, 13, 18)}
+
+
+def test_curves_mark_the_trigger_and_the_stop(report, figures, tmp_path):
+    folder = write_run(tmp_path, "mmt", False, 3, finetune_epoch=2)
+    write_log(folder, [0.5, 0.4, 0.3, 0.35])
+    assert report(folder, "--pictures", str(tmp_path / "p")).returncode == 0
+    loss, ua = figures[1].axes
+    marks = {
+        line.get_marker(): line.get_xydata().tolist()
+        for line in loss.lines
+        if len(line.get_xdata()) == 1
+    }
+    assert marks == {"v": [[2, 0.4]], "s": [[4, 0.35]]}
+    assert ua.lines[0].get_ydata().tolist() == pytest.approx([50, 60, 70, 65])
+    assert figures[0].axes[0].get_title() == "(a) Sys. 18 Session3 (UA: 75.00%)"
+
+
+def test_a_picture_that_cannot_be_drawn_is_named(report, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folder = write_run(tmp_path, "mmt", False, 3)
+    (folder / "log.jsonl").write_text('{"epoch": 1}\n')
+    done = report(folder, "--pictures", str(tmp_path / "p"))
+    assert done.returncode == 1 and "log.jsonl" in done.err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = report(folder, "--pictures", str(tmp_path / "q"))
+    assert done.returncode == 1 and "pip install matplotlib" in done.err

@@ -434,3 +434,86 @@ def full_size_upstreams(tmp_path_factory):
         loader = hf.AutoFeatureExtractor if m == "audio" else hf.AutoTokenizer
         loader.from_pretrained(tiny[m]).save_pretrained(folder / m)
     return {m: model.Upstream(str(folder / m), m) for m in ("audio", "text")}
+
+
+# --- what a finished run can do: an utterance of your own, pictures
+
+
+def test_an_utterance_of_the_corpus_is_recognized_as_in_the_run(go, small_corpus):
+    """The same probabilities as predictions.csv, by files and words alone."""
+    corpus = data.read_iemocap(small_corpus)
+    for fusion, switch in (("mmt", ()), ("mmt", ("--frozen",)), ("audio-fc", ()), ("text-fc", ())):
+        folder = go("own", "--fusion", fusion, *switch)
+        folder = folder.parents[1] / f"{fusion}-{'frozen' if switch else 'finetuned'}" / folder.name
+        recognizer = evaluate.Recognizer(folder)
+        with open(folder / "predictions.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in (rows[0], rows[4], rows[-1]):  # at both edges of the dialogue, and within it
+            i = next(i for i, u in enumerate(corpus) if u.id == row["utterance"])
+            texts = [u.text for u in corpus if u.dialog == corpus[i].dialog]
+            k = texts.index(corpus[i].text)
+            p = recognizer.recognize(corpus[i].wav, texts[k], texts[:k], texts[k + 1 :])
+            for c, value in p.items():
+                assert value == pytest.approx(float(row[c]), abs=2e-3 if switch else 2e-5), fusion
+    said = recognizer.explain("x.wav", "oh no 1", before=["a"] * 6)
+    assert "only reads" in said and "--before the model reads the 4 nearest" in said
+    assert "--after has 0 of the 4" in said and "it was right on" in said and "toy" not in said
+    with pytest.raises(evaluate.RunError, match="--text"):
+        recognizer.recognize("x.wav")
+
+
+def test_long_audio_and_a_toy_model_are_said(go, tmp_path, monkeypatch):
+    folder = go("own-mmt", "--fusion", "mmt")
+    write_wav(tmp_path / "long.wav", [0.1, -0.1] * 48000)
+    monkeypatch.setattr(evaluate, "read_run", lambda f, read=evaluate.read_run: toy(read(f)))
+
+    def toy(run):
+        run.result["corpus"] = "toy"
+        return run
+
+    said = evaluate.Recognizer(folder).explain(tmp_path / "long.wav", "oh no")
+    assert "6.0 s long; the model hears 5 s" in said and "means nothing" in said
+    assert all(line.startswith("toy: ") for line in said.splitlines())
+
+
+def test_a_run_that_cannot_be_loaded_is_one_sentence(go, tmp_path):
+    folder = go("broken", "--fusion", "text-fc")
+    path = folder / "config.json"
+    for old, new, message in (
+        ('"text_dim": 64', '"text_dim": 32', "does not fit"), ('"weights": "', '"weights": "0', "not the weights"),
+        ('"dim": 16', '"dummy": 16', "does not fit"), ('"text": "/', '"text": "/nowhere/', "/nowhere/"),
+    ):  # fmt: skip
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises((evaluate.RunError, train.UpstreamError), match=message):
+            evaluate.Recognizer(folder)
+        path.write_text(text)
+
+
+def test_pictures_of_an_utterance_hold_what_they_show(go, small_corpus, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folder = go("own-mmt", "--fusion", "mmt")
+    figures = []
+    draw = evaluate.figure
+    monkeypatch.setattr(evaluate, "figure", lambda *a: figures.append(draw(*a)) or figures[-1])
+    wav = sorted(small_corpus.rglob("Ses05*.wav"))[0]
+    evaluate.main([
+        str(folder), "--wav", str(wav), "--text", "oh lovely party", "--before", "hate it",
+        "--pictures", str(tmp_path),
+    ])  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == {"gates.png", "attention.png"}
+    gates, attention = figures
+    for ax in gates.axes:  # three layers, gates of a sigmoid
+        for line in ax.lines:
+            assert len(line.get_ydata()) == 3 and all(0 < y < 1 for y in line.get_ydata())
+    assert [len(ax.lines) for ax in gates.axes] == [1, 2]  # of BERT: the target and one turn before
+    a2t, t2a, wave = attention.axes[:3]
+    assert "A→T" in a2t.get_title() and "T→A" in t2a.get_title()
+    frames = (len(data.clip(data.load_wav(wav))) - 400) // 320 + 1
+    rows, columns = (ax.images[0].get_array() for ax in (a2t, t2a))
+    assert rows.shape == columns.shape == (5, frames)  # [CLS] oh lovely party [SEP]
+    assert abs(rows.sum(axis=1) - 1).max() < 1e-5 and abs(columns.sum(axis=0) - 1).max() < 1e-5
+    words = [t.get_text() for t in a2t.get_yticklabels()]
+    assert words == ["[CLS]", "oh", "lovely", "party", "[SEP]"]
+    assert all(fig.get_suptitle().startswith("small-partial") for fig in figures)
