@@ -242,7 +242,8 @@ TABLE_2 = {True: (78.32, 80.56), False: (84.45, 84.39)}  # frozen, fine-tuned
 
 SWITCHES = {  # of train.py, with the defaults that the paper's systems have
     "n_context": 9, "dropout": 0.5, "condense": "sum", "text_mask": "union",
-    "cma_residual": False, "reset_patience": False, "select": "last", "wavlm": None, "bert": None,
+    "cma_residual": False, "reset_patience": False, "select": "last", "precision": "fp32",
+    "wavlm": None, "bert": None,
 }  # fmt: skip
 
 
@@ -624,7 +625,8 @@ class Recognizer:
             settings = json.loads(path.read_text())
             self.config = Config.of(settings)
             self.upstreams = {
-                m: Upstream(settings["folders"][m], m) for m in self.config.modalities
+                m: Upstream(settings["folders"][m], m, settings["precision"])
+                for m in self.config.modalities
             }
             for m, upstream in self.upstreams.items():
                 if upstream.fingerprint != settings["upstreams"][m]["weights"]:

@@ -35,8 +35,10 @@ import os
 import warnings
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 # Fig. 3 and Table 1 in one table. A system is a list of paths (target, source) whose pooled outputs
@@ -393,15 +395,19 @@ class UpstreamError(RuntimeError):
 class Upstream(nn.Module):
     """A pre-trained encoder with its preprocessor: raw inputs -> all of its layer states.
 
-    name      a Hugging Face name or a local folder: any WavLM, HuBERT or wav2vec 2.0 where
-              modality is "audio", any BERT or RoBERTa where it is "text"
-    call      list of B waveforms (n,) at 16 kHz, or of B strings
-              -> (states (B, T, L, D), mask (B, T)), L = number of Transformer layers + 1
+    name        a Hugging Face name or a local folder: any WavLM, HuBERT or wav2vec 2.0 where
+                modality is "audio", any BERT or RoBERTa where it is "text"
+    precision   "fp32", or "bf16": matrix products in 16 bits, twice as fast and half the memory
+    checkpoint  keep only each layer's input for the backward pass, and compute the layer again
+    call        list of B waveforms (n,) at 16 kHz, or of B strings
+                -> (states (B, T, L, D), mask (B, T)), L = number of Transformer layers + 1
     """
 
-    def __init__(self, name: str, modality: str):
+    def __init__(
+        self, name: str, modality: str, precision: str = "fp32", checkpoint: bool = False
+    ):
         super().__init__()
-        self.name, self.modality = name, modality
+        self.name, self.modality, self.precision = name, modality, precision
         self.preprocessor, self.model = _load(name, modality)
         self.n_layers = self.model.config.num_hidden_layers + 1
         self.dim = self.model.config.hidden_size
@@ -414,6 +420,11 @@ class Upstream(nn.Module):
         self.fingerprint = f"{crc:08x}"
         self.requires_grad_(False)
         self.eval()
+        if checkpoint:  # by hand: transformers' own switch does nothing in eval mode [A12]
+            encoder = self.model.encoder
+            for layer in encoder.layers if modality == "audio" else encoder.layer:
+                layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward,
+                                        use_reentrant=False)  # fmt: skip
 
     def train(self, mode: bool = True) -> "Upstream":
         # UNSPECIFIED [A12]: dropout inside the upstreams. We keep them in eval mode, also while
@@ -448,7 +459,8 @@ class Upstream(nn.Module):
                 raw, padding=True, truncation=True, max_length=512, return_tensors="pt"
             )
             mask = inputs["attention_mask"].bool()  # (B, T)
-        with warnings.catch_warnings():  # WavLM's own masks, of two types, are no news to anyone
+        half = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with half, warnings.catch_warnings():  # WavLM's masks, of two types, are no news to anyone
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             output = self.model(**inputs.to(device), output_hidden_states=True)
         # All L + 1 states (§2.1; PAPER-ERROR [E4]: to avoid "leakage", read: loss, of information).

@@ -11,14 +11,16 @@ The first took 18 s and 38 s on two CPU cores, all that it makes included, and e
     Stop: no lower dev loss for 10 epochs.
     toy: WA 78.09%  UA 77.67%  on 283 test utterances of Session5, after 20 epochs in 9 s
 
-Read on from Patience (the triggers) to train(), whose loop is the paper's training procedure; Run,
-between them, holds what a checkpoint must.
+Read Patience (the triggers), then train(), whose loop is the paper's training procedure, then what
+it leans on: Training is the state that the loop changes, Material what it starts from.
 """
 
 import argparse
 import copy
+import errno
 import itertools
 import json
+import math
 import resource
 import signal
 import sys
@@ -56,12 +58,8 @@ class Patience:
         0.8 x 4    "continue" x 3  "stop"      4 epochs without one
     """
 
-    def __init__(
-        self,
-        finetune_after: int | None = FINETUNE_AFTER,
-        stop_after: int = STOP_AFTER,
-        reset_at_finetune: bool = False,
-    ):
+    def __init__(self, finetune_after: int | None = FINETUNE_AFTER, stop_after: int = STOP_AFTER,
+                 reset_at_finetune: bool = False):  # fmt: skip
         self.finetune_after = finetune_after
         self.stop_after = stop_after
         self.reset_at_finetune = reset_at_finetune
@@ -97,137 +95,183 @@ class Patience:
 
 
 # ------------------------------------------------------------------------------------------------
-# What a run starts from
-#
-# The corpus, the upstreams as they were trained by others, and their layer states. A command may
-# ask for many runs (--system all --fold all): they share all of this.
+# One run: a system, a fold, a seed
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Material:
-    """The corpus as tensors and callables, shared by all runs of a command."""
+def train(settings: dict, told: dict, material: "Material", folder: Path, device: str) -> None:
+    """One system on one fold with one seed, from where its folder stands to its result.json.
 
-    name: str  # of the corpus, as reports print it
-    corpus: list[Utterance]
-    labels: Tensor  # (N,), -1 where the emotion is none of the four
-    raw: dict[str, list]  # by modality: clips, texts
-    states: dict[str, data.Ragged]  # by modality: their cached layer states
-    upstreams: dict[str, Upstream]
-    pristine: dict[str, dict]  # by modality: what fine-tuning opens, before any did
-    identity: dict[str, dict]  # by modality: digests of the upstream and of what it is fed
-
-
-def folds(args: argparse.Namespace, corpus: list[Utterance]) -> list[int]:
-    """The sessions to test on; "all": those that the corpus has."""
-    return sorted({u.session for u in corpus} if args.fold == ["all"] else map(int, args.fold))
-
-
-def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Material:
-    """Read the corpus, load the upstreams, compute the layer states that are not in the cache."""
-    if args.iemocap is None:
-        print(
-            "No --iemocap: this is the TOY corpus of tones and made-up words. Its numbers say toy."
-        )
-        root = data.write_toy("corpora/toy")
-    else:
-        root = args.iemocap
-    toy = data.toy_settings(root) is not None
-    try:
-        corpus = data.read_iemocap(root, full=args.iemocap is not None and not args.partial)
-    except CorpusError as error:
-        hint = (
-            "" if args.partial else "\nIf this is not meant to be the full release, say --partial."
-        )
-        raise CorpusError(
-            [*error.problems, f"{len(error.problems)} problem(s) in {root}{hint}"]
-        ) from None
-    if toy:
-        name = "toy" if args.iemocap is None else f"toy-{root.resolve().name}"
-    else:
-        name = root.resolve().name if args.partial else "iemocap"
-    name += "-partial" if args.partial else ""
-    cache = Path("cache") / name
-    for fold in folds(args, corpus):  # before hours of caching: raises where there is no such fold
-        data.split(corpus, fold, args.seed[0])
-
-    texts = [u.text for u in corpus]
-    names = {"audio": "microsoft/wavlm-large", "text": "bert-base-uncased"}  # [A15]: uncased
-    if args.upstream == "tiny" or (args.upstream is None and toy):
-        folder = cache / f"tiny-{data.digest([texts, torch.__version__])}"
-        if not folder.exists():  # whole or not at all
-            part = folder.with_name(folder.name + ".part")
-            make_tiny_upstreams(str(part), texts)
-            part.rename(folder)
-        names = {m: str(folder / m) for m in names}
-        name += "" if toy else "-tiny"
-    names = {"audio": args.wavlm or names["audio"], "text": args.bert or names["text"]}
-    upstreams = {m: Upstream(names[m], m).to(device) for m in modalities}
-
-    raw: dict[str, list] = {"text": texts}
-    if "audio" in modalities:
-        raw["audio"] = data.cache_clips(cache / "clips", corpus)
-    states, identity = {}, {}
-    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    for m, upstream in upstreams.items():
-        fed = data.digest(texts if m == "text" else data.clip_key(corpus))
-        identity[m] = {"weights": upstream.fingerprint, "inputs": fed}
-        states[m] = data.cache_states(
-            cache / f"{m}-{data.digest(names[m])}", upstream, raw[m], upstream.steps(raw[m]),
-            {**identity[m], "libraries": libraries},
-        )  # fmt: skip
-    return Material(
-        name, corpus,
-        torch.tensor([-1 if u.label is None else u.label for u in corpus]),
-        raw, states, upstreams,
-        {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()}, identity,
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------
-# The run folder: settings, checkpoint, log
-#
-# A fold on IEMOCAP takes hours, so a run can be killed at any moment and goes on: every file is
-# written under another name and then renamed, and a checkpoint holds every random state.
-# ------------------------------------------------------------------------------------------------
-
-
-def claim(folder: Path, settings: dict, told: dict) -> None:
-    """Make the run folder, or check that the run in it has these settings; write config.json.
-
-    It holds the settings, on which the result depends, and what is told beside them without being
-    compared: where the upstreams lie, the libraries' versions. Raises RunError naming what differs.
+    settings: what the result depends on; told: what config.json tells beside it. The second and
+    every further call with the same folder goes on where the one before was killed. Raises
+    RunError where the folder holds another run, where another process trains in it, or where the
+    loss is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise RunError(f"{path}: damaged ({error}); delete {folder} to start anew") from None
-        changed = [k for k in settings if old.get(k) != settings[k]]
-        if changed:
-            was = ", ".join(f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in changed)
-            raise RunError(
-                f"{folder} holds a run with another {was}; take another --out, or delete it"
+    name = run_name(settings["fusion"], settings["frozen"])
+    number = evaluate.system_number(settings["fusion"], settings["frozen"])
+    title = f"Sys. {number} ({name}), fold {settings['fold']}, seed {settings['seed']}"
+    claim(folder, settings, told)
+    if (folder / "result.json").exists():
+        print(f"{title}: done before, see {folder}")
+        return
+
+    # Utterances go by their row in the corpus: into labels, windows, clips, texts and states alike.
+    train_set, dev_set, test_set = data.split(material.corpus, settings["fold"], settings["seed"])
+    row = {u.id: i for i, u in enumerate(material.corpus)}
+    train_rows, dev_rows, test_rows = (
+        torch.tensor([row[u.id] for u in part]) for part in (train_set, dev_set, test_set)
+    )
+    print(
+        f"\n{title}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
+        f"test {len(test_set)} (Session{settings['fold']}) utterances of {material.name}; {folder}"
+    )
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run = Training(settings, material, device)
+    resume(run, folder)
+    model, patience = run.model, run.patience
+    labels = material.labels.to(device)
+    while not patience.stopped:  # [A15]: no cap on the epochs
+        started = time.perf_counter()
+
+        # One epoch over the training speakers, in an order of its own.
+        model.train()  # dropout on; the upstreams stay in eval mode [A12]
+        train_loss = 0.0
+        batches = train_rows[torch.randperm(len(train_rows), generator=run.order)].split(BATCH)
+        bar = f"epoch {len(run.log) + 1}"
+        for rows in tqdm(batches, desc=bar, leave=False, delay=3, disable=None):
+            run.optimizer.zero_grad()
+            for part in rows.split(told["micro_batch"]):  # all 32 at once unless memory is short
+                logits = model(**run.batch(part))  # (B, 4)
+                loss = F.cross_entropy(logits, labels[part])  # §2.4; [A15]: classes not weighted
+                (loss * (len(part) / len(rows))).backward()  # the parts' gradients add up to one
+                train_loss += check(loss.item(), run, rows) * len(part) / len(train_rows)
+            run.optimizer.step()  # [A15]: gradients not clipped
+
+        # §3.2: "we randomly select one speaker as a development set and monitor its loss".
+        log_probs = evaluate.predict(model, dev_rows, run.batch)
+        dev = evaluate.score(material.labels[dev_rows], log_probs)
+        event = patience.step(check(dev["loss"], run, dev_rows))
+        run.log.append({
+            "epoch": len(run.log) + 1,
+            "phase": "frozen" if run.finetune_epoch is None else "finetune",
+            "lr": run.optimizer.param_groups[0]["lr"], "train_loss": train_loss,
+            "dev_loss": dev["loss"], "dev_wa": dev["wa"], "dev_ua": dev["ua"],
+            "since_best": FINETUNE_AFTER if event == "finetune" else patience.since_best,
+            "seconds": time.perf_counter() - started,
+        })  # fmt: skip
+        print_epoch(material.name, run)
+        select(run, dev, test_rows)
+
+        # The state at which the trigger fires, or would in a fine-tuned system: for the run's twin.
+        fired = [e["epoch"] for e in run.log if e["since_best"] == FINETUNE_AFTER]
+        if fired and fired[0] == len(run.log):
+            save(folder / "trigger.pt", run.state())
+        if event == "finetune":
+            opened = {"audio": "WavLM's CNN encoder", "text": "BERT's input embeddings"}
+            print(
+                f"Trigger: no lower dev loss for {FINETUNE_AFTER} epochs. Fine-tuning starts: "
+                f"{' and '.join(opened[m] for m in run.upstreams)}, learning rate {LR_FINETUNE:g}."
             )
-    write_json(path, {**settings, **told})
+            run.start_finetuning()
+        save(folder / "checkpoint.pt", run.state())
+        write_log(folder, run.log)
+
+    print(f"Stop: no lower dev loss for {STOP_AFTER} epochs.")
+    write_log(folder, run.log)  # a kill may have come between the last checkpoint and its line
+    if run.selected:  # [A10]: not the last weights
+        run.load_weights(run.selected["weights"])
+        if run.selected["finetune_epoch"] is None:
+            run.sources = {m: material.states[m] for m in run.upstreams}
+
+    # The test session: predicted here for the first time (but for --select test).
+    log_probs = evaluate.predict(model, test_rows, run.batch)
+    seen = data.texts_elsewhere(material.corpus)
+    evaluate.write_predictions(
+        folder / "predictions.csv", test_set, log_probs, [u.id in seen for u in test_set]
+    )
+    result = {
+        **{k: settings[k] for k in ("corpus", "fusion", "frozen", "fold", "seed", "select")},
+        **evaluate.score(material.labels[test_rows], log_probs),
+        "epochs": len(run.log), "finetune_epoch": run.finetune_epoch,
+        "dev_speaker": dev_set[0].speaker, "n_train": len(train_set), "n_dev": len(dev_set),
+        "n_test": len(test_set), "seconds": sum(epoch["seconds"] for epoch in run.log),
+        "peak_memory_bytes": peak_memory(device),
+    }  # fmt: skip
+    write_json(folder / "result.json", result)
+    print(evaluate.describe(result))
 
 
-def write_json(path: Path, value) -> None:
-    """`value` as indented JSON, through data.replace."""
-    data.replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+def check(loss: float, run: "Training", rows: Tensor) -> float:
+    """The loss, if it is a number; a model that has met inf or NaN never comes back from it."""
+    if not math.isfinite(loss):
+        ids = [run.material.corpus[i].id for i in rows.tolist()]
+        raise RunError(
+            f"the loss is {loss} in epoch {len(run.log) + 1}, among utterances {ids[0]} ... "
+            f"{ids[-1]}; training stopped, checkpoint.pt holds the epoch before. The same command "
+            f"tries that epoch again; with --precision bf16, try fp32; look at these inputs"
+        )
+    return loss
+
+
+def print_epoch(corpus: str, run: "Training") -> None:
+    """The last epoch in one line, and a warning where an S&E unit has died [A2]."""
+    e = run.log[-1]
+    age = f"{e['since_best']} since lowest" if e["since_best"] else "lowest"
+    print(
+        f"{corpus} epoch {e['epoch']:3} {e['phase']:8} train loss {e['train_loss']:.4f}  "
+        f"dev loss {e['dev_loss']:.4f} WA {e['dev_wa']:6.2%} UA {e['dev_ua']:6.2%}  "
+        f"{age:15} {e['seconds']:.1f} s"
+    )
+    for m, extractor in run.model.extractor.items():
+        se = getattr(extractor, "utterance", extractor).se
+        if not se.fired:
+            print(f"warning: the S&E unit of the {m} features is dead: its gates stand still")
+        se.fired = False
+
+
+def select(run: "Training", dev: dict, test_rows: Tensor) -> None:
+    """Keep the weights of the best epoch, where --select asks for one."""
+    # UNSPECIFIED [A10]: "The last model is selected and then evaluated". We read: the last epoch's,
+    # 10 epochs after the best; alternative: --select best, that of the lowest development loss.
+    if run.settings["select"] == "last":
+        return
+    if run.settings["select"] == "best":
+        value = -dev["loss"]
+    else:
+        log_probs = evaluate.predict(run.model, test_rows, run.batch)
+        value = evaluate.score(run.material.labels[test_rows], log_probs)["wa"]
+        print(
+            f"SELECTING ON TEST: THIS IS CHEATING, AND IT IS MARKED SO. "
+            f"{run.material.name} test WA {value:.2%}"
+        )
+    if run.selected is None or value > run.selected["value"]:
+        weights = copy.deepcopy(run.weights())
+        run.selected = {"value": value, "weights": weights, "finetune_epoch": run.finetune_epoch}
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU by this run, as torch counts it; without one, of the process so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 # ------------------------------------------------------------------------------------------------
-# One run
+# The state of a run, and its folder
+#
+# A fold on IEMOCAP takes hours, so a run can be killed at any moment and goes on to the same bits:
+# a checkpoint holds all that training changes, every random state included, and every file is
+# written under another name and then renamed (data.replace).
 # ------------------------------------------------------------------------------------------------
 
 
-class Run:
+class Training:
     """All that one run changes while it trains, hence all that its checkpoint holds."""
 
-    def __init__(self, settings: dict, material: Material, device: str):
+    def __init__(self, settings: dict, material: "Material", device: str):
         self.settings, self.material, self.device = settings, material, device
         torch.manual_seed(settings["seed"])  # initial weights, then dropout
         self.order = torch.Generator().manual_seed(settings["seed"])  # of the batches
@@ -284,15 +328,11 @@ class Run:
         if self.device == "cuda":
             random_states["cuda"] = torch.cuda.get_rng_state()
         return {
-            "settings": self.settings,
-            "finetune_epoch": self.finetune_epoch,
-            "weights": self.weights(),
-            "optimizer": self.optimizer.state_dict(),
+            "settings": self.settings, "finetune_epoch": self.finetune_epoch,
+            "weights": self.weights(), "optimizer": self.optimizer.state_dict(),
             "patience": {"best": self.patience.best, "since_best": self.patience.since_best},
-            "random_states": random_states,
-            "log": self.log,
-            "selected": self.selected,
-        }
+            "random_states": random_states, "log": self.log, "selected": self.selected,
+        }  # fmt: skip
 
     def load_state(self, state: dict) -> None:
         """The inverse of state(). The order matters: the trigger makes a new optimiser."""
@@ -312,22 +352,44 @@ class Run:
         self.selected = state["selected"]
 
 
-def resume(run: Run, folder: Path) -> None:
+def run_name(fusion: str, frozen: bool) -> str:
+    """The run's folder below its corpus: mmt-finetuned is Sys. 18."""
+    return f"{fusion}-{'frozen' if frozen else 'finetuned'}"
+
+
+def claim(folder: Path, settings: dict, told: dict) -> None:
+    """Write config.json, or raise RunError naming what differs from the run that is there."""
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            changed = [k for k in settings if old.get(k) != settings[k]]
+        except (ValueError, AttributeError) as error:
+            raise RunError(f"{path}: damaged ({error}); delete {folder} to start anew") from None
+        if changed:
+            was = ", ".join(f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in changed)
+            raise RunError(
+                f"{folder} holds a run with another {was}; take another --out, or delete it"
+            )
+    write_json(path, {**settings, **told})
+
+
+def resume(run: Training, folder: Path) -> None:
     """Go on from the folder's checkpoint, or from the trigger of the run's twin, or from nothing.
 
     Systems 2k - 1 (frozen) and 2k (fine-tuned) are the same run until the trigger first fires; who
     gets there first leaves `trigger.pt` for the other, whose result is what it would be alone.
     """
     if (folder / "checkpoint.pt").exists():
-        run.load_state(evaluate.load_checkpoint(folder / "checkpoint.pt"))
+        load_into(run, folder / "checkpoint.pt")
         print(f"goes on after epoch {len(run.log)}")
         return
     frozen = run.settings["frozen"]
     twin = folder.parent.with_name(run_name(run.settings["fusion"], not frozen)) / folder.name
     if (twin / "trigger.pt").exists():
         state = evaluate.load_checkpoint(twin / "trigger.pt")
-        if state["settings"] == {**run.settings, "frozen": not frozen}:
-            run.load_state(state)
+        if state.get("settings") == {**run.settings, "frozen": not frozen}:
+            load_into(run, twin / "trigger.pt")
             run.patience.since_best = FINETUNE_AFTER
             print(f"the {len(run.log)} epochs to the trigger are those of {twin.parent.name}")
             if not frozen:
@@ -335,157 +397,24 @@ def resume(run: Run, folder: Path) -> None:
                 run.start_finetuning()
 
 
-def run_name(fusion: str, frozen: bool) -> str:
-    """The run's folder below its corpus: mmt-finetuned is Sys. 18."""
-    return f"{fusion}-{'frozen' if frozen else 'finetuned'}"
-
-
-def train(settings: dict, told: dict, material: Material, folder: Path, device: str) -> None:
-    """One system on one fold with one seed, from where its folder stands to its result.json."""
-    name = run_name(settings["fusion"], settings["frozen"])
-    number = evaluate.system_number(settings["fusion"], settings["frozen"])
-    title = f"Sys. {number} ({name}), fold {settings['fold']}, seed {settings['seed']}"
-    claim(folder, settings, told)
-    if (folder / "result.json").exists():
-        print(f"{title}: done before, see {folder}")
-        return
-
-    # Utterances go by their row in the corpus: into labels, windows, clips, texts and states alike.
-    train_set, dev_set, test_set = data.split(material.corpus, settings["fold"], settings["seed"])
-    row = {u.id: i for i, u in enumerate(material.corpus)}
-    train_rows, dev_rows = (
-        torch.tensor([row[u.id] for u in part]) for part in (train_set, dev_set)
-    )
-    test_rows = torch.tensor([row[u.id] for u in test_set])
-    print(
-        f"\n{title}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
-        f"test {len(test_set)} (Session{settings['fold']}) utterances of {material.name}; {folder}"
-    )
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    run = Run(settings, material, device)
-    resume(run, folder)
-    model, patience = run.model, run.patience
-    labels = material.labels.to(device)
-    while not patience.stopped:  # [A15]: no cap on the epochs
-        started = time.perf_counter()
-
-        # One epoch over the training speakers, in an order of its own.
-        model.train()  # dropout on; the upstreams stay in eval mode [A12]
-        train_loss = 0.0
-        batches = train_rows[torch.randperm(len(train_rows), generator=run.order)].split(BATCH)
-        bar = f"epoch {len(run.log) + 1}"
-        for rows in tqdm(batches, desc=bar, leave=False, delay=3, disable=None):
-            logits = model(**run.batch(rows))  # (B, 4)
-            loss = F.cross_entropy(logits, labels[rows])  # §2.4; [A15]: classes not weighted
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.optimizer.step()  # [A15]: gradients not clipped
-            train_loss += loss.item() * len(rows) / len(train_rows)
-
-        # §3.2: "we randomly select one speaker as a development set and monitor its loss".
-        log_probs = evaluate.predict(model, dev_rows, run.batch)
-        dev = evaluate.score(material.labels[dev_rows], log_probs)
-        event = patience.step(dev["loss"])
-        phase = "frozen" if run.finetune_epoch is None else "finetune"
-        run.log.append({
-            "epoch": len(run.log) + 1, "phase": phase, "lr": run.optimizer.param_groups[0]["lr"],
-            "train_loss": train_loss, "dev_loss": dev["loss"], "dev_wa": dev["wa"],
-            "dev_ua": dev["ua"],
-            "since_best": FINETUNE_AFTER if event == "finetune" else patience.since_best,
-            "seconds": time.perf_counter() - started,
-        })  # fmt: skip
-        print_epoch(material.name, run)
-        select(run, dev, test_rows)
-
-        # The state at which the trigger fires, or would in a fine-tuned system: for the run's twin.
-        fired = [e["epoch"] for e in run.log if e["since_best"] == FINETUNE_AFTER]
-        if fired and fired[0] == len(run.log):
-            save(folder / "trigger.pt", run.state())
-        if event == "finetune":
-            opened = {"audio": "WavLM's CNN encoder", "text": "BERT's input embeddings"}
-            print(
-                f"Trigger: no lower dev loss for {FINETUNE_AFTER} epochs. Fine-tuning starts: "
-                f"{' and '.join(opened[m] for m in run.upstreams)}, learning rate {LR_FINETUNE:g}."
-            )
-            run.start_finetuning()
-        save(folder / "checkpoint.pt", run.state())
-        write_log(folder, run.log)
-
-    print(f"Stop: no lower dev loss for {STOP_AFTER} epochs.")
-    write_log(folder, run.log)  # a kill may have come between the last checkpoint and its line
-    if run.selected:  # [A10]: not the last weights
-        run.load_weights(run.selected["weights"])
-        if run.selected["finetune_epoch"] is None:
-            run.sources = {m: material.states[m] for m in run.upstreams}
-
-    # The test session: predicted here for the first time (but for --select test).
-    log_probs = evaluate.predict(model, test_rows, run.batch)
-    seen = data.texts_elsewhere(material.corpus)
-    evaluate.write_predictions(
-        folder / "predictions.csv", test_set, log_probs, [u.id in seen for u in test_set]
-    )
-    result = {
-        **{k: settings[k] for k in ("corpus", "fusion", "frozen", "fold", "seed")},
-        **evaluate.score(material.labels[test_rows], log_probs),
-        "epochs": len(run.log), "finetune_epoch": run.finetune_epoch,
-        "dev_speaker": dev_set[0].speaker, "n_train": len(train_set), "n_dev": len(dev_set),
-        "n_test": len(test_set), "seconds": sum(epoch["seconds"] for epoch in run.log),
-        "peak_memory_bytes": peak_memory(device), "select": settings["select"],
-    }  # fmt: skip
-    write_json(folder / "result.json", result)
-    print(evaluate.describe(result))
-
-
-def print_epoch(corpus: str, run: Run) -> None:
-    """The last epoch in one line, and a warning where an S&E unit has died [A2]."""
-    e = run.log[-1]
-    age = f"{e['since_best']} since lowest" if e["since_best"] else "lowest"
-    print(
-        f"{corpus} epoch {e['epoch']:3} {e['phase']:8} train loss {e['train_loss']:.4f}  "
-        f"dev loss {e['dev_loss']:.4f} WA {e['dev_wa']:6.2%} UA {e['dev_ua']:6.2%}  "
-        f"{age:15} {e['seconds']:.1f} s"
-    )
-    for m, extractor in run.model.extractor.items():
-        se = getattr(extractor, "utterance", extractor).se
-        if not se.fired:
-            print(f"warning: the S&E unit of the {m} features is dead: its gates stand still")
-        se.fired = False
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU by this run, as torch counts it; without one, of the process so far."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    return peak * (1 if sys.platform == "darwin" else 1024)
-
-
-def select(run: Run, dev: dict, test_rows: Tensor) -> None:
-    """Keep the weights of the best epoch, where --select asks for one."""
-    # UNSPECIFIED [A10]: "The last model is selected and then evaluated". We read: the last epoch's,
-    # 10 epochs after the best; alternative: --select best, that of the lowest development loss.
-    if run.settings["select"] == "last":
-        return
-    if run.settings["select"] == "best":
-        value = -dev["loss"]
-    else:
-        log_probs = evaluate.predict(run.model, test_rows, run.batch)
-        test = evaluate.score(run.material.labels[test_rows], log_probs)
-        value = test["wa"]
-        print(
-            f"SELECTING ON TEST: THIS IS CHEATING, AND IT IS MARKED SO. "
-            f"{run.material.name} test WA {value:.2%}"
-        )
-    if run.selected is None or value > run.selected["value"]:
-        weights = copy.deepcopy(run.weights())
-        run.selected = {"value": value, "weights": weights, "finetune_epoch": run.finetune_epoch}
+def load_into(run: Training, path: Path) -> None:
+    """Load a checkpoint into the run. RunError where it is damaged, or not one of this model."""
+    state = evaluate.load_checkpoint(path)
+    try:
+        run.load_state(state)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise RunError(f"{path}: not a checkpoint of this run ({reason}); delete it") from None
 
 
 def save(path: Path, state: dict) -> None:
     """A checkpoint, through data.replace; read back with weights_only: it can run no code."""
     data.replace(path, lambda file: torch.save(state, file))
+
+
+def write_json(path: Path, value) -> None:
+    """`value` as indented JSON, through data.replace."""
+    data.replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def write_log(folder: Path, log: list[dict]) -> None:
@@ -495,58 +424,190 @@ def write_log(folder: Path, log: list[dict]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+# What runs start from
+#
+# The corpus, the upstreams as they were trained by others, and their layer states. A command may
+# ask for many runs (--system all --fold all): they share all of this.
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Material:
+    """The corpus as tensors and callables, shared by all runs of a command."""
+
+    name: str  # of the corpus, as reports print it
+    corpus: list[Utterance]
+    labels: Tensor  # (N,), -1 where the emotion is none of the four
+    raw: dict[str, list]  # by modality: clips, texts
+    states: dict[str, data.Ragged]  # by modality: their cached layer states
+    upstreams: dict[str, Upstream]
+    pristine: dict[str, dict]  # by modality: what fine-tuning opens, before any did
+    identity: dict[str, dict]  # by modality: digests of the upstream and of what it is fed
+
+
+def read_corpus(args: argparse.Namespace) -> tuple[str, list[Utterance]]:
+    """(its name in reports, the corpus) of --iemocap, or of the toy, which is written first."""
+    root = args.iemocap
+    if root is None:
+        print(
+            "No --iemocap: this is the TOY corpus of tones and made-up words. Its numbers say toy."
+        )
+        root = data.write_toy("corpora/toy")
+    full = args.iemocap is not None and not args.partial
+    name = root.resolve().name if args.partial else "iemocap"
+    if data.toy_settings(root) is not None:
+        name = "toy" if args.iemocap is None else f"toy-{root.resolve().name}"
+    if args.partial:
+        name += "-partial"
+    corpus, problems = data.scan(root)
+    if full and not args.skip_bad:
+        problems += data.reference_problems(corpus)
+    if problems and args.skip_bad and corpus:
+        print("\n".join(problems))
+        print(f"--skip-bad: goes on without what these {len(problems)} problem(s) name")
+        name += "-skipped"
+    elif problems:
+        hint = "If this is not meant to be the full release, say --partial. " if full else ""
+        hint += "To go on without what is bad, say --skip-bad."
+        raise CorpusError([*problems, f"{len(problems)} problem(s) in {root}", hint])
+    return name, corpus
+
+
+def folds(args: argparse.Namespace, corpus: list[Utterance]) -> list[int]:
+    """The sessions to test on; "all": those that the corpus has."""
+    return sorted({u.session for u in corpus} if args.fold == ["all"] else map(int, args.fold))
+
+
+def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Material:
+    """Read the corpus, load the upstreams, compute the layer states that are not in the cache."""
+    name, corpus = read_corpus(args)
+    for fold, seed in itertools.product(folds(args, corpus), args.seed):
+        data.split(corpus, fold, seed)  # raises before hours of caching, not after
+    cache = Path("cache") / name
+    texts = [u.text for u in corpus]
+
+    names = {"audio": "microsoft/wavlm-large", "text": "bert-base-uncased"}  # [A15]: uncased
+    if args.upstream == "tiny" or (args.upstream is None and name.startswith("toy")):
+        folder = cache / f"tiny-{data.digest([texts, torch.__version__])}"
+        if not folder.exists():  # whole or not at all
+            part = folder.with_name(folder.name + ".part")
+            make_tiny_upstreams(str(part), texts)
+            part.rename(folder)
+        names = {m: str(folder / m) for m in names}
+        name += "" if name.startswith("toy") else "-tiny"
+    names = {"audio": args.wavlm or names["audio"], "text": args.bert or names["text"]}
+    upstreams = {
+        m: Upstream(names[m], m, args.precision, args.grad_checkpoint).to(device)
+        for m in modalities
+    }
+
+    raw: dict[str, list] = {"text": texts}
+    if "audio" in modalities:
+        raw["audio"] = data.cache_clips(cache / "clips", corpus)
+    states, identity = {}, {}
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    for m, upstream in upstreams.items():
+        fed = data.digest(texts if m == "text" else data.clip_key(corpus))
+        identity[m] = {"weights": upstream.fingerprint, "inputs": fed, "precision": args.precision}
+        states[m] = data.cache_states(
+            cache / f"{m}-{data.digest([names[m], args.precision])}", upstream, raw[m],
+            upstream.steps(raw[m]), {**identity[m], "libraries": libraries},
+        )  # fmt: skip
+        if device == "cuda":
+            states[m].move_to_gpu()
+    labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])
+    pristine = {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()}
+    return Material(name, corpus, labels, raw, states, upstreams, pristine, identity)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+def share(runs: list[tuple], shard: str) -> list[tuple]:
+    """The share "I/N" of the runs (fusion, frozen, fold, seed): the I-th of N, in their order.
+
+    Shares cost about the same: the dearest unit goes to whoever has least to do. A unit is a
+    frozen run and its fine-tuned twin, which share their frozen epochs.
+    """
+    # A batch of 32 clips costs WavLM-Large about six times what its 200 sentences cost BERT-base;
+    # a frozen epoch reads the cache, and costs next to nothing.
+    price = {"audio": 6, "text": 1}
+    units: dict[tuple, list] = {}
+    for fusion, frozen, fold, seed in runs:
+        units.setdefault((fusion, fold, seed), []).append(frozen)
+    cost = {
+        unit: 1 + (not all(twins)) * sum(price[m] for m in Config(unit[0]).modalities)
+        for unit, twins in units.items()
+    }
+    part, parts = map(int, shard.split("/"))
+    load, mine = [0] * parts, set()
+    for unit in sorted(units, key=lambda u: -cost[u]):
+        least = load.index(min(load))
+        load[least] += cost[unit]
+        if least == part - 1:
+            mine.add(unit)
+    return [run for run in runs if (run[0], *run[2:]) in mine]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument(
-        "--iemocap", type=Path, metavar="DIR", help="the corpus; without it, the toy corpus"
-    )
-    p.add_argument("--partial", action="store_true",
-                   help="DIR is a part of IEMOCAP, or another corpus in its layout")  # fmt: skip
+    add = p.add_argument
+    add("--iemocap", type=Path, metavar="DIR", help="the corpus; without it, the toy corpus")
+    add("--partial", action="store_true", help="DIR is not the full release: no reference counts")
+    add("--skip-bad", action="store_true", help="leave out what is missing or damaged, and say so")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--fusion", choices=list(FUSIONS), default="mmt")
     what.add_argument("--system", nargs="+", metavar="N", help="Table 1's numbers, 1 to 18, or all")
-    p.add_argument("--frozen", action="store_true", help="no fine-tuning: Table 1's odd numbers")
-    p.add_argument(
-        "--fold", nargs="+", default=["5"], metavar="K", help="test session, 1 to 5, or all"
-    )
-    p.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N")
-    p.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR")
-    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    p.add_argument("--upstream", choices=("paper", "tiny"),
-                   help="tiny: a few random layers, a dry run (default for the toy)")  # fmt: skip
-    p.add_argument(
-        "--wavlm", metavar="NAME", help="any WavLM, HuBERT or wav2vec 2.0, or its folder"
-    )
-    p.add_argument("--bert", metavar="NAME", help="any BERT or RoBERTa, or its folder")
-    p.add_argument("--context", type=int, default=9, metavar="C", help="utterances; odd; 1 = none")
-    p.add_argument("--dropout", type=float, default=0.5)
-    p.add_argument("--condense", choices=("sum", "concat"), default="sum", help="[A1]")
-    p.add_argument("--text-mask", choices=("union", "target"), default="union", help="[A5]")
-    p.add_argument("--cma-residual", action="store_true", help="[A7]")
-    p.add_argument("--reset-patience", action="store_true", help="[A9]")
-    p.add_argument("--select", choices=("last", "best", "test"), default="last",
-                   help="[A10] the epoch to test; test: to see how that cheats")  # fmt: skip
+    add("--frozen", action="store_true", help="no fine-tuning: Table 1's odd numbers")
+    add("--fold", nargs="+", default=["5"], metavar="K", help="test session, 1 to 5, or all")
+    add("--seed", "--seeds", nargs="+", type=int, default=[0], metavar="N")
+    add("--shard", default="1/1", metavar="I/N", help="the I-th of N shares of the runs")
+    add("--out", type=Path, default=Path("runs"), metavar="DIR")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    add("--upstream", choices=("paper", "tiny"), help="tiny: a few random layers, for a dry run")
+    add("--wavlm", metavar="NAME", help="any WavLM, HuBERT or wav2vec 2.0, or its folder")
+    add("--bert", metavar="NAME", help="any BERT or RoBERTa, or its folder")
+    memory = p.add_argument_group("where memory or time is short; the paper's numbers stay")
+    memory.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="upstreams'")
+    memory.add_argument("--grad-checkpoint", action="store_true",
+                        help="compute activations twice instead of keeping them")  # fmt: skip
+    memory.add_argument("--micro-batch", type=int, default=BATCH, metavar="N",
+                        help="a batch of 32 in parts of N, whose gradients add up")  # fmt: skip
+    switches = p.add_argument_group("the other reading of an open point (README)")
+    add = switches.add_argument
+    add("--context", type=int, default=9, metavar="C", help="utterances; odd; 1: none")
+    add("--dropout", type=float, default=0.5, help="between modules")
+    add("--condense", choices=("sum", "concat"), default="sum", help="[A1]")
+    add("--text-mask", choices=("union", "target"), default="union", help="[A5]")
+    add("--cma-residual", action="store_true", help="[A7]")
+    add("--reset-patience", action="store_true", help="[A9]")
+    add("--select", choices=("last", "best", "test"), default="last",
+        help="[A10] the epoch to test; test: to see how that cheats")  # fmt: skip
     args = p.parse_args(arguments)
+
     everything = [str(n) for n in range(1, 19)]
     args.system = everything if args.system == ["all"] else args.system
     if args.system and not set(args.system) <= set(everything):
         p.error(f"--system {' '.join(args.system)}: expected numbers from 1 to 18, or all")
     if args.system and args.frozen:
         p.error("--frozen: the number of the --system says this already (odd: frozen)")
-    if args.fold != ["all"] and not set(args.fold) <= {"1", "2", "3", "4", "5"}:
+    if args.fold != ["all"] and not set(args.fold) <= set("12345"):
         p.error(f"--fold {' '.join(args.fold)}: expected numbers from 1 to 5, or all")
-    if args.context < 1 or args.context % 2 == 0:
-        p.error(
-            f"--context {args.context}: expected an odd number, as many before as after the target"
-        )
-    if not 0 <= args.dropout < 1:
-        p.error(f"--dropout {args.dropout}: expected a number from 0 to below 1")
-    if args.partial and args.iemocap is None:
-        p.error("--partial: say of which folder, with --iemocap DIR")
     if not all(0 <= seed < 2**63 for seed in args.seed):
         p.error(f"--seed {' '.join(map(str, args.seed))}: expected numbers from 0 to 2^63 - 1")
+    shard = [int(n) if n.isdecimal() else 0 for n in args.shard.split("/")]
+    if len(shard) != 2 or not 1 <= shard[0] <= shard[1]:
+        p.error(f"--shard {args.shard}: expected I/N with I from 1 to N, as in 2/4")
+    if args.context < 1 or args.context % 2 == 0:
+        p.error(f"--context {args.context}: expected an odd number, as many before as after")
+    if not 0 <= args.dropout < 1:
+        p.error(f"--dropout {args.dropout}: expected a number from 0 to below 1")
+    if not 1 <= args.micro_batch <= BATCH:
+        p.error(f"--micro-batch {args.micro_batch}: expected a number from 1 to {BATCH}")
+    if args.partial and args.iemocap is None:
+        p.error("--partial: say of which folder, with --iemocap DIR")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA GPU here; leave it out to run on the CPU")
     return args
@@ -555,22 +616,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chip = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    )
+    cuda = device == "cuda"
+    chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__} on {device} ({chip})")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: cached states equal live ones
     systems = [(args.fusion, args.frozen)]
     if args.system:
         numbers = sorted({int(n) - 1 for n in args.system})
         systems = [(list(FUSIONS)[n // 2], n % 2 == 0) for n in numbers]
-    modalities_of = {fusion: Config(fusion).modalities for fusion, _ in systems}
+    modalities = sorted({m for fusion, _ in systems for m in Config(fusion).modalities})
     with data.exclusive(Path("cache")):
-        material = prepare(args, sorted({m for ms in modalities_of.values() for m in ms}), device)
-    for (fusion, frozen), fold, seed in itertools.product(
-        systems, folds(args, material.corpus), args.seed
-    ):
-        used = {m: material.upstreams[m] for m in modalities_of[fusion]}
+        material = prepare(args, modalities, device)
+    runs = itertools.product(systems, folds(args, material.corpus), dict.fromkeys(args.seed))
+    runs = share([(*system, fold, seed) for system, fold, seed in runs], args.shard)
+    if args.shard != "1/1":
+        print(f"share {args.shard}: {len(runs)} runs")
+    for fusion, frozen, fold, seed in runs:
+        used = {m: material.upstreams[m] for m in Config(fusion).modalities}
         config = Config(
             fusion, n_context=args.context, dropout=args.dropout, condense=args.condense,
             text_mask=args.text_mask, cma_residual=args.cma_residual,
@@ -580,23 +642,34 @@ def main(arguments: list[str] | None = None) -> None:
         settings = {
             "corpus": material.name, "frozen": frozen, "fold": fold, "seed": seed,
             **asdict(config), "reset_patience": args.reset_patience, "select": args.select,
-            "wavlm": args.wavlm, "bert": args.bert,
+            "precision": args.precision, "wavlm": args.wavlm, "bert": args.bert,
             "utterances": data.digest([[u.id, u.emotion, u.text] for u in material.corpus]),
             "upstreams": {m: material.identity[m] for m in used},
         }  # fmt: skip
         told = {
-            "folders": {m: u.name for m, u in used.items()},
+            "folders": {m: u.name for m, u in used.items()}, "device": device,
+            "micro_batch": args.micro_batch, "grad_checkpoint": args.grad_checkpoint,
             "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip
         folder = args.out / material.name / run_name(fusion, frozen) / f"fold{fold}-seed{seed}"
-        train(settings, told, material, folder, device)
+        with data.exclusive(folder, wait=False):
+            train(settings, told, material, folder, device)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (CorpusError, UpstreamError, RunError, OSError) as error:
+    except torch.OutOfMemoryError:
+        sys.exit(
+            "error: out of GPU memory; the same command goes on with --micro-batch 8, less of it "
+            "with --grad-checkpoint, and a new --out with --precision bf16"
+        )
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "; what was written is whole: make room, and the same command goes on"
+        sys.exit(f"error: {error}{hint if full else ''}")
+    except (CorpusError, UpstreamError, RunError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nStopped. The same command goes on after the last whole epoch.")

@@ -215,7 +215,7 @@ def test_only_what_the_paper_opens_is_ever_changed(go, monkeypatch):
     prepare, materials = train.prepare, []
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
     monkeypatch.setattr(train, "prepare", lambda *a: materials.append(prepare(*a)) or materials[-1])
-    load, before = train.Run, {}
+    load, before = train.Training, {}
 
     class Watched(load):
         def __init__(self, settings, material, device):
@@ -223,7 +223,7 @@ def test_only_what_the_paper_opens_is_ever_changed(go, monkeypatch):
             for m, upstream in material.upstreams.items():
                 before[m] = {n: p.clone() for n, p in upstream.model.named_parameters()}
 
-    monkeypatch.setattr(train, "Run", Watched)
+    monkeypatch.setattr(train, "Training", Watched)
     go("opened", "--fusion", "mmt")
     head, all_of_it = seen[1e-3], seen[1e-5]
     assert head < all_of_it
@@ -384,7 +384,7 @@ def test_one_step_at_full_size(fusion, full_size_upstreams):
     settings = {"frozen": False, "seed": 0, "reset_patience": False, **asdict(Config(fusion))}
     data_windows, data.context_windows = data.context_windows, lambda corpus, size: windows
     try:
-        run = train.Run(settings, material, "cpu")
+        run = train.Training(settings, material, "cpu")
     finally:
         data.context_windows = data_windows
     run.model.train()
