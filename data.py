@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-SAMPLE_RATE = 16000
+SAMPLE_RATE = 16000  # Hz; files of the other rates are resampled to it
+SAMPLE_RATES = (8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000)
 CLASSES = ("neu", "hap", "ang", "sad")  # the order of Fig. 4
 LABELS = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}  # §3.1: happy is merged with excited
 
@@ -153,7 +154,9 @@ def scan(root: Path) -> tuple[list[Utterance], list[str]]:
     problems: list[str] = []
     sessions = sorted(p for p in root.glob("Session[1-9]") if p.is_dir())
     if not sessions:
-        problems.append(f"{root}: holds no Session1 ... Session5; name the folder that holds them")
+        near = {p.resolve().parent for to in ("*/Session1", "../Session1") for p in root.glob(to)}
+        hint = f"name {' or '.join(map(str, near))}" if near else "name the folder that holds them"
+        problems.append(f"{root}: holds no Session1 ... Session5; {hint}")
     for session in sessions:
         # "Ses*": some copies hold macOS's ._* files; no recursion: sub-folders hold single raters.
         labels = sorted((session / "dialog" / "EmoEvaluation").glob("Ses*.txt"))
@@ -232,8 +235,10 @@ def _read_dialog(file: Path, session: Path, problems: list[str]) -> list[Utteran
                 id, int(session.name[-1]), dialog, who[1] + who[2], start, end, spoken[id][2],
                 emotion, session / "sentences" / "wav" / dialog / f"{id}.wav",
             )  # fmt: skip
-    for id in spoken.keys() - labelled:
+    for id in sorted(spoken.keys() - labelled):
         problems.append(f"{transcript}: {id} has words but no label in {file}")
+    if not labelled and not spoken:
+        problems.append(f"{file}: holds no utterance, nor does its transcript; fetch both again")
     # Neither file is in order: labels come all F, then all M; transcripts have inversions.
     return sorted(utterances.values(), key=lambda u: (u.start, u.end, u.id))
 
@@ -360,6 +365,8 @@ def _open_wav(path: str | Path):
             form = f"{file.getnchannels()} channel(s) of {8 * file.getsampwidth()} bits"
             if form != "1 channel(s) of 16 bits":
                 raise wave.Error(f"{form}; convert it to mono, 16 bits")
+            if file.getframerate() not in SAMPLE_RATES:  # a damaged header may say anything
+                raise wave.Error(f"{file.getframerate()} Hz; convert it to {SAMPLE_RATE} Hz")
             if file.getnframes() == 0:
                 raise wave.Error("no samples in it")
             if os.path.getsize(path) < 44 + 2 * file.getnframes():  # 44: the shortest header
@@ -367,7 +374,7 @@ def _open_wav(path: str | Path):
             yield file
     except FileNotFoundError:
         raise CorpusError([f"{path}: missing"]) from None
-    except (wave.Error, EOFError, OSError) as error:
+    except (wave.Error, EOFError, OSError, RuntimeError, ValueError) as error:  # all that wave has
         reason = str(error) or "it ends too soon"
         raise CorpusError([f"{path}: not usable as a WAV file: {reason}"]) from None
 
@@ -492,17 +499,17 @@ def batch(
 def cache_clips(folder: Path, corpus: list[Utterance]) -> Ragged:
     """The clips of all four-class utterances, cut once: what WavLM hears, cached or live."""
     key = clip_key(corpus)
-    if not _cached(folder, key):
-        lengths = np.zeros(len(corpus), dtype=np.int64)
+    lengths = _cached(folder, key)
+    if not lengths:
+        lengths = [0] * len(corpus)
         with open(folder / "data.bin", "wb") as file:
             for i, u in enumerate(tqdm(corpus, desc="clips", leave=False, disable=None)):
                 if u.label is not None:  # the context is text: other labels need no audio
                     x = clip(load_wav(u.wav))
                     lengths[i] = len(x)
                     file.write(x.numpy().tobytes())
-        np.save(folder / "lengths.npy", lengths)
-        _note(folder, key, 1)
-    return Ragged(folder / "data.bin", torch.from_numpy(np.load(folder / "lengths.npy")), (), "f4")
+        _note(folder, key, lengths)
+    return Ragged(folder / "data.bin", torch.tensor(lengths), (), "f4")
 
 
 def clip_key(corpus: list[Utterance]) -> dict:
@@ -528,7 +535,7 @@ def cache_states(
     step = (upstream.n_layers, upstream.dim)
     order = lengths.argsort(descending=True, stable=True)  # largest first: memory suffices or not
     batches = order[: int((lengths > 0).sum())].split(32)
-    done = _cached(folder, key)
+    done = _cached(folder, key) or 0
     if not done:
         need = 2 * int(lengths.sum()) * step[0] * step[1]
         free = shutil.disk_usage(folder).free
@@ -556,29 +563,33 @@ def cache_states(
     return states
 
 
-def _cached(folder: Path, key: dict) -> int:
-    """How many batches of a cache are done: 0 where there is none, or one of another key."""
+def _cached(folder: Path, key: dict):
+    """What _note said was done for this key; None where nothing is, or for another key."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "meta.json").exists():
+        return None
     try:
         meta = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
-        return 0
-    data = folder / "data.bin"
-    changed = [k for k in key if meta["key"].get(k) != key[k]]
-    if not data.exists() or data.stat().st_size != meta["bytes"]:
-        changed.append("size of data.bin")
-    if changed:
-        print(f"{folder}: made with another {', '.join(changed)}; it is made anew")
-        (folder / "meta.json").unlink()
-        data.unlink(missing_ok=True)  # not overwritten: another process may be reading it
-        return 0
-    return meta["done"]
+        if meta.pop("check") != digest(meta):
+            raise ValueError("damaged")
+        changed = [k for k in key if meta["key"].get(k) != key[k]]
+        if (folder / "data.bin").stat().st_size != meta["bytes"]:
+            changed.append("size of data.bin")
+        if not changed:
+            return meta["done"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        changed = [f"meta.json ({error!r})"]
+    print(f"{folder}: made with another {', '.join(changed)}; it is made anew")
+    (folder / "meta.json").unlink()
+    (folder / "data.bin").unlink(missing_ok=True)  # not overwritten: a process may be reading it
+    return None
 
 
-def _note(folder: Path, key: dict, done: int) -> None:
+def _note(folder: Path, key: dict, done) -> None:
     """Say in meta.json what is done, all at once or not at all."""
     meta = {"key": key, "done": done, "bytes": (folder / "data.bin").stat().st_size}
-    replace(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    meta["check"] = digest(meta)
+    replace(folder / "meta.json", lambda file: file.write(json.dumps(meta).encode()))
 
 
 def replace(path: Path, write: Callable) -> None:

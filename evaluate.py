@@ -16,6 +16,7 @@ import math
 import re
 import statistics
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,9 @@ def read_run(folder: Path) -> Run:
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint's dict; weights_only: a hostile file runs no code. RunError if it is damaged."""
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).split("\n")[0]

@@ -18,6 +18,7 @@ it leans on: Training is the state that the loop changes, Material what it start
 import argparse
 import copy
 import errno
+import io
 import itertools
 import json
 import math
@@ -409,7 +410,9 @@ def load_into(run: Training, path: Path) -> None:
 
 def save(path: Path, state: dict) -> None:
     """A checkpoint, through data.replace; read back with weights_only: it can run no code."""
-    data.replace(path, lambda file: torch.save(state, file))
+    whole = io.BytesIO()  # first in memory: torch.save cannot tell a full disk from a bug
+    torch.save(state, whole)
+    data.replace(path, lambda file: file.write(whole.getbuffer()))
 
 
 def write_json(path: Path, value) -> None:

@@ -59,7 +59,9 @@ def test_checkpointing_recomputes_the_layers_and_changes_no_gradient(folders, mo
         torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(a) or again(*a, **k)
     )
     found = gradients(folders, checkpoint=True)
-    assert len(calls) == 4  # two layers of WavLM, two of BERT: it is not the switch that does nothing
+    assert (
+        len(calls) == 4
+    )  # two layers of WavLM, two of BERT: it is not the switch that does nothing
     close(found, plain)
 
 
@@ -69,7 +71,9 @@ def test_checkpointing_keeps_less_for_the_backward_pass(folders):
         upstream = Upstream(folders["audio"], "audio", checkpoint=checkpoint)
         upstream.finetunable().requires_grad_(True)
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.nbytes) or x, lambda x: x
+        ):
             upstream(CLIPS)
         kept[checkpoint] = sum(sizes)
     assert kept[True] < 0.8 * kept[False]
@@ -88,7 +92,9 @@ def test_bf16_is_near_fp32_and_leaves_weights_and_head_in_fp32(folders):
 
 
 def everything(fusions=tuple(model.FUSIONS), folds=(1, 2, 3, 4, 5), seeds=(0,)):
-    return [(f, frozen, k, s) for f in fusions for frozen in (True, False) for k in folds for s in seeds]
+    return [
+        (f, frozen, k, s) for f in fusions for frozen in (True, False) for k in folds for s in seeds
+    ]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 90, 200])

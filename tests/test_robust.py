@@ -1,0 +1,502 @@
+"""Nothing lost, nothing silent: bad corpora, mutated files, full disks, kills, hostile pickles."""
+
+import csv
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from conftest import ROOT, write_dialog, write_wav
+from data import CorpusError
+from evaluate import RunError
+
+# --- one table of what can be wrong with a corpus: an error that names the file, or a treatment
+
+
+def wav_of(channels=1, bits=16, form=1, rate=16000, seconds=1.0):
+    """A WAV header and zeros, by hand."""
+    size = channels * bits // 8
+    n = round(rate * seconds) * size
+    head = b"RIFF" + struct.pack("<I", 36 + n) + b"WAVEfmt "
+    head += struct.pack("<IHHIIHH", 16, form, channels, rate, rate * size, size, bits)
+    return head + b"data" + struct.pack("<I", n) + bytes(n)
+
+
+def recode(path, encoding):
+    path.write_bytes(path.read_text().encode(encoding))
+
+
+def lines(path, change):
+    path.write_text("\n".join(change(path.read_text().split("\n"))))
+
+
+def loop(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+FINE = None
+CORPUS = {  # what is done to the label file, the transcript, the wav -> what the error must say
+    "8 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=8)), "8 bits; convert"),
+    "24 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=24)), "24 bits; convert"),
+    "32 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=32)), "32 bits; convert"),
+    "float": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=32, form=3)), "unknown format: 3"),
+    "stereo": (lambda lab, wor, wav: wav.write_bytes(wav_of(channels=2)), "2 channel(s)"),
+    "odd rate": (lambda lab, wor, wav: wav.write_bytes(wav_of(rate=16001)), "16001 Hz; convert"),
+    "8 kHz": (lambda lab, wor, wav: wav.write_bytes(wav_of(rate=8000)), FINE),
+    "22.05 kHz": (lambda lab, wor, wav: wav.write_bytes(wav_of(rate=22050)), FINE),
+    "44.1 kHz": (lambda lab, wor, wav: wav.write_bytes(wav_of(rate=44100)), FINE),
+    "48 kHz": (lambda lab, wor, wav: wav.write_bytes(wav_of(rate=48000)), FINE),
+    "silence": (lambda lab, wor, wav: wav.write_bytes(wav_of()), FINE),  # kept whole
+    "clipped": (lambda lab, wor, wav: write_wav(wav, [1.0, -1.0] * 8000), FINE),
+    "lying header": (
+        lambda lab, wor, wav: wav.write_bytes(wav_of()[:40] + struct.pack("<I", 64000) + bytes(32000)),
+        "shorter than its header",
+    ),
+    "text as wav": (lambda lab, wor, wav: wav.write_text("no audio"), "not usable as a WAV"),
+    "wav too long": (lambda lab, wor, wav: wav.write_bytes(wav_of(seconds=2)), "1.00 s by its label"),
+    "wav loop": (lambda lab, wor, wav: loop(wav), "not usable as a WAV"),
+    "wav a folder": (lambda lab, wor, wav: (wav.unlink(), wav.mkdir()), "not usable as a WAV"),
+    "label loop": (lambda lab, wor, wav: loop(lab), "cannot be read"),
+    "words a folder": (lambda lab, wor, wav: (wor.unlink(), wor.mkdir()), "cannot be read"),
+    "empty labels": (lambda lab, wor, wav: lab.write_text(""), "words but no label"),
+    "empty words": (lambda lab, wor, wav: wor.write_text(""), "has no words"),
+    "both empty": (lambda lab, wor, wav: (lab.write_text(""), wor.write_text("")), "no utterance"),
+    "binary words": (lambda lab, wor, wav: wor.write_bytes(bytes(range(256))), "as UTF-8 text"),
+    "UTF-16 words": (lambda lab, wor, wav: recode(wor, "utf-16"), "as UTF-8 text"),
+    "UTF-16 labels": (lambda lab, wor, wav: recode(lab, "utf-16"), "as UTF-8 text"),
+    "UTF-16 without mark": (lambda lab, wor, wav: recode(wor, "utf-16-le"), "has no words"),
+    "byte order mark": (lambda lab, wor, wav: (recode(lab, "utf-8-sig"), recode(wor, "utf-8-sig")), FINE),
+    "CRLF": (lambda lab, wor, wav: [lines(f, lambda ls: [x + "\r" for x in ls]) for f in (lab, wor)], FINE),
+    "out of order": (lambda lab, wor, wav: [lines(f, lambda ls: ls[::-1]) for f in (lab, wor)], FINE),
+    "half the labels": (lambda lab, wor, wav: lab.write_text(lab.read_text()[:-130]), "no label"),
+    "only a tag": (lambda lab, wor, wav: wor.write_text(wor.read_text().replace("hm", "[LAUGHTER]")), FINE),
+    "no words at all": (lambda lab, wor, wav: wor.write_text(wor.read_text().replace("hm", "")), FINE),
+    "600 words": (lambda lab, wor, wav: wor.write_text(wor.read_text().replace("hm", "hm " * 600)), FINE),
+    "a path for an id": (
+        lambda lab, wor, wav: lab.write_text(lab.read_text().replace("impro01_F000", "impro01/../../x_F000")),
+        "not an utterance",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def dialog(tmp_path):
+    session = write_dialog(
+        tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm"), ("M000", 2, 3, "sad", "so")]
+    )
+    return (
+        session / "dialog" / "EmoEvaluation" / "Ses01F_impro01.txt",
+        session / "dialog" / "transcriptions" / "Ses01F_impro01.txt",
+        session / "sentences" / "wav" / "Ses01F_impro01" / "Ses01F_impro01_F000.wav",
+    )
+
+
+@pytest.mark.parametrize("case", CORPUS)
+def test_a_bad_corpus_is_an_error_or_a_known_treatment(case, dialog, tmp_path, tiny):
+    harm, message = CORPUS[case]
+    harm(*dialog)
+    if message is not FINE:
+        with pytest.raises(CorpusError) as error:
+            data.read_iemocap(tmp_path)
+        assert message in str(error.value) and str(tmp_path) in str(error.value)
+        return
+    corpus = data.read_iemocap(tmp_path)
+    assert [(u.id[-4:], u.emotion) for u in corpus] == [("F000", "neu"), ("M000", "sad")]
+    clips = data.cache_clips(tmp_path / "clips", corpus)
+    assert clips.lengths.tolist() == [16000, 16000] and all(x.isfinite().all() for x in clips)
+    for m, raw in (("audio", [clips[0]]), ("text", [corpus[0].text])):
+        states, mask = tiny[m](raw)
+        assert states.isfinite().all() and 2 <= mask.sum() <= 512, m
+
+
+def test_short_and_long_clips(tmp_path):
+    session = write_dialog(
+        tmp_path, "Ses01F_impro01", [("F000", 0, 0.04, "neu", "a"), ("F001", 1, 601, "sad", "b")], rate=8000
+    )  # fmt: skip
+    assert session.exists()
+    clips = data.cache_clips(tmp_path / "clips", data.read_iemocap(tmp_path))
+    assert clips.lengths.tolist() == [640, 80000]
+
+
+def test_a_root_one_level_off_names_the_right_one(dialog, tmp_path):
+    inner = tmp_path / "IEMOCAP_full_release"
+    inner.mkdir()
+    (tmp_path / "Session1").rename(inner / "Session1")
+    for wrong in (tmp_path, inner / "Session1"):
+        with pytest.raises(CorpusError, match=f"name {re.escape(str(inner))}$"):
+            data.read_iemocap(wrong)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission_is_said(dialog, tmp_path):
+    dialog[1].chmod(0)
+    with pytest.raises(CorpusError, match="cannot be read"):
+        data.read_iemocap(tmp_path)
+
+
+def test_skip_bad_leaves_out_lists_recounts_and_marks(small_corpus, tmp_path):
+    root = tmp_path / "small"
+    shutil.copytree(small_corpus, root)
+    wavs = sorted(root.rglob("Ses02*.wav"))
+    wavs[0].unlink()
+    wavs[3].write_bytes(b"")
+    (root / "Session3" / "dialog" / "transcriptions" / "Ses03F_impro01.txt").unlink()
+    command = [sys.executable, ROOT / "train.py", "--iemocap", root, "--partial", "--upstream", "tiny",
+               "--fusion", "text-fc", "--frozen", "--fold", "5"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "--skip-bad" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([*command, "--skip-bad"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for path in (wavs[0], wavs[3], "Ses03F_impro01.txt"):
+        assert str(path) in done.stdout
+    assert "small-partial-skipped-tiny: WA" in done.stdout
+    (folder,) = [p.parent for p in tmp_path.rglob("result.json")]
+    assert "small-partial-skipped-tiny" in str(folder)
+    result = json.loads((folder / "result.json").read_text())
+    corpus, problems = data.scan(root)
+    targets = [u for u in corpus if u.label is not None]
+    assert result["n_train"] + result["n_dev"] + result["n_test"] == len(targets)
+    assert not {w.stem for w in (wavs[0], wavs[3])} & {u.id for u in corpus}
+
+
+# --- mutations
+
+
+def mutate(raw, rng):
+    """One of: a byte changed, a piece cut out, doubled, moved, zeroed, replaced by noise."""
+    raw, kind = bytearray(raw), rng.randrange(7)
+    if not raw:
+        return b"\0"
+    a = rng.randrange(len(raw))
+    b = min(len(raw), a + rng.choice((1, 2, 8, 60, 1000)))
+    piece = bytes(raw[a:b])
+    if kind == 0:
+        raw[a] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del raw[a:b]
+    elif kind == 2:
+        raw[a:a] = piece
+    elif kind == 3:
+        del raw[a:b]
+        k = rng.randrange(len(raw) + 1)
+        raw[k:k] = piece
+    elif kind == 4:
+        raw[a:b] = bytes(b - a)
+    elif kind == 5:
+        raw[a:b] = rng.randbytes(b - a)
+    else:
+        del raw[a:]
+    return bytes(raw)
+
+
+def test_mutated_corpora_are_errors_or_hold_the_same_utterances(tmp_path):
+    """1,000 mutations of label files, transcripts and wavs: no other error, no other count."""
+    files = []
+    for k in (1, 2):
+        session = write_dialog(tmp_path, f"Ses0{k}F_impro01", [
+            ("F000", 0, 0.1, "neu", "i hate it"), ("F001", 0.3, 0.4, "fru", "oh no"), ("M000", 0.5, 0.6, "sad", "so")
+        ])  # fmt: skip
+        files += [p for p in session.rglob("*") if p.is_file()]
+    clean = [(u.id, u.emotion) for u in data.read_iemocap(tmp_path)]
+    found = 0
+    for seed in range(1000):
+        rng = random.Random(seed)
+        path = rng.choice(files)
+        raw = path.read_bytes()
+        path.write_bytes(mutate(raw, rng))
+        try:
+            corpus, problems = data.scan(tmp_path)
+            found += bool(problems)
+            if not problems:
+                now = [(u.id, u.emotion) for u in corpus]
+                assert [i for i, _ in now] == [i for i, _ in clean], seed
+                assert sum(a != b for a, b in zip(now, clean)) <= 1, seed
+                for u in corpus:
+                    x = data.clip(data.load_wav(u.wav))
+                    assert x.isfinite().all() and 400 <= len(x) <= 80000, seed
+        except CorpusError:
+            found += 1
+        finally:
+            path.write_bytes(raw)
+    assert found > 400
+
+
+@pytest.fixture(scope="module")
+def finished(small_corpus, tmp_path_factory):
+    """(folder of work, the command that made the run in it, the run's folder)."""
+    work = tmp_path_factory.mktemp("finished")
+    command = ["--iemocap", str(small_corpus), "--partial", "--upstream", "tiny", "--fusion", "mmt",
+               "--device", "cpu", "--out", str(work / "runs")]  # fmt: skip
+    before = os.getcwd()
+    os.chdir(work)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "FINETUNE_AFTER", 1)
+            patch.setattr(train, "STOP_AFTER", 2)
+            train.main(command)
+    finally:
+        os.chdir(before)
+    (folder,) = [p.parent for p in work.rglob("result.json")]
+    return work, command, folder
+
+
+def test_mutated_run_folders_are_named_or_count_the_same(finished, tmp_path):
+    """700 mutations of config.json, result.json, predictions.csv."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    names = ("config.json", "result.json", "predictions.csv")
+    for name in names:
+        shutil.copy(finished[2] / name, folder)
+    clean = evaluate.read_run(folder)
+    found = 0
+    for seed in range(700):
+        rng = random.Random(seed)
+        path = folder / rng.choice(names)
+        raw = path.read_bytes()
+        path.write_bytes(mutate(raw, rng))
+        try:
+            run = evaluate.read_run(folder)
+            pairs = [sorted(zip(r.truth, r.guess)) for r in (run, clean)]  # lines may have moved
+            assert pairs[0] == pairs[1], seed
+            evaluate.table_1([run]), evaluate.breakdown([run])
+        except RunError as error:
+            assert str(folder) in str(error)
+            found += 1
+        finally:
+            path.write_bytes(raw)
+    assert found > 300
+
+
+def test_mutated_caches_are_made_anew_and_mutated_checkpoints_are_named(finished, tmp_path):
+    """300 mutations of meta.json, 100 of checkpoint.pt."""
+    key, folder = {"weights": "a"}, tmp_path / "cache"
+    folder.mkdir()
+    (folder / "data.bin").write_bytes(bytes(100))
+    data._note(folder, key, [1, 2, 3])
+    raw = (folder / "meta.json").read_bytes()
+    for seed in range(300):
+        (folder / "data.bin").write_bytes(bytes(100))
+        (folder / "meta.json").write_bytes(mutate(raw, random.Random(seed)))
+        assert data._cached(folder, key) in (None, [1, 2, 3]), seed
+    raw = (finished[2] / "checkpoint.pt").read_bytes()
+    clean = evaluate.load_checkpoint(finished[2] / "checkpoint.pt")
+    path, found = tmp_path / "checkpoint.pt", 0
+    for seed in range(100):
+        path.write_bytes(mutate(raw, random.Random(seed)))
+        try:
+            state = evaluate.load_checkpoint(path)
+            for name, value in clean["weights"]["model"].items():
+                assert torch.equal(value, state["weights"]["model"][name]), seed
+        except RunError as error:
+            assert "checkpoint.pt: cannot be read" in str(error)
+            found += 1
+    assert found > 80
+
+
+# --- untrusted files
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.mkdir, ("ran",))
+
+
+def test_a_hostile_pickle_runs_no_code(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"settings": Hostile()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(RunError, match="checkpoint.pt: cannot be read"):
+        evaluate.load_checkpoint(tmp_path / "checkpoint.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(RunError):
+        evaluate.load_checkpoint(tmp_path / "plain.pt")
+    # An upstream folder whose weights are a pickle, and whose config asks for code of its own.
+    folder = tmp_path / "upstream"
+    shutil.copytree(next((finished[0] / "cache").rglob("tiny-*")) / "text", folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"embeddings": Hostile()}, folder / "pytorch_model.bin")
+    with pytest.raises(train.UpstreamError):
+        train.Upstream(str(folder), "text")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "evil.Evil"}
+    config["model_type"] = "evil"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("import os; os.mkdir('ran')")
+    with pytest.raises(train.UpstreamError):
+        train.Upstream(str(folder), "text")
+    assert not (tmp_path / "ran").exists()
+
+
+# --- bad training, bad disks
+
+
+def again(finished, out, *more):
+    """The finished run's command with another --out, as a process."""
+    work, command, _ = finished
+    return [sys.executable, ROOT / "train.py", *command[:-1], str(out), *more]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
+    finished, tmp_path, monkeypatch
+):
+    work, command, folder = finished
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(train, "FINETUNE_AFTER", 1)
+    monkeypatch.setattr(train, "STOP_AFTER", 2)
+    cross_entropy, calls = train.F.cross_entropy, []
+
+    def sick(logits, labels):
+        calls.append(1)
+        return cross_entropy(logits, labels) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(train.F, "cross_entropy", sick)
+    with pytest.raises(RunError, match="the loss is nan in epoch 2, among utterances Ses0"):
+        train.main([*command[:-1], str(tmp_path)])
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    assert len(evaluate.load_checkpoint(path)["log"]) == 1
+    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+    train.main([*command[:-1], str(tmp_path)])  # goes on, and ends as if nothing had been
+    assert (path.parent / "predictions.csv").read_text() == (folder / "predictions.csv").read_text()
+
+
+@pytest.mark.parametrize("there", ["tiny-*", "*"])
+def test_a_full_disk_is_one_sentence_and_leaves_a_folder_that_goes_on(there, finished, tmp_path):
+    """A limit on file sizes stands for the disk. What is there decides what does not fit: layer
+    states, or, with the whole cache at hand, the checkpoint."""
+    work, limit = finished[0], 20_000
+    for old in (work / "cache" / "small-partial").glob(there):
+        shutil.copytree(old, tmp_path / "cache" / "small-partial" / old.name)
+    command = again(finished, tmp_path / "runs", "--fusion", "text-fc", "--frozen")
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "File too large" in done.stderr or "cannot" in done.stderr
+    assert not list(tmp_path.rglob("runs/**/*.part"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Stop:" in done.stdout, done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(finished, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        again(finished, tmp_path / "file"), cwd=finished[0], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and str(tmp_path) in done.stderr
+
+
+def test_a_second_process_on_one_run_is_told_so(finished, tmp_path, monkeypatch):
+    work, command, folder = finished
+    monkeypatch.chdir(work)
+    other = tmp_path / folder.relative_to(work / "runs")
+    with data.exclusive(other):
+        with pytest.raises(BlockingIOError, match="another process works in it"):
+            train.main([*command[:-1], str(tmp_path)])
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_sentence_on_how_to_go_on(sign, finished, tmp_path):
+    process = subprocess.Popen(
+        again(finished, tmp_path), cwd=finished[0], text=True, bufsize=1,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    for line in process.stdout:
+        if "epoch   2" in line:
+            process.send_signal(sign)
+            break
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Stopped. The same command goes on" in complaint
+    assert "Traceback" not in complaint
+
+
+# --- kill it anywhere, again and again (by hand: pytest -m slow)
+
+
+def outcome(work):
+    """What a run leaves, its clocks and memory apart."""
+    (folder,) = [p.parent for p in (work / "runs").rglob("result.json")]
+    result = json.loads((folder / "result.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for row in (result, *log):
+        row.pop("seconds")
+    result.pop("peak_memory_bytes")
+    weights = torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
+    flat = {f"{m}.{k}": v for m, part in weights.items() for k, v in part.items()}
+    with open(folder / "predictions.csv") as file:
+        return result, log, list(csv.reader(file)), flat
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_moments_and_more_the_run_ends_with_the_same_bits(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--fusion",
+        "mmt",
+        "--fold",
+        "5",
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    subprocess.run(
+        command, cwd=tmp_path / "whole", check=True, env=environment, capture_output=True
+    )
+    rng, kills, where = random.Random(0), 0, []
+    for _ in range(200):
+        process = subprocess.Popen(
+            command, cwd=tmp_path / "killed", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )  # fmt: skip
+        try:
+            process.wait(timeout=rng.uniform(1.5, 8) if kills < 40 else None)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            made = [p.name for p in (tmp_path / "killed").rglob("*") if p.is_file()]
+            where.append((len(made), "checkpoint.pt" in made))
+    print(f"{kills} kills, files at each: {where}")
+    assert process.returncode == 0 and kills >= 30
+    whole, killed = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
+    assert killed[:3] == whole[:3]
+    assert killed[3].keys() == whole[3].keys()
+    assert all(torch.equal(killed[3][k], whole[3][k]) for k in whole[3])
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_in_a_row_leave_nothing_behind(finished, tmp_path, monkeypatch):
+    """A soak: memory, open files and child processes stay what they are after the first twenty."""
+    work, command, _ = finished
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(train, "FINETUNE_AFTER", 1)
+    monkeypatch.setattr(train, "STOP_AFTER", 2)
+
+    def usage():
+        status = open("/proc/self/status").read()
+        memory = int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024  # MiB
+        return memory, len(os.listdir("/proc/self/fd"))
+
+    for k in range(200):
+        train.main([*command[:-1], str(tmp_path), "--seed", str(k)])
+        if k == 19:
+            early = usage()
+    late = usage()
+    print(f"MiB, open files: after 20 runs {early}, after 200 {late}")
+    assert late[0] < 1.1 * early[0] and late[1] == early[1]
