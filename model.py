@@ -460,8 +460,7 @@ class Upstream(nn.Module):
             )
             mask = inputs["attention_mask"].bool()  # (B, T)
         half = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with half, warnings.catch_warnings():  # WavLM's masks, of two types, are no news to anyone
-            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+        with half:
             output = self.model(**inputs.to(device), output_hidden_states=True)
         # All L + 1 states (§2.1; PAPER-ERROR [E4]: to avoid "leakage", read: loss, of information).
         # The last of `hidden_states` may come before the final LayerNorm: we take the one after it.
@@ -495,6 +494,8 @@ def _transformers():
     import transformers
 
     transformers.logging.set_verbosity_error()
+    # WavLM's own masks are of two types; that is no news to anyone.
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     return transformers
 
 
