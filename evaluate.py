@@ -55,6 +55,7 @@ def weighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     return float(np.mean(np.asarray(y_true) == np.asarray(y_pred)))
 
 
+# EXERCISE 6 (10 min): delete the body, write it again; pytest -m ex6
 def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     """UA: the mean over the classes of the share that is right, alias macro-averaged recall.
 

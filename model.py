@@ -105,6 +105,7 @@ class Config:
 # ------------------------------------------------------------------------------------------------
 
 
+# EXERCISE 1 (10 min): delete the body, write it again; pytest -m ex1
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
 
@@ -115,6 +116,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
 
 
+# EXERCISE 2 (15 min): delete the body, write it again; pytest -m ex2
 def cross_modal_attention(
     x_t: Tensor, x_s: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, mask_s: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -159,6 +161,7 @@ class SqueezeExcitation(nn.Module):
         nn.init.ones_(self.reduce.bias)
         self.fired = False  # whether the ReLU was above 0 for any utterance since someone looked
 
+    # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
         """One gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L)."""
         # Squeeze: the mean of a layer over all features and all *real* steps. The mask is the
@@ -223,6 +226,7 @@ class ContextConv(nn.Module):
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
         self.text_mask = text_mask
 
+    # EXERCISE 4 (15 min): delete the body, write it again; pytest -m ex4
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         # UNSPECIFIED [A6]: a window that reaches over a dialogue's edge. We set a zero map, masked
         # out, for an utterance that does not exist. Padded tokens are zeroed in the same way, so
@@ -298,6 +302,7 @@ class TransformerBlock(nn.Module):
         """Eq. (1) with this block's matrices -> (out (B, T_t, d), weights (B, T_t, T_s))."""
         return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
 
+    # EXERCISE 5 (20 min): delete the body, write it again; pytest -m ex5
     def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None) -> Tensor:
         x = self.dropout(self.attend(x_t, x_s, mask_s)[0])  # (B, T_t, d)
         # UNSPECIFIED [A7]: the vanilla Transformer adds the queries here. With them CMT(A->T) would

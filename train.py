@@ -68,6 +68,7 @@ class Patience:
         self.since_best = 0  # epochs
         self.finetuning = False
 
+    # EXERCISE 8 (20 min): delete the body, write it again; pytest -m ex8
     def step(self, dev_loss: float) -> str:
         """ "continue", "finetune" (once) or "stop"."""
         if dev_loss < self.best:

@@ -16,6 +16,8 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes and gigabytes; run with -m slow")
+    for n in range(1, 10):
+        config.addinivalue_line("markers", f"ex{n}: the check of EXERCISE {n}")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,0 +1,79 @@
+"""Silent bugs to hunt: the code runs and trains with each of them, and is wrong.
+
+    python tests/bugs.py hide      put one into the code, at random, without a word about it
+    python tests/bugs.py reveal    tell which it was, and take it out again
+
+Between the two, find it: train, read, run the tests. Do not read on here before you have.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BUGS = {  # what is wrong -> (file, what stands there, what to put there instead), ...
+    "padding counts in the pooling over time": [
+        ("model.py", "pooled.append(masked_mean(h, mask[target]))", "pooled.append(h.mean(dim=1))"),
+    ],
+    "WA and UA are swapped": [
+        ("evaluate.py", '"wa": weighted_accuracy(', '"wa": unweighted_accuracy('),
+        ("evaluate.py", '"ua": unweighted_accuracy(', '"ua": weighted_accuracy('),
+    ],
+    "the development speaker is left in training": [
+        ("data.py", "train = [u for u in rest if u.speaker != dev_speaker]", "train = list(rest)"),
+        ("data.py", "assert not (a & b or a & c or b & c)", "assert not (a & c or b & c)"),
+    ],
+    "the context reaches into other dialogues": [
+        ("data.py", "inside &= dialog[windows.clamp(0, n - 1)] == dialog[:, None]", "inside &= dialog[:, None] >= 0"),
+    ],
+    "the last hidden state is the one before the final norm": [
+        ("model.py", "(*output.hidden_states[:-1], output.last_hidden_state)", "output.hidden_states"),
+    ],
+    "the optimiser does not know the weights that fine-tuning opens": [
+        ("train.py", "AdamW(parameters, lr=LR_FINETUNE", "AdamW(self.model.parameters(), lr=LR_FINETUNE"),
+    ],
+    "dropout stays on while predicting": [
+        ("evaluate.py", "    model.eval()\n    parts = tqdm(", "    parts = tqdm("),
+    ],
+    "Eq. (1) normalises over the queries": [
+        ("model.py", "torch.finfo(scores.dtype).min).softmax(dim=-1)", "torch.finfo(scores.dtype).min).softmax(dim=1)"),
+    ],
+}  # fmt: skip
+
+
+def swap(changes, root=ROOT, back=False):
+    for name, old, new in changes:
+        old, new = (new, old) if back else (old, new)
+        text = (root / name).read_text()
+        if text.count(old) != 1:
+            sys.exit(f"{name} is not as this bug expects it: git checkout {name}, then try again")
+        (root / name).write_text(text.replace(old, new))
+
+
+def hidden(root=ROOT):
+    """The bugs that are in the code now."""
+    return [
+        what for what, changes in BUGS.items()
+        if all(new in (root / name).read_text() and old not in (root / name).read_text()
+               for name, old, new in changes)
+    ]  # fmt: skip
+
+
+def main():
+    command = sys.argv[1:]
+    if command == ["hide"]:
+        if hidden():
+            sys.exit("There is one in the code already: find it, or reveal it.")
+        swap(random.choice(list(BUGS.values())))
+        print("Something is wrong now. git diff would be cheating.")
+    elif command == ["reveal"]:
+        for what in hidden() or sys.exit("No bug of ours is in the code."):
+            swap(BUGS[what], back=True)
+            print(f"It was: {what}. The code is whole again.")
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

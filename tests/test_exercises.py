@@ -1,0 +1,512 @@
+"""The exercises: a check each, which never looks at the solution, and wrong answers it must reject.
+
+    python -m pytest -m ex3      the check of EXERCISE 3
+
+The code marks each exercise where it stands. Delete the body below the docstring, write it again
+from the docstring and the paper, run its check; `git checkout model.py` (or data.py, ...) brings
+the answer back. A check fails with a question. The wrong answers below are what people write; a
+test holds that each is turned away with the right question.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import bugs
+import data
+import evaluate
+import model
+import train
+from conftest import ROOT
+
+
+def same(found, expected, question):
+    """Fail with the question where found is not expected, shape included."""
+    assert found is not None, "nothing comes back yet: does it return?"
+    expected = torch.as_tensor(expected, dtype=torch.float32)
+    found = torch.as_tensor(found)
+    assert found.shape == expected.shape, (
+        f"the shape is {tuple(found.shape)}, the docstring says {tuple(expected.shape)}"
+    )
+    assert torch.allclose(found.float(), expected, atol=1e-4), f"{question}\n{found}\n{expected}"
+
+
+# --- EXERCISE 1: masked_mean(x, mask)
+
+
+def check_1(masked_mean):
+    x = torch.tensor([[[1.0, 10.0], [3.0, 30.0], [500.0, 500.0]], [[2.0, 4.0], [4.0, 6.0], [6.0, 8.0]]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    found = masked_mean(x, mask)
+    assert found is None or found[0].max() < 100, "does padding count? 500 stands where no one spoke"
+    if found is not None and found.shape == (2, 2):
+        assert abs(found[0, 0] - 4 / 3) > 1e-3, "divided by all steps T, not by the real ones?"
+        assert abs(found[0, 0] - 4 / 5) > 1e-3, "divided by the real steps of the whole batch?"
+    same(found, [[2.0, 20.0], [4.0, 6.0]], "the mean of the real steps is (1 + 3) / 2 = 2")
+    nothing = masked_mean(x, torch.zeros(2, 3, dtype=torch.bool))
+    same(nothing, torch.zeros(2, 2), "no real step: 0 / 0? At a dialogue's edge that happens")
+
+
+WRONG_1 = [
+    (lambda x, m: x.mean(1), "padding count"),
+    (lambda x, m: (x * m[..., None]).sum(1) / x.shape[1], "all steps T"),
+    (lambda x, m: (x * m[..., None]).sum(1) / m.sum(), "whole batch"),
+    (lambda x, m: (x * m[..., None]).sum(1) / m.sum(1, keepdim=True), "0 / 0"),
+    (lambda x, m: None, "nothing comes back"),
+]
+
+
+# --- EXERCISE 2: Eq. (1), cross_modal_attention(x_t, x_s, w_q, w_k, w_v, mask_s)
+
+
+def check_2(attention):
+    # d_t = 1, d_s = 2, d_k = 4: Q = 2, K = (ln 9, 0): scores 2 ln 9 / sqrt(4) = ln 9 and 0.
+    x_t = torch.tensor([[[1.0], [0.0]]])
+    x_s = torch.tensor([[[torch.log(torch.tensor(9.0)), 10.0], [0.0, 20.0]]])
+    w_q, w_k = torch.tensor([[2.0, 0, 0, 0]]), torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])
+    w_v = torch.tensor([[0.0], [1.0]])
+    answer = attention(x_t, x_s, w_q, w_k, w_v)
+    assert answer is not None, "nothing comes back yet: does it return?"
+    out, weights = answer
+    assert weights.shape == (1, 2, 2), f"weights are (B, T_t, T_s), not {tuple(weights.shape)}"
+    assert not torch.allclose(weights.sum(1), torch.ones(1, 2)) or torch.allclose(
+        weights.sum(2), torch.ones(1, 2)
+    ), "softmax over the queries, not the keys? What a query takes must sum to 1"
+    p = weights[0, 0, 0].item()
+    assert abs(p - 81 / 82) > 1e-3, "is sqrt(d_k) missing? Or d_t, or d_s, taken for d_k?"
+    assert abs(p - 9**0.5 / (9**0.5 + 1)) > 1e-3, "divided by d_k, not by its root?"
+    same(weights, [[[0.9, 0.1], [0.5, 0.5]]], "scores ln 9 and 0 give 9/10 and 1/10")
+    same(out, [[[11.0], [15.0]]], "V carries 10 and 20: 9/10 of 10 and 1/10 of 20 is 11")
+    out, weights = attention(x_t, x_s, w_q, w_k, w_v, torch.tensor([[True, False]]))
+    assert weights[0, 0, 1] == 0, "a padded step of the source gets weight: where is mask_s?"
+    same(weights, [[[1.0, 0.0], [1.0, 0.0]]], "masked after the softmax? The rest must sum to 1 again")
+
+
+def eq1(scale=lambda q, k: k.shape[-1] ** 0.5, dim=-1, late=False):
+    def attention(x_t, x_s, w_q, w_k, w_v, mask=None):
+        q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v
+        scores = q @ k.transpose(1, 2) / scale(x_t, k)
+        if mask is not None and late is False:
+            scores = scores.masked_fill(~mask[:, None], -1e30)
+        weights = scores.softmax(dim)
+        if mask is not None and late:
+            weights = weights * mask[:, None]
+        return weights @ v, weights
+
+    return attention
+
+
+WRONG_2 = [
+    (eq1(dim=1), "softmax over the queries"),
+    (eq1(scale=lambda q, k: 1.0), "sqrt.d_k. missing"),
+    (eq1(scale=lambda q, k: q.shape[-1] ** 0.5), "d_t, or d_s, taken for d_k"),
+    (eq1(scale=lambda q, k: k.shape[-1]), "not by its root"),
+    (eq1(late=True), "sum to 1 again"),
+    (eq1(late=None), "where is mask_s"),
+]
+
+
+# --- EXERCISE 3: SqueezeExcitation.gates(self, x, mask)
+
+
+def check_3(gates):
+    se = model.SqueezeExcitation(2)
+    with torch.no_grad():
+        se.reduce.weight.copy_(torch.tensor([[1.0, 2.0]]))
+        se.reduce.bias.fill_(0.0)
+        se.expand.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        se.expand.bias.copy_(torch.tensor([0.0, 1.0]))
+    # One utterance, two steps (one real), two layers, two features: layer means 0.3 and 0.1.
+    x = torch.tensor([[[[0.2, 0.4], [0.0, 0.2]], [[9.0, 9.0], [-9.0, -9.0]]]])
+    found = gates(se, x, torch.tensor([[True, False]]))
+    assert found is not None, "nothing comes back yet: does it return?"
+    assert found.shape == (1, 2), f"one gate a layer and utterance, (B, L), not {tuple(found.shape)}"
+    assert abs(found.sum() - 1) > 1e-4, "a softmax? Gates are sigmoids: layers need not compete"
+    unmasked = torch.sigmoid(torch.tensor([0.0, 1.0]))  # means 4.65 and -4.45: the ReLU gives 0
+    assert not torch.allclose(found[0], unmasked, atol=1e-3), (
+        "do padded steps count in the squeeze? The padding mask of Fig. 2 leads there"
+    )
+    linear = torch.sigmoid(torch.tensor([0.5, 0.5]))
+    same(found, linear[None], "squeeze 0.3 and 0.1; 0.3 + 2 * 0.1 = 0.5; ReLU; gates sigmoid(0.5), sigmoid(1 - 0.5)")
+    x = -x
+    same(gates(se, x, torch.tensor([[True, False]])), unmasked[None],
+         "where is the ReLU? A bottleneck below 0 says 0: sigmoid of the bias is left")  # fmt: skip
+
+
+def se(squeeze=lambda x, m: model.masked_mean(x.mean(-1), m), middle=torch.relu, end=torch.sigmoid):
+    return lambda self, x, m: end(self.expand(middle(self.reduce(squeeze(x, m)))))
+
+
+WRONG_3 = [
+    (se(squeeze=lambda x, m: x.mean((1, 3))), "padded steps count"),
+    (se(middle=lambda h: h), "where is the ReLU"),
+    (se(end=lambda z: z.softmax(-1)), "a softmax"),
+    (se(squeeze=lambda x, m: x.mean(-1)), "one gate a layer and utterance"),
+]
+
+
+# --- EXERCISE 4: ContextConv.forward(self, x, mask)
+
+
+def check_4(forward):
+    conv = model.ContextConv(3)
+    with torch.no_grad():  # the middle of the kernel: 1, 10, 100 for the three utterances
+        conv.conv.weight.zero_()
+        conv.conv.weight[0, :, 1, 1] = torch.tensor([1.0, 10.0, 100.0])
+        conv.conv.weight[0, 1, 0, 1] = 1000.0  # and the target's token before
+        conv.conv.bias.zero_()
+    x = torch.arange(1.0, 7.0).view(1, 3, 2, 1)  # utterances (1 2), (3 4), (5 6), one feature
+    every = torch.ones(1, 3, 2, dtype=torch.bool)
+    answer = forward(conv, x, every)
+    assert answer is not None, "nothing comes back yet: does it return?"
+    out, _ = answer
+    assert out.shape == (1, 2, 1), f"x_t is (B, T, d), a sequence still, not {tuple(out.shape)}"
+    same(out, [[[531.0], [3642.0]]], "utterances are channels; 1 + 10 * 3 + 100 * 5 = 531 [A4]")
+    mask = torch.tensor([[[True, True], [True, False], [False, False]]])
+    out, found = forward(conv, x, mask)
+    same(out[:, :1], [[[31.0]]], "an utterance that does not exist still speaks: zero it first [A6]")
+    same(out, [[[31.0], [3002.0]]], "a padded token still speaks: zero it before the convolution")
+    assert found.tolist() != [[True, False]], "the target's mask alone? By default any of the nine [A5]"
+    assert found.tolist() != [[False, False]], "all instead of any? [A5]"
+    same(found, [[1.0, 1.0]], "a cell is real where any utterance has a token [A5]")
+
+
+def conv(zero=True, which=lambda self, m: m.any(1), swap=False):
+    def forward(self, x, mask):
+        if zero == "utterances":
+            x = x * mask.any(2)[..., None, None]
+        elif zero:
+            x = x * mask[..., None]
+        return self.conv(x.flip(1) if swap else x).squeeze(1), which(self, mask)
+
+    return forward
+
+
+WRONG_4 = [
+    (conv(zero=False), "does not exist still speaks"),
+    (conv(zero="utterances"), "a padded token still speaks"),
+    (conv(which=lambda s, m: m[:, 1]), "target's mask alone"),
+    (conv(which=lambda s, m: m.all(1)), "all instead of any"),
+    (conv(swap=True), "1 . 10 . 3 . 100 . 5"),
+]
+
+
+# --- EXERCISE 5: TransformerBlock.forward(self, x_t, x_s, mask_s), vanilla and CMT
+
+
+def check_5(forward):
+    torch.manual_seed(0)
+    x_t, x_s = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
+    block = model.TransformerBlock(8, dropout=0.0, residual=True)
+    # PyTorch's own encoder layer, one head, with the same matrices; its output matrix is the unit.
+    oracle = nn.TransformerEncoderLayer(8, 1, 32, 0.0, batch_first=True).eval()
+    with torch.no_grad():
+        a = oracle.self_attn
+        a.in_proj_weight.copy_(torch.cat([block.w_q.T, block.w_k.T, block.w_v.T]))
+        a.in_proj_bias.zero_(), a.out_proj.bias.zero_(), a.out_proj.weight.copy_(torch.eye(8))
+        for mine, theirs in ((block.feed_forward[0], oracle.linear1), (block.feed_forward[2], oracle.linear2)):
+            theirs.load_state_dict(mine.state_dict())
+        found = forward(block, x_t, x_t)
+        assert found is not None, "nothing comes back yet: does it return?"
+        h = x_t + forward_parts(block, x_t)
+        pre = h + block.feed_forward(block.norm2(h))
+        assert found.shape != pre.shape or not torch.allclose(found, pre, atol=1e-4), (
+            "norm first? The vanilla Transformer of 2017 adds, then normalises [A8]"
+        )
+        same(found, oracle(x_t), "with itself as source it is the vanilla encoder layer [A8]")
+        cross = model.TransformerBlock(8, dropout=0.0, residual=False)
+        out = forward(cross, x_t, x_s)
+        assert out.shape == x_t.shape, "as long as the target: its steps ask the queries"
+        # All steps of the source alike: whatever is asked, the same is answered.
+        out = forward(cross, x_t, x_s[:, :1].expand(1, 5, 8))
+        assert torch.allclose(out[:, 0], out[:, 1], atol=1e-4), (
+            "do the queries come through? Without the residual only the source's values do [A7]"
+        )
+        masked = forward(cross, x_t, x_s, torch.tensor([[True, True, False, False, False]]))
+        same(masked, forward(cross, x_t, x_s[:, :2]), "does mask_s reach Eq. (1)?")
+
+
+def forward_parts(block, x):
+    y = block.norm1(x)
+    return block.attend(y, y)[0]
+
+
+def block(always=False, swap=False, mask=True, pre=False):
+    def forward(self, x_t, x_s, mask_s=None):
+        if pre:
+            h = x_t + self.attend(self.norm1(x_t), self.norm1(x_s), mask_s)[0]
+            return h + self.feed_forward(self.norm2(h))
+        q, s = (x_s, x_t) if swap else (x_t, x_s)
+        y = self.attend(q, s, mask_s if mask and not swap else None)[0]
+        y = self.norm1(y + x_t if (always or self.residual) and y.shape == x_t.shape else y)
+        return self.norm2(y + self.feed_forward(y))
+
+    return forward
+
+
+WRONG_5 = [
+    (block(pre=True), "norm first"),
+    (block(always=True), "do the queries come through"),
+    (block(swap=True), "as long as the target"),
+    (block(mask=False), "does mask_s reach"),
+]
+
+
+# --- EXERCISE 6: unweighted_accuracy(y_true, y_pred)
+
+
+def check_6(unweighted_accuracy):
+    truth, guess = [0] * 8 + [1, 1], [0] * 8 + [0, 1]  # 8 of 8, 1 of 2
+    found = unweighted_accuracy(truth, guess)
+    assert found is not None, "nothing comes back yet: does it return?"
+    assert abs(found - 0.9) > 1e-3, "9 of 10 are right: that is WA. Each class must weigh the same"
+    assert abs(found - (8 / 9 + 1) / 2) > 1e-3, "the mean precision? Divide by how many *are* of the class"
+    assert abs(found - 1.5 / 4) > 1e-3, "classes that do not occur count as wrong?"
+    same(found, 0.75, "recall 8/8 and 1/2: (1 + 0.5) / 2")
+    same(unweighted_accuracy([2, 2, 3], [1, 2, 0]), 0.25, "recall 1/2 and 0/1")
+
+
+def recalls(y, p):
+    return [sum(a == b == c for a, b in zip(y, p)) / max(1, y.count(c)) for c in range(4)]
+
+
+WRONG_6 = [
+    (lambda y, p: sum(a == b for a, b in zip(y, p)) / len(y), "that is WA"),
+    (lambda y, p: recalls(p, y)[0] / 2 + recalls(p, y)[1] / 2, "mean precision"),
+    (lambda y, p: sum(recalls(y, p)) / 4, "do not occur"),
+]
+
+
+# --- EXERCISE 7: split(corpus, fold, seed)
+
+
+def corpus_of(sessions=5):
+    """Sessions of two speakers, three turns each, one of them out of the four classes."""
+    return [
+        SimpleNamespace(id=f"{s}{w}{k}", session=s, speaker=f"Ses0{s}{w}", label=(0, 3, None)[k])
+        for s in range(1, sessions + 1) for w in "FM" for k in range(3)
+    ]  # fmt: skip
+
+
+def check_7(split):
+    corpus, devs = corpus_of(), set()
+    for seed in range(12):
+        answer = split(corpus, 2, seed)
+        assert answer is not None, "nothing comes back yet: does it return?"
+        parts = [[u.id for u in part] for part in answer]
+        train_set, dev, test = answer
+        who = [{u.speaker for u in part} for part in answer]
+        assert not any(u.label is None for part in answer for u in part), "only the four classes are targets"
+        assert who[2] == {"Ses02F", "Ses02M"}, "test on the whole session of the fold, and nothing else"
+        assert not who[1] & who[2], "the development speaker is of the test session: that is cheating"
+        assert not who[0] & who[2], "test speakers in training: that is cheating"
+        assert len(who[1]) == 1, "development is one speaker, not some utterances"
+        assert not who[0] & who[1], "the development speaker is left in training"
+        assert len(sum(parts, [])) == 20 == len(set(sum(parts, []))), "an utterance is lost, or there twice"
+        assert [[u.id for u in part] for part in split(corpus, 2, seed)] == parts, "the same seed, another split"
+        devs |= who[1]
+    assert len(devs) > 2, "does the seed draw the speaker? Twelve seeds drew the same"
+
+
+def splitter(dev_of=None, keep=False, label=True, by_seed=True):
+    def split(corpus, fold, seed):
+        import random
+
+        rng = random.Random(seed if by_seed else 0)
+        four = [u for u in corpus if u.label is not None or not label]
+        rest = [u for u in four if u.session != fold]
+        speaker = rng.choice(sorted({u.speaker for u in (four if dev_of == "any" else rest)}))
+        if dev_of == "utterances":
+            dev = rng.sample(rest, 4)
+        else:
+            dev = [u for u in four if u.speaker == speaker]
+        return [u for u in rest if keep or u not in dev], dev, [u for u in four if u.session == fold]
+
+    return split
+
+
+WRONG_7 = [
+    (splitter(dev_of="any"), "of the test session"),
+    (splitter(dev_of="utterances"), "one speaker"),
+    (splitter(keep=True), "left in training"),
+    (splitter(label=False), "only the four classes"),
+    (splitter(by_seed=False), "does the seed draw"),
+]
+
+
+# --- EXERCISE 8: Patience.step(self, dev_loss)
+
+
+def check_8(step):
+    def said(losses, **settings):
+        patience = train.Patience(**settings)
+        answers = [step(patience, x) for x in losses]
+        assert None not in answers, "nothing comes back yet: does it return?"
+        return "".join(a[0] for a in answers)
+
+    ten = said([1.0] + [2.0] * 10)
+    assert ten.count("f") == 1, "fine-tuning starts once, after 5 epochs without a lower loss"
+    assert said([1.0] * 6)[-1] == "f", "is an equal loss lower? It is not"
+    assert ten[-1] == "s", "two counters? One goes on: 5 epochs to the trigger, 10 to the stop [A9]"
+    assert ten == "cccccfcccc" + "s", ten
+    again = said([1.0] + [2.0] * 6 + [0.5] + [2.0] * 10)
+    assert again.count("f") == 1, "a second trigger? Fine-tuning does not start again"
+    assert again == "cccccfc" + "c" + "ccccccccc" + "s", "a lower loss sets the count to 0, also later"
+    assert said([1.0] + [2.0] * 10, finetune_after=None) == "c" * 10 + "s", "a frozen system only stops"
+    assert said([1.0] + [float("nan")] * 10)[-1] == "s", "NaN is not lower than anything"
+
+
+def stepper(equal=False, again=False, reset=False, frozen=True):
+    def step(self, loss):
+        if loss < self.best or (equal and loss == self.best):
+            self.best, self.since_best = loss, 0
+        else:
+            self.since_best += 1
+        if self.since_best >= self.stop_after:
+            return "stop"
+        limit = self.finetune_after or (None if frozen else 5)
+        if limit and self.since_best == limit and (again or not self.finetuning):
+            self.finetuning = True
+            self.since_best = 0 if reset else self.since_best
+            return "finetune"
+        return "continue"
+
+    return step
+
+
+WRONG_8 = [
+    (stepper(equal=True), "is an equal loss lower"),
+    (stepper(again=True), "a second trigger"),
+    (stepper(reset=True), "two counters"),
+    (stepper(frozen=False), "frozen system only stops"),
+]
+
+
+# --- EXERCISE 9: data.batch(rows, windows, sources, device), frozen and live states alike
+
+
+def check_9(batch):
+    windows = torch.tensor([[-1, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, -1]])
+    asked = []
+
+    def text(rows):  # a source: row k of the corpus is the number 10 k
+        asked.append(rows.tolist())
+        return 10.0 * rows[:, None], rows[:, None] >= 0
+
+    def windows_seen(rows):
+        answer = batch(torch.tensor(rows), windows, {"text": text}, "cpu")
+        assert answer is not None, "nothing comes back yet: does it return?"
+        states, mask, context = answer["text"]
+        assert -1 not in asked[-1], "row -1 is no utterance: do not ask the source for it"
+        assert len(asked[-1]) == len(set(asked[-1])), "a neighbour that two windows share goes twice"
+        states = torch.cat([states[:, 0], torch.tensor([-1.0])])  # row -1 is the empty one
+        assert context.max() < len(states) - 1, "the context must name rows of the batch's states"
+        return states[context].tolist()
+
+    found = windows_seen([2, 3])  # no edge in it
+    assert found != [[-1, 10, 20], [10, 20, 30]], "one too low: -1 is not always among the distinct ones"
+    assert found == [[10, 20, 30], [20, 30, 40]], f"windows of the wrong utterances: {found}"
+    found = windows_seen([4, 0])  # edges on both sides, and not in the order of the corpus
+    assert found == [[30, 40, -1], [-1, 0, 10]], f"windows of the wrong utterances: {found}"
+    seen = []
+
+    def audio(rows):
+        seen.append(rows.tolist())
+        return rows[:, None], rows[:, None] >= 0
+
+    batch(torch.tensor([2, 0]), windows, {"audio": audio}, "cpu")
+    assert seen == [[2, 0]], "audio is asked for the batch's own rows, in their order"
+
+
+def batcher(always=False, edge=True, unique=True, corpus_rows=False):
+    def batch(rows, windows, sources, device):
+        if "audio" in sources:
+            return {"audio": sources["audio"](rows)}
+        w = windows[rows]
+        if not unique:
+            flat = w[w >= 0]
+            context = torch.full_like(w, -1)
+            context[w >= 0] = torch.arange(len(flat))
+            return {"text": (*sources["text"](flat), context)}
+        distinct, context = w.unique(return_inverse=True)
+        if edge and (distinct[0] == -1 or always):
+            distinct, context = distinct[distinct >= 0], context - 1
+        if corpus_rows:
+            context = w
+        return {"text": (*sources["text"](distinct), context)}
+
+    return batch
+
+
+WRONG_9 = [
+    (batcher(always=True), "one too low"),
+    (batcher(edge=False), "do not ask the source"),
+    (batcher(unique=False), "goes twice"),
+    (batcher(corpus_rows=True), "name rows of the batch"),
+]
+
+
+SOLUTIONS = {
+    1: model.masked_mean, 2: model.cross_modal_attention, 3: model.SqueezeExcitation.gates,
+    4: model.ContextConv.forward, 5: model.TransformerBlock.forward,
+    6: evaluate.unweighted_accuracy, 7: data.split, 8: train.Patience.step, 9: data.batch,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "n", [pytest.param(n, marks=getattr(pytest.mark, f"ex{n}")) for n in SOLUTIONS]
+)
+def test_the_answer(n):
+    globals()[f"check_{n}"](SOLUTIONS[n])
+
+
+@pytest.mark.parametrize(
+    "n, wrong, question",
+    [(n, *pair) for n in SOLUTIONS for pair in globals()[f"WRONG_{n}"]],
+)
+def test_a_wrong_answer_is_turned_away_with_the_right_question(n, wrong, question):
+    with pytest.raises(AssertionError, match=question):
+        globals()[f"check_{n}"](wrong)
+
+
+# --- the silent bugs of bugs.py
+
+
+@pytest.fixture
+def copied(tmp_path):
+    for name in ("model.py", "data.py", "train.py", "evaluate.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", bugs.BUGS)
+def test_a_bug_can_be_put_in_and_taken_out(what, copied):
+    before = {p: p.read_text() for p in copied.glob("*.py")}
+    bugs.swap(bugs.BUGS[what], copied)
+    assert bugs.hidden(copied) == [what]
+    for p in before:
+        compile(p.read_text(), p, "exec")
+    bugs.swap(bugs.BUGS[what], copied, back=True)
+    assert before == {p: p.read_text() for p in copied.glob("*.py")} and not bugs.hidden(copied)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", bugs.BUGS)
+def test_a_bug_trains_and_is_caught_by_the_suite(what, copied):
+    bugs.swap(bugs.BUGS[what], copied)
+    work = copied / "work"
+    work.mkdir()
+    command = [sys.executable, copied / "train.py", "--fusion", "mmt", "--fold", "5", "--device", "cpu"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0 and "toy: WA" in done.stdout, done.stderr
+    suite = [sys.executable, "-m", "pytest", "-q", "-x", "--deselect",
+             "tests/test_exercises.py::test_a_bug_can_be_put_in_and_taken_out"]  # fmt: skip
+    done = subprocess.run(suite, cwd=copied, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-2000:]
