@@ -1,6 +1,7 @@
 """The model of "Context-aware Multimodal Fusion for Emotion Recognition" (Li et al., 2022).
 
-    python model.py      every block of the MMT system with its shapes and parameters, at full size
+    python model.py           every block of the MMT system, its shapes and parameters, at full size
+    python model.py --trace   one utterance through every block, in numbers to check by hand
 
 Read this file with §2 of the paper and its Figures 1-3 open. It goes from the equations to the
 blocks (Fig. 2), to the fusions (Fig. 3), to the whole (Fig. 1), to the pre-trained upstreams.
@@ -32,6 +33,7 @@ Masks are bool, True = real, False = padding. The data flow of the main system (
 
 import math
 import os
+import sys
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -653,5 +655,96 @@ def main() -> None:
     print(width("EmotionRecognizer (mmt)", "", shapes(logits), f"{count(recognizer):,}"))
 
 
+def trace() -> None:
+    """One utterance through every block of MMT, in numbers that pencil and calculator can follow.
+
+    d = 3, two layers of width 2, one utterance of context on either side. Weights are set by hand,
+    to units and simple fractions; the blocks are those above.
+    """
+
+    def numbers(x: Tensor) -> str:
+        """A vector as (a b c), a matrix as its rows side by side, more as [matrix] [matrix]."""
+        if x.ndim == 1:
+            bools = x.dtype == torch.bool
+            return f"({' '.join(str(v) if bools else f'{v:.4g}' for v in x.tolist())})"
+        return " ".join(f"[{numbers(row)}]" if row.ndim > 1 else numbers(row) for row in x)
+
+    def show(place: str, equation: str, value: Tensor) -> None:
+        value = value if value.ndim > 1 else value[None]
+        for row in value.detach():  # a line for each step, utterance, or layer's gate
+            row = row if row.dtype == torch.bool else row.round(decimals=3) + 0.0
+            print(f"{place:9} {equation:50} {numbers(row)}")
+            place = equation = ""
+
+    def fill(parameter: Tensor, values) -> None:
+        parameter.data = torch.tensor(values, dtype=torch.float32).expand(parameter.shape).clone()
+
+    config = Config("mmt", 2, 2, 2, 2, dim=3, n_context=3)
+    net = EmotionRecognizer(config).eval()
+    unit = torch.eye(3).tolist()
+    for extractor in (net.extractor["audio"], net.extractor["text"].utterance):
+        fill(extractor.se.reduce.weight, [[0.25, 0.25]]), fill(extractor.se.reduce.bias, 0.0)
+        fill(extractor.se.expand.weight, [[1.0], [-1.0]]), fill(extractor.se.expand.bias, 0.0)
+        fill(extractor.projector.linear.weight, [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        fill(extractor.projector.linear.bias, 0.0)
+    conv = net.extractor["text"].context.conv
+    fill(conv.weight, 0.0), fill(conv.bias, 0.0)
+    conv.weight.data[0, :, 1, 1] = torch.tensor([0.5, 1.0, 0.5])  # the middle of each 3 x 3 kernel
+    for block in net.fusion.blocks.values():
+        for w in (block.w_q, block.w_k, block.w_v):
+            fill(w, unit)
+        for linear in (block.feed_forward[0], block.feed_forward[2]):
+            fill(linear.weight, 0.0), fill(linear.bias, 0.0)
+            linear.weight.data[0, 0] = 1.0  # one of the 12 hidden units: FFN(x) = (ReLU(x1), 0, 0)
+    first, last = net.classifier[0], net.classifier[2]
+    fill(first.weight, [[1.0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1]])
+    fill(last.weight, [[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1]])
+    fill(first.bias, 0.0), fill(last.bias, 0.0)
+
+    # Two frames and one of padding; three texts of two tokens, of which the last has only one.
+    x_a = torch.tensor([[[[1.0, 3], [0, 2]], [[3, 1], [2, 4]], [[9, 9], [9, 9]]]])
+    x_t = torch.tensor([[
+        [[[1.0, 1], [0, 2]], [[2, 0], [1, 1]]], [[[0, 1], [1, 2]], [[4, 0], [2, 2]]],
+        [[[2, 2], [0, 0]], [[7, 7], [7, 7]]],
+    ]])  # fmt: skip
+    mask_a = torch.tensor([[True, True, False]])
+    mask_t = torch.tensor([[[True, True], [True, True], [True, False]]])
+    show("Fig. 2a", "WavLM's states, (T, L, D); frame 3 is padding", x_a[0])
+    audio = net.extractor["audio"]
+    z = masked_mean(x_a.mean(-1), mask_a)
+    show("S&E", "squeeze z_l: mean over real frames and features", z)
+    show("", "h = ReLU((z_1 + z_2) / 4)", torch.relu(audio.se.reduce(z)))
+    show("", "gates = sigmoid(h), sigmoid(-h)", audio.se.gates(x_a, mask_a))
+    summed = audio.se(x_a, mask_a).sum(2)
+    show("Project", "sum over layers: gate_1 x_1 + gate_2 x_2", summed[0])
+    show("", "W s = (s1, s2, s1 + s2)", audio.projector.linear(summed)[0])
+    features, mask = net.features((x_a, mask_a), (x_t, mask_t))
+    show("& Norm", "X_A = (W s - mean) / sd, each frame", features["audio"][0])
+    show("Fig. 2b", "BERT's states, (C, T, L, D); one token is padding", x_t[0])
+    each, _ = net.extractor["text"].utterance(x_t[0], mask_t[0])
+    show("", "each text through S&E, Project & Norm", each * mask_t[0, ..., None])
+    show("Conv2D", "X_T = before / 2 + target + after / 2", features["text"][0])
+    show("", "real: where any of the three has a token [A5]", mask["text"][0])
+    for (target, source), at in zip(net.fusion.paths, ("CMT A->T", "CMT T->A")):
+        block = net.fusion.blocks[f"{source}-to-{target}"]
+        q, k = features[target], features[source]
+        out, weights = block.attend(q, k, mask[source])
+        show(at, "Q K^T / sqrt(3), Q and K the features", (q @ k.transpose(1, 2) / math.sqrt(3))[0])
+        show("Eq. (1)", "softmax over the source's real steps", weights[0])
+        show("", "times V", out[0])
+        show("", "x = Norm(that): no residual [A7]", block.norm1(out)[0])
+        h = block(q, k, mask[source])
+        show("", "Norm(x + (ReLU(x1), 0, 0))", h[0])
+        show("pooling", "mean over the target's real steps", masked_mean(h, mask[target])[0])
+    pooled = net.fusion(features, mask)
+    show("classify", "u = ReLU(p1 + p4, p2 + p5, p3 + p6)", torch.relu(first(pooled))[0])
+    logits = net((x_a, mask_a), (x_t, mask_t))
+    show("", "logits = u1, u2, u3, -(u1 + u2 + u3)", logits[0])
+    show("", "softmax: neu, hap, ang, sad", logits.softmax(-1)[0])
+
+
 if __name__ == "__main__":
-    main()
+    arguments = sys.argv[1:]
+    if arguments not in ([], ["--trace"]):
+        sys.exit("usage: python model.py [--trace]")
+    trace() if arguments else main()

@@ -429,3 +429,42 @@ def test_python_model_py_prints_every_block_at_full_size():
         r"projector.*12,336", r"context.*\(2, 9, 20, 16\).*82", r"EmotionRecognizer.*\(2, 4\)",
     ):  # fmt: skip
         assert re.search(pattern, done.stdout), pattern
+
+
+def test_the_trace_is_right_by_hand(capsys):
+    """Its numbers again from the first line on, without torch."""
+    model.trace()
+    lines = capsys.readouterr().out.splitlines()
+
+    def after(title, n):
+        """The n vectors printed from the line with this title on."""
+        k = next(i for i, line in enumerate(lines) if title in line)
+        return [[float(v) for v in re.search(r"\(([^()]*)\)$", line)[1].split()] for line in lines[k : k + n]]
+
+    def norm(v):
+        mean = sum(v) / len(v)
+        sd = math.sqrt(sum((a - mean) ** 2 for a in v) / len(v))
+        return [(a - mean) / sd for a in v]
+
+    def softmax(v):
+        e = [math.exp(a) for a in v]
+        return [a / sum(e) for a in e]
+
+    g = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))]  # squeeze 2 and 2; h = (2 + 2) / 4 = 1
+    frames = [[g[0] * 1, g[0] * 3 + g[1] * 2], [g[0] * 3 + g[1] * 2, g[0] * 1 + g[1] * 4]]
+    x_a = [norm([a, b, a + b]) for a, b in frames]
+    near = lambda v: pytest.approx(v, abs=2e-3)  # noqa: E731
+    assert after("X_A = ", 2) == [near(v) for v in x_a]
+    x_t = after("X_T = ", 2)
+    scores = [[sum(p * q for p, q in zip(t, a)) / math.sqrt(3) for a in x_a] for t in x_t]
+    assert [row[:2] for row in after("CMT A->T", 2)] == [near(row) for row in scores]
+    weights = [softmax(row) for row in scores]
+    first = next(i for i, line in enumerate(lines) if "CMT A->T" in line)
+    lines = lines[first:]
+    assert after("Eq. (1)", 2) == [near([*row, 0]) for row in weights]
+    out = [[sum(w * a[i] for w, a in zip(row, x_a)) for i in range(3)] for row in weights]
+    h = [norm(v) for v in out]
+    h = [norm([v[0] + max(0, v[0]), *v[1:]]) for v in h]
+    assert after("pooling", 1) == [near([(a + b) / 2 for a, b in zip(*h)])]
+    u = after("classify", 1)[0]
+    assert after("softmax: neu", 1) == [near(softmax([*u, -sum(u)]))]
