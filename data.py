@@ -440,7 +440,15 @@ class Ragged:
     """N arrays of unlike length in one memory-mapped file: clips, or utterances' layer states.
 
     lengths (N,) steps, each of shape `step`. Array i is `ragged[i]`, (lengths[i], *step); calling
-    it with U rows of the corpus gives them padded: (x (U, T, *step), mask (U, T)).
+    it with U rows of the corpus gives them padded: (x (U, T, *step), mask (U, T)). With lengths
+    2, 0 and 3 the file holds five steps, and a call with rows [0, 2] takes those at `places`:
+
+        file     a0 a1 c0 c1 c2        offsets 0 2 2
+        places   [[0, 1, 1], [2, 3, 4]]
+        mask     [[True, True, False], [True, True, True]]
+
+    One gather copies a batch, however many utterances it has; and what is not asked for stays on
+    the disk, so memory does not grow with the corpus.
     """
 
     def __init__(self, path: Path, lengths: Tensor, step: tuple, dtype: str, mode: str = "c"):
