@@ -32,6 +32,7 @@ import re
 import shutil
 import sys
 import wave
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -190,6 +191,7 @@ def _read_dialog(file: Path, session: Path, problems: list[str]) -> list[Utteran
     dialog = file.stem
     if not dialog.startswith(f"Ses0{session.name[-1]}"):
         problems.append(f"{file}: a dialog of another session; it does not belong in {session}")
+        return []
     transcript = session / "dialog" / "transcriptions" / file.name
     spoken: dict[str, tuple[float, float, str]] = {}  # id -> start, end, words
     for place, line in _lines(transcript, problems):
@@ -228,9 +230,9 @@ def _read_dialog(file: Path, session: Path, problems: list[str]) -> list[Utteran
             problems.append(f"{place}: {id} ends at {end} s but starts at {start} s")
         elif id not in spoken:
             problems.append(f"{place}: {id} has no words in {transcript}")
+        elif max(abs(spoken[id][0] - start), abs(spoken[id][1] - end)) > 0.01:
+            problems.append(f"{place}: {id} has other times in {transcript}; fetch both again")
         else:
-            if max(abs(spoken[id][0] - start), abs(spoken[id][1] - end)) > 0.01:
-                problems.append(f"{place}: {id} has other times in {transcript}; fetch both again")
             utterances[id] = Utterance(
                 id, int(session.name[-1]), dialog, who[1] + who[2], start, end, spoken[id][2],
                 emotion, session / "sentences" / "wav" / dialog / f"{id}.wav",
@@ -319,7 +321,8 @@ def split(
     dev = [u for u in rest if u.speaker == dev_speaker]
     test = [u for u in targets if u.session == fold]
     a, b, c = ({u.speaker for u in part} for part in (train, dev, test))
-    assert not (a & b or a & c or b & c), "a speaker is in two parts of the fold"
+    if a & b or a & c or b & c:
+        raise CorpusError([f"fold {fold}: {a & b | a & c | b & c} in two parts of it; check ids"])
     return train, dev, test
 
 
@@ -370,13 +373,17 @@ def _open_wav(path: str | Path):
                 raise wave.Error(f"{file.getframerate()} Hz; convert it to {SAMPLE_RATE} Hz")
             if file.getnframes() == 0:
                 raise wave.Error("no samples in it")
-            if os.path.getsize(path) < 44 + 2 * file.getnframes():  # 44: the shortest header
+            file.setpos(file.getnframes() - 1)
+            if len(file.readframes(1)) < 2:
                 raise wave.Error("shorter than its header says")
+            file.rewind()
             yield file
     except FileNotFoundError:
         raise CorpusError([f"{path}: missing"]) from None
+    except CorpusError:
+        raise
     except (wave.Error, EOFError, OSError, RuntimeError, ValueError) as error:  # all that wave has
-        reason = str(error) or "it ends too soon"
+        reason = str(error) or "shorter than its header says"
         raise CorpusError([f"{path}: not usable as a WAV file: {reason}"]) from None
 
 
@@ -452,6 +459,7 @@ class Ragged:
     """
 
     def __init__(self, path: Path, lengths: Tensor, step: tuple, dtype: str, mode: str = "c"):
+        self.fingerprint = ""  # of the content, where someone needs it
         self.lengths = lengths
         self.offsets = lengths.cumsum(0) - lengths  # (N,): the first row of each
         shape = (int(lengths.sum()), *step)
@@ -509,17 +517,21 @@ def batch(
 def cache_clips(folder: Path, corpus: list[Utterance]) -> Ragged:
     """The clips of all four-class utterances, cut once: what WavLM hears, cached or live."""
     key = clip_key(corpus)
-    lengths = _cached(folder, key)
-    if not lengths:
-        lengths = [0] * len(corpus)
+    done = _cached(folder, key)
+    if not done:
+        lengths, crc = [0] * len(corpus), 0
         with open(folder / "data.bin", "wb") as file:
             for i, u in enumerate(tqdm(corpus, desc="clips", leave=False, disable=None)):
                 if u.label is not None:  # the context is text: other labels need no audio
                     x = clip(load_wav(u.wav))
                     lengths[i] = len(x)
                     file.write(x.numpy().tobytes())
-        _note(folder, key, lengths)
-    return Ragged(folder / "data.bin", torch.tensor(lengths), (), "f4")
+                    crc = zlib.crc32(x.numpy().tobytes(), crc)
+        done = {"lengths": lengths, "crc": crc}
+        _note(folder, key, done)
+    clips = Ragged(folder / "data.bin", torch.tensor(done["lengths"]), (), "f4")
+    clips.fingerprint = f"{done['crc']:08x}"  # of what is heard, wherever and whenever it was cut
+    return clips
 
 
 def clip_key(corpus: list[Utterance]) -> dict:
@@ -553,7 +565,9 @@ def cache_states(
         if need > free:
             raise CorpusError([f"{folder}: too little room on this disk; put cache/ on another"])
         with open(folder / "data.bin", "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, need)  # a full disk is an error here, not a crash
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
+                os.posix_fallocate(file.fileno(), 0, need)
+            file.truncate(need)
     states = Ragged(folder / "data.bin", lengths, step, "f2", "r+")
     for k in tqdm(
         range(done, len(batches)), initial=done, total=len(batches), desc=folder.name, disable=None
@@ -562,9 +576,11 @@ def cache_states(
             x, mask = upstream([raw[i] for i in batches[k].tolist()])  # (U, T, L, D), (U, T)
         x = x.half().cpu()
         if not x.isfinite().all():
-            raise CorpusError(
-                [f"{folder}: a state is not finite, or over 65,504 and thus in 16 bits"]
-            )
+            raise CorpusError([
+                f"{folder}: a state of {raw[int(batches[k][0])]!r:.60} or of one of the "
+                f"{len(batches[k]) - 1} after it is not finite, or over 65,504: not in 16 bits; "
+                f"look at the upstream, or try --precision fp32"
+            ])  # fmt: skip
         for i, row, n in zip(batches[k], x, mask.sum(dim=1)):
             states[i][:] = row[:n]
         if k % 50 == 49 or k == len(batches) - 1:
@@ -605,7 +621,7 @@ def _note(folder: Path, key: dict, done) -> None:
 def replace(path: Path, write: Callable) -> None:
     """Write a file under another name, sync it, rename it: whole or not at all, whenever killed.
 
-    write is called with the file, open for bytes. All that a later command trusts goes this way.
+    write is called with the file, open for bytes.
     """
     temporary = path.with_name(path.name + ".part")
     try:

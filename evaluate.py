@@ -16,6 +16,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ def read_run(folder: Path) -> Run:
 
     Raises RunError naming the file and what is wrong with it.
     """
+    if not (folder / "config.json").exists():
+        raise RunError(f"{folder}: not a run; name a folder that ends like mmt-frozen/fold5-seed0")
     if not (folder / "result.json").exists():
         raise RunError(f"{folder}: no result.json; the same train.py command goes on with this run")
     path = folder
@@ -206,10 +209,13 @@ def load_checkpoint(path: Path) -> dict:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         if damaged:
             raise ValueError(f"{damaged} in it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("it holds no dict")
+        return state
     except Exception as error:
         reason = str(error).split("\n")[0]
-        raise RunError(f"{path}: cannot be read ({reason}); delete it to go without it") from None
+        raise RunError(f"{path}: cannot be read ({reason}); delete it and train again") from None
 
 
 def find_runs(root: Path) -> tuple[list[Run], list[str]]:
@@ -217,6 +223,8 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
     runs: dict[tuple, Run] = {}
     left_out = []
     for config in sorted(root.rglob("config.json")):
+        if b'"model_type"' in config.read_bytes():
+            continue  # of an upstream in cache/, not of a run
         try:
             run = read_run(config.parent)
             first = runs.setdefault((run.title, run.system, run.fold, run.seed), run)
@@ -337,7 +345,7 @@ def table_1(runs: list[Run]) -> Table:
     seed misses are named: a mean over other folds than the paper's is not comparable with it.
     """
     sessions = {r.result["fold"] for r in runs}
-    if "partial" not in runs[0].title:  # a partial corpus has the sessions that it has
+    if "partial" not in runs[0].result["corpus"]:  # a partial corpus has the sessions that it has
         sessions |= {1, 2, 3, 4, 5}
     rows = []
     for fusion, (_, modality, *paper) in TABLE_1.items():
@@ -536,8 +544,9 @@ def figure(width: float, height: float, title: str):
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     matplotlib.rcParams.update({"font.size": 7, "axes.titlesize": 7, "figure.dpi": 200})
-    fig = Figure((width, height), layout="constrained")
-    fig.suptitle(title, fontsize=8)
+    lines = textwrap.wrap(title, int(16 * width))  # what a run is must not be cut off
+    fig = Figure((width, height + 0.13 * len(lines)), layout="constrained")
+    fig.suptitle("\n".join(lines), fontsize=8)
     return fig
 
 
@@ -551,7 +560,7 @@ def draw_confusions(runs: list[Run], path: Path) -> None:
     columns = min(len(shown), 2 if len(shown) <= 4 else 4)
     rows = -(-len(shown) // columns)
     fig = figure(1.7 * columns, 1.75 * rows + 0.25, shown[0].title)
-    axes = fig.subplots(rows, columns, squeeze=False).flat
+    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax, letter, run in zip(axes, "abcdefghijkl", shown):
         counts = np.array(run.result["confusion"])
         share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
@@ -560,12 +569,13 @@ def draw_confusions(runs: list[Run], path: Path) -> None:
             ax.text(j, i, f"{value:.2f}", ha="center", va="center",
                     color="white" if value > 0.5 else "black")  # fmt: skip
         session = "" if run.fold == 5 else f" Session{run.fold}"
+        session += f" seed {run.seed}" if run.seed else ""
         ax.set_title(f"({letter}) Sys. {run.system}{session} (UA: {run.result['ua']:.2%})")
         ax.set_xticks(range(4), CLASSES)
         ax.set_yticks(range(4), CLASSES)
         ax.set_xlabel("Predictions")
         ax.set_ylabel("Groundtruth")
-    for ax in list(axes)[len(shown) :]:
+    for ax in axes[len(shown) :]:
         ax.remove()
     fig.savefig(path)
 
@@ -585,7 +595,8 @@ def draw_curves(runs: list[Run], path: Path) -> None:
             trigger = run.result["finetune_epoch"]
             fold = {"color": f"C{k}", "linewidth": 0.8}
             loss.plot(epochs, train, linestyle=":", **fold)
-            loss.plot(epochs, dev, label=f"fold {run.fold}", **fold)
+            name = f"fold {run.fold}" + (f" seed {run.seed}" if run.seed else "")
+            loss.plot(epochs, dev, label=name, **fold)
             ua.plot(epochs, [100 * x for x in dev_ua], **fold)
             for ax, values, scale in ((loss, dev, 1), (ua, dev_ua, 100)):
                 if trigger:
@@ -672,7 +683,8 @@ class Recognizer:
             if text is None:
                 raise RunError(f"{self.run.folder}: this system reads; give it --text WORDS")
             half = self.config.n_context // 2
-            before, after = list(before)[max(0, len(before) - half) :], list(after)[:half]
+            before, after = ([t] if isinstance(t, str) else list(t) for t in (before, after))
+            before, after = before[max(0, len(before) - half) :], after[:half]
             edges = [-1] * (half - len(before)), [-1] * (half - len(after))  # [A6]
             texts = [*before, text, *after]
             context = torch.tensor([[*edges[0], *range(len(texts)), *edges[1]]])  # (1, C)
@@ -694,30 +706,45 @@ class Recognizer:
             toy: Note: --after has 0 of the 4 turns that the model reads; it takes the rest ...
         """
         p = self.recognize(wav, text, before, after)
+        before, after = ([t] if isinstance(t, str) else list(t) for t in (before, after))
         first, *rest = sorted(p, key=p.get, reverse=True)
         lines = [f"{first} {p[first]:.1%}, then {', '.join(f'{c} {p[c]:.1%}' for c in rest)}"]
         # How sure: not the model's own word for it, but how often it was right when it said so.
         run, session = self.run, f"Session{self.run.fold}"
-        alike = np.abs(run.certainty - p[first]).argsort(kind="stable")[:50]
-        low, high = run.certainty[alike].min(), run.certainty[alike].max()
-        right = np.mean(run.truth[alike] == run.guess[alike])
-        lines.append(
-            f"How sure: of the {len(alike)} test utterances of {session} on which it was about as "
-            f"sure ({low:.0%} to {high:.0%}), it was right on {right:.0%}."
-        )
+        distance = np.abs(run.certainty - p[first])
+        alike = distance.argsort(kind="stable")[:50]
+        alike = alike[distance[alike] < 0.1]
+        if len(alike):
+            low, high = run.certainty[alike].min(), run.certainty[alike].max()
+            right = np.mean(run.truth[alike] == run.guess[alike])
+            lines.append(
+                f"How sure: of the {len(alike)} test utterances of {session} on which it was about "
+                f"as sure ({low:.0%} to {high:.0%}), it was right on {right:.0%}."
+            )
+        else:
+            lines.append(f"How sure: on no test utterance of {session} was it about as sure.")
         if "audio" in self.upstreams:
-            seconds = len(load_wav(wav)) / SAMPLE_RATE
+            whole = load_wav(wav)
+            seconds, heard = len(whole) / SAMPLE_RATE, len(clip(whole)) / SAMPLE_RATE
             if seconds > CLIP_SECONDS:
                 lines.append(
-                    f"Note: {wav} is {seconds:.1f} s long; the model hears {CLIP_SECONDS} s of it, "
+                    f"Note: {wav} is {seconds:.1f} s long; the model hears {heard:.1f} s of it, "
                     f"from the first sound on."
                 )
         elif wav is not None:
             lines.append(f"Note: this system only reads; it did not hear {wav}.")
         half = self.config.n_context // 2
-        if "text" not in self.upstreams and (text or before or after):
-            lines.append("Note: this system only listens; it did not read the words.")
-        elif "text" in self.upstreams:
+        if "text" not in self.upstreams:
+            if text or before or after:
+                lines.append("Note: this system only listens; it did not read the words.")
+        else:
+            reader = self.upstreams["text"]
+            tokens = len(reader.preprocessor(text)["input_ids"])
+            if tokens > reader.max_tokens:
+                lines.append(
+                    f"Note: --text has {tokens} tokens; the model reads the first "
+                    f"{reader.max_tokens}."
+                )
             for name, turns in (("before", before), ("after", after)):
                 if len(turns) < half:
                     lines.append(
@@ -725,8 +752,11 @@ class Recognizer:
                         f" it takes the rest for the edge of the dialogue."
                     )
                 elif len(turns) > half:
-                    lines.append(f"Note: of --{name} the model reads the {half} nearest turns.")
-        if run.result["corpus"].startswith("toy"):
+                    lines.append(
+                        f"Note: of --{name} the model reads the {half} nearest turns."
+                        if half else f"Note: this system reads no context; --{name} is not used."
+                    )  # fmt: skip
+        if re.match(r"toy(-|$)", run.result["corpus"]):
             lines.append(
                 "Note: this model was trained on the toy corpus of tones and made-up words. "
                 "What it says of real speech means nothing."
@@ -767,7 +797,7 @@ def draw_gates(recognizer: Recognizer, batch: dict[str, tuple], path: Path) -> N
                     label = "its context" if row == (target == 0) else None
                     ax.plot(values[row], color="C7", linewidth=0.5, label=label)
         ax.plot(values[target], "o-", color="C0", linewidth=1, markersize=2.5, label="utterance")
-        ax.set_title("WavLM" if m == "audio" else "BERT")
+        ax.set_title(m)
         ax.set_ylabel("gate")
         ax.set_ylim(0, 1)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -836,12 +866,17 @@ def main(arguments: list[str] | None = None) -> None:
     own.add_argument("--after", nargs="+", action="extend", default=[], metavar="WORDS",
                      help="the turns after it")  # fmt: skip
     args = parser.parse_args(arguments)
-    if args.pictures:
-        args.pictures.mkdir(parents=True, exist_ok=True)
-    if args.wav or args.text is not None:
-        return own_utterance(args)
-    if args.before or args.after:
+    own_utterance = args.wav is not None or args.text is not None
+    if own_utterance and (args.compare or args.parts or args.format != "text"):
+        parser.error("--wav, --text: without --compare, --parts and --format")
+    if (args.before or args.after) and not own_utterance:
         parser.error("--before, --after: of which utterance? give --wav or --text with them")
+    if args.compare and (args.pictures or args.format != "text"):
+        parser.error("--compare: without --pictures and --format")
+    if args.compare and (len(set(args.compare)) < 2 or not set(args.compare) <= set(range(1, 19))):
+        parser.error(f"--compare {args.compare[0]} {args.compare[1]}: two systems of 1 to 18")
+    if own_utterance:
+        return recognize_one(args)
     runs, left_out = find_runs(args.runs)
     if not runs and not left_out:
         sys.exit(f"error: {args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
@@ -864,21 +899,24 @@ def main(arguments: list[str] | None = None) -> None:
             for number in sorted({r.system for r in here}):
                 same = [r for r in here if r.system == number]
                 draw.append((draw_curves, same, f"curves-{number:02}"))
+            args.pictures.mkdir(parents=True, exist_ok=True)
             for function, some, name in draw:
                 try:
-                    function(some, args.pictures / f"{stem}-{name}.png")
-                    print(f"drawn: {args.pictures / f'{stem}-{name}.png'}")
+                    function(some, args.pictures / f"{stem[:80]}-{name}.png")
+                    drawn = args.pictures / f"{stem[:80]}-{name}.png"
+                    print(f"drawn: {drawn}", file=sys.stderr)
                 except RunError as error:
                     left_out.append(str(error))
     if left_out:
         sys.exit("Left out:\n" + "\n".join(left_out))
 
 
-def own_utterance(args: argparse.Namespace) -> None:
+def recognize_one(args: argparse.Namespace) -> None:
     """What `evaluate.py RUN --wav ... --text ...` says and draws."""
     recognizer = Recognizer(args.runs)
     print(recognizer.explain(args.wav, args.text, args.before, args.after))
     if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
         batch = recognizer.batch(args.wav, args.text, args.before, args.after)
         draw_gates(recognizer, batch, args.pictures / "gates.png")
         print(f"drawn: {args.pictures / 'gates.png'}")
@@ -893,3 +931,5 @@ if __name__ == "__main__":
         main()
     except (CorpusError, RunError, UpstreamError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")

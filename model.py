@@ -404,7 +404,7 @@ class Upstream(nn.Module):
 
     name        a Hugging Face name or a local folder: any WavLM, HuBERT or wav2vec 2.0 where
                 modality is "audio", any BERT or RoBERTa where it is "text"
-    precision   "fp32", or "bf16": matrix products in 16 bits, twice as fast and half the memory
+    precision   "fp32", or "bf16": matrix products, and most of what is kept of them, in 16 bits
     checkpoint  keep only each layer's input for the backward pass, and compute the layer again
     call        list of B waveforms (n,) at 16 kHz, or of B strings
                 -> (states (B, T, L, D), mask (B, T)), L = number of Transformer layers + 1
@@ -416,11 +416,19 @@ class Upstream(nn.Module):
         super().__init__()
         self.name, self.modality, self.precision = name, modality, precision
         self.preprocessor, self.model = _load(name, modality)
+        if modality == "text":  # a smaller model may have room for fewer than 512
+            room = self.model.config.max_position_embeddings, self.preprocessor.model_max_length
+            self.max_tokens = min(512, *room)
         self.n_layers = self.model.config.num_hidden_layers + 1
         self.dim = self.model.config.hidden_size
         # A fingerprint of the weights and the preprocessor: what cached layer states depend on.
         tokenizer = getattr(self.preprocessor, "backend_tokenizer", None)
-        rules = tokenizer.to_str() if tokenizer else self.preprocessor.to_json_string()
+        if tokenizer:
+            rules = tokenizer.to_str()
+        elif modality == "audio":
+            rules = self.preprocessor.to_json_string()
+        else:  # a tokenizer written in Python
+            rules = str(sorted(self.preprocessor.get_vocab().items()))
         crc = zlib.crc32(rules.encode())
         for p in self.model.state_dict().values():
             crc = zlib.crc32(p.contiguous().numpy().tobytes(), crc)
@@ -463,11 +471,12 @@ class Upstream(nn.Module):
         else:
             # §3.2: 512 tokens. PAPER-ERROR [E9]: it says "512 words" too; the limit is in tokens.
             inputs = self.preprocessor(
-                raw, padding=True, truncation=True, max_length=512, return_tensors="pt"
+                raw, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
             )
             mask = inputs["attention_mask"].bool()  # (B, T)
         half = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with half:
+        with half, warnings.catch_warnings():  # WavLM's masks, of two types, are no news to anyone
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             output = self.model(**inputs.to(device), output_hidden_states=True)
         # All L + 1 states (§2.1; PAPER-ERROR [E4]: to avoid "leakage", read: loss, of information).
         # The last of `hidden_states` may come before the final LayerNorm: we take the one after it.
@@ -478,7 +487,7 @@ class Upstream(nn.Module):
         """How many steps each input will have, without running the model: (N,)."""
         if self.modality == "audio":
             return self.frames(torch.tensor([len(x) for x in raw])).clamp(min=0)
-        ids = self.preprocessor(raw, truncation=True, max_length=512)["input_ids"]
+        ids = self.preprocessor(raw, truncation=True, max_length=self.max_tokens)["input_ids"]
         return torch.tensor([len(x) for x in ids])
 
     def frames(self, samples: Tensor | int) -> Tensor | int:
@@ -501,8 +510,6 @@ def _transformers():
     import transformers
 
     transformers.logging.set_verbosity_error()
-    # WavLM's own masks are of two types; that is no news to anyone.
-    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     return transformers
 
 
@@ -541,8 +548,10 @@ def _load(name: str, modality: str):
     except UpstreamError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UpstreamError(f"{flag} {name} cannot be loaded: {reason}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UpstreamError(
+            f"{flag} {name} cannot be loaded (is it a model for {modality}?): {reason}"
+        ) from None
     # The hub's old checkpoints name WavLM's positional convolution weight_g / weight_v: if that, or
     # anything else that is used, failed to load, it would be random, and nothing would show it.
     unused = ("pooler", "masked_spec_embed")
@@ -695,7 +704,7 @@ def trace() -> None:
             fill(w, unit)
         for linear in (block.feed_forward[0], block.feed_forward[2]):
             fill(linear.weight, 0.0), fill(linear.bias, 0.0)
-            linear.weight.data[0, 0] = 1.0  # one of the 12 hidden units: FFN(x) = (ReLU(x1), 0, 0)
+            linear.weight.data[2, 2] = 1.0  # one of the 12 hidden units: FFN(x) = (0, 0, ReLU(x3))
     first, last = net.classifier[0], net.classifier[2]
     fill(first.weight, [[1.0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1]])
     fill(last.weight, [[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1]])
@@ -734,7 +743,7 @@ def trace() -> None:
         show("", "times V", out[0])
         show("", "x = Norm(that): no residual [A7]", block.norm1(out)[0])
         h = block(q, k, mask[source])
-        show("", "Norm(x + (ReLU(x1), 0, 0))", h[0])
+        show("", "Norm(x + (0, 0, ReLU(x3)))", h[0])
         show("pooling", "mean over the target's real steps", masked_mean(h, mask[target])[0])
     pooled = net.fusion(features, mask)
     show("classify", "u = ReLU(p1 + p4, p2 + p5, p3 + p6)", torch.relu(first(pooled))[0])

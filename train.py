@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -211,8 +212,8 @@ def check(loss: float, run: "Training", rows: Tensor) -> float:
         ids = [run.material.corpus[i].id for i in rows.tolist()]
         raise RunError(
             f"the loss is {loss} in epoch {len(run.log) + 1}, among utterances {ids[0]} ... "
-            f"{ids[-1]}; training stopped, checkpoint.pt holds the epoch before. The same command "
-            f"tries that epoch again; with --precision bf16, try fp32; look at these inputs"
+            f"{ids[-1]}; training stopped, and the run folder holds the epoch before. Look at "
+            f"these inputs; if it was --precision bf16, try fp32"
         )
     return loss
 
@@ -220,7 +221,7 @@ def check(loss: float, run: "Training", rows: Tensor) -> float:
 def print_epoch(corpus: str, run: "Training") -> None:
     """The last epoch in one line, and a warning where an S&E unit has died [A2].
 
-    toy epoch  16 finetune train loss 0.6680  dev loss 0.7038 WA 76.43% UA 74.77%  6 since lowest
+    toy epoch  35 finetune train loss 0.8193  dev loss 0.7345 WA 76.34% UA 76.07%  6 since lowest
     """
     e = run.log[-1]
     age = f"{e['since_best']} since lowest" if e["since_best"] else "lowest"
@@ -388,7 +389,8 @@ def claim(folder: Path, settings: dict, told: dict) -> None:
             raise RunError(
                 f"{folder} holds a run with another {was}; take another --out, or delete it"
             )
-    write_json(path, {**settings, **told})
+    if not (folder / "result.json").exists():  # how it was made stays with what was made
+        write_json(path, {**settings, **told})
 
 
 def resume(run: Training, folder: Path) -> None:
@@ -398,15 +400,15 @@ def resume(run: Training, folder: Path) -> None:
     gets there first leaves `trigger.pt` for the other, whose result is what it would be alone.
     """
     if (folder / "checkpoint.pt").exists():
-        load_into(run, folder / "checkpoint.pt")
+        load_into(run, folder / "checkpoint.pt", run.settings)
         print(f"goes on after epoch {len(run.log)}")
         return
     frozen = run.settings["frozen"]
     twin = folder.parent.with_name(run_name(run.settings["fusion"], not frozen)) / folder.name
     if (twin / "trigger.pt").exists():
-        state = evaluate.load_checkpoint(twin / "trigger.pt")
-        if state.get("settings") == {**run.settings, "frozen": not frozen}:
-            load_into(run, twin / "trigger.pt")
+        settings = {**run.settings, "frozen": not frozen}
+        if evaluate.load_checkpoint(twin / "trigger.pt").get("settings") == settings:
+            load_into(run, twin / "trigger.pt", settings)
             run.patience.since_best = FINETUNE_AFTER
             print(f"the {len(run.log)} epochs to the trigger are those of {twin.parent.name}")
             if not frozen:
@@ -414,10 +416,12 @@ def resume(run: Training, folder: Path) -> None:
                 run.start_finetuning()
 
 
-def load_into(run: Training, path: Path) -> None:
-    """Load a checkpoint into the run. RunError where it is damaged, or not one of this model."""
+def load_into(run: Training, path: Path, settings: dict) -> None:
+    """Load a checkpoint into the run. RunError where it is damaged, or of other settings."""
     state = evaluate.load_checkpoint(path)
     try:
+        if state["settings"] != settings:
+            raise ValueError("other settings")
         run.load_state(state)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
@@ -465,7 +469,11 @@ class Material:
 
 
 def read_corpus(args: argparse.Namespace) -> tuple[str, list[Utterance]]:
-    """(its name in reports, the corpus) of --iemocap, or of the toy, which is written first."""
+    """(its name in reports, the corpus) of --iemocap, or of the toy, which is written first.
+
+    The name says what the corpus is not: toy, toy-<folder>, <folder>-partial, iemocap-skipped.
+    Raises CorpusError with every problem of it.
+    """
     root = args.iemocap
     if root is None:
         print(
@@ -479,46 +487,49 @@ def read_corpus(args: argparse.Namespace) -> tuple[str, list[Utterance]]:
     if args.partial:
         name += "-partial"
     corpus, problems = data.scan(root)
-    if full and not args.skip_bad:
-        problems += data.reference_problems(corpus)
+    bad = bool(problems)
+    problems += data.reference_problems(corpus) if full else []
     if problems and args.skip_bad and corpus:
         print("\n".join(problems))
-        print(f"--skip-bad: goes on without what these {len(problems)} problem(s) name")
+        print(f"--skip-bad: goes on with {len(corpus)} utterances, and every report says skipped")
         name += "-skipped"
     elif problems:
-        hint = "If this is not meant to be the full release, say --partial. " if full else ""
-        hint += "To go on without what is bad, say --skip-bad."
-        raise CorpusError([*problems, f"{len(problems)} problem(s) in {root}", hint])
+        hints = ["If this is not meant to be the full release, say --partial."] if full else []
+        hints += ["To go on without what is bad, say --skip-bad."] if bad and corpus else []
+        raise CorpusError([*problems, f"{len(problems)} problem(s) in {root}", *hints])
     return name, corpus
 
 
 def folds(args: argparse.Namespace, corpus: list[Utterance]) -> list[int]:
     """The sessions to test on; "all": those that the corpus has."""
-    return sorted({u.session for u in corpus} if args.fold == ["all"] else map(int, args.fold))
+    return sorted({u.session for u in corpus} if args.fold == ["all"] else set(map(int, args.fold)))
 
 
-def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Material:
-    """Read the corpus, load the upstreams, compute the layer states that are not in the cache.
+def prepare(
+    args: argparse.Namespace, name: str, corpus: list[Utterance], modalities: list[str], device: str
+) -> Material:
+    """Load the upstreams, compute the layer states that are not in the cache.
 
     In cache/<corpus>/ stand clips/ (what WavLM hears), audio-<digest>/ and text-<digest>/ (layer
     states; the digest is of the upstream's name, so several can be tried in turn) and, for a dry
     run, tiny-<digest>/ (upstreams of a few layers).
     """
-    name, corpus = read_corpus(args)
-    for fold, seed in itertools.product(folds(args, corpus), args.seed):
-        data.split(corpus, fold, seed)  # raises before hours of caching, not after
     cache = Path("cache") / name
     texts = [u.text for u in corpus]
 
     names = {"audio": "microsoft/wavlm-large", "text": "bert-base-uncased"}  # [A15]: uncased
-    if args.upstream == "tiny" or (args.upstream is None and name.startswith("toy")):
+    toy = data.toy_settings(args.iemocap or Path("corpora/toy")) is not None
+    if args.upstream == "tiny" or (args.upstream is None and toy):
+        # So small tensors gain nothing from a second thread; and with one the sums, and all that
+        # follows from their rounding, are the same whatever the number of cores.
+        torch.set_num_threads(1)
         folder = cache / f"tiny-{data.digest([texts, torch.__version__])}"
         if not folder.exists():  # whole or not at all
             part = folder.with_name(folder.name + ".part")
             make_tiny_upstreams(str(part), texts)
             part.rename(folder)
         names = {m: str(folder / m) for m in names}
-        name += "" if name.startswith("toy") else "-tiny"
+        name += "" if toy else "-tiny"
     names = {"audio": args.wavlm or names["audio"], "text": args.bert or names["text"]}
     upstreams = {
         m: Upstream(names[m], m, args.precision, args.grad_checkpoint).to(device)
@@ -531,7 +542,7 @@ def prepare(args: argparse.Namespace, modalities: list[str], device: str) -> Mat
     states, identity = {}, {}
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     for m, upstream in upstreams.items():
-        fed = data.digest(texts if m == "text" else data.clip_key(corpus))
+        fed = data.digest(texts) if m == "text" else raw["audio"].fingerprint
         identity[m] = {"weights": upstream.fingerprint, "inputs": fed, "precision": args.precision}
         states[m] = data.cache_states(
             cache / f"{m}-{data.digest([names[m], args.precision])}", upstream, raw[m],
@@ -642,20 +653,22 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device == "cuda"
-    chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__} on {device} ({chip})")
+    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if cuda else 'the CPU'}")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: cached states equal live ones
     systems = [(args.fusion, args.frozen)]
     if args.system:
         numbers = sorted({int(n) - 1 for n in args.system})
         systems = [(list(FUSIONS)[n // 2], n % 2 == 0) for n in numbers]
-    modalities = sorted({m for fusion, _ in systems for m in Config(fusion).modalities})
     with data.exclusive(Path("cache")):
-        material = prepare(args, modalities, device)
-    runs = itertools.product(systems, folds(args, material.corpus), dict.fromkeys(args.seed))
-    runs = share([(*system, fold, seed) for system, fold, seed in runs], args.shard)
-    if args.shard != "1/1":
-        print(f"share {args.shard}: {len(runs)} runs")
+        name, corpus = read_corpus(args)
+        runs = itertools.product(systems, folds(args, corpus), dict.fromkeys(args.seed))
+        runs = share([(*system, fold, seed) for system, fold, seed in runs], args.shard)
+        if args.shard != "1/1":
+            print(f"share {args.shard}: {len(runs)} runs")
+        for _, _, fold, seed in runs:
+            data.split(corpus, fold, seed)  # raises before hours of caching, not after
+        modalities = sorted({m for fusion, *_ in runs for m in Config(fusion).modalities})
+        material = prepare(args, name, corpus, modalities, device)
     for fusion, frozen, fold, seed in runs:
         used = {m: material.upstreams[m] for m in Config(fusion).modalities}
         config = Config(
@@ -672,7 +685,8 @@ def main(arguments: list[str] | None = None) -> None:
             "upstreams": {m: material.identity[m] for m in used},
         }  # fmt: skip
         told = {
-            "folders": {m: u.name for m, u in used.items()}, "device": device,
+            "folders": {m: os.path.abspath(u.name) if os.path.isdir(u.name) else u.name
+                        for m, u in used.items()}, "device": device,
             "micro_batch": args.micro_batch, "grad_checkpoint": args.grad_checkpoint,
             "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip

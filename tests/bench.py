@@ -7,6 +7,8 @@ memory as the corpus grows, with tiny upstreams. It is not part of the tests.
 """
 
 import argparse
+import contextlib
+import io
 import math
 import platform
 import random
@@ -147,8 +149,9 @@ def main():
         def build(m):
             """The cache of a modality, anew."""
             (Path(folder) / f"cache-{m}" / "meta.json").unlink(missing_ok=True)
-            states[m] = data.cache_states(
-                Path(folder) / f"cache-{m}", ups[m], raw[m], ups[m].steps(raw[m]), {})
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                states[m] = data.cache_states(
+                    Path(folder) / f"cache-{m}", ups[m], raw[m], ups[m].steps(raw[m]), {})
 
         def bare(m):
             """What building cannot do without: the forward passes."""
@@ -230,6 +233,7 @@ def main():
         row("fine-tuning epoch: all of it | bare upstreams, forward and backward", finetuned,
             bare_finetuned, max(1, args.repeats // 2))
         peak(cuda, "fp32")
+        held.clear()
         plain = ups
         for name, road in (("bf16", {"precision": "bf16"}), ("checkpointing", {"checkpoint": True}),
                            ("bf16, checkpointing", {"precision": "bf16", "checkpoint": True})):
@@ -243,10 +247,14 @@ def main():
                     ups, live = which, {m: data.live(which[m], raw[m]) for m in which}
                     finetuned()
 
-                if cuda:
+                if cuda:  # what else is there makes room first
+                    for u in plain.values():
+                        u.to("cpu")
                     torch.cuda.reset_peak_memory_stats()
                     on(other)
                     peak(cuda, name)
+                    for u in plain.values():
+                        u.to("cuda")
                 row(f"fine-tuning epoch: {name} | plain", lambda: on(other), lambda: on(plain),
                     max(1, args.repeats // 2))
         if cuda:

@@ -344,6 +344,23 @@ def test_the_code_and_the_readme_list_the_same_points():
         assert len(re.findall(rf"{kind} \[{tag}\]", sources)) == 1, tag
 
 
+def test_every_open_point_has_a_measured_effect_or_a_reason_for_none():
+    readme = (ROOT / "README.md").read_text()
+    for tag in sorted(tags(readme)):
+        if tag[0] in "AD":
+            (row,) = re.findall(rf"^\| \[{tag}\] \|.*\|$", readme, re.M)
+            effect = row.split("|")[-2].strip()
+            assert re.search(r"[+−]\d+\.\d ± \d|^none: \w|; \w", effect), row
+
+
+def test_the_documents_name_no_flag_that_there_is_not():
+    programs = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
+    assert (ROOT / "tests" / "COURSE.md").exists()
+    for name in ("README.md", "tests/COURSE.md"):
+        for flag in set(re.findall(r"(?<![-\w])--[a-z][-a-z]+", (ROOT / name).read_text())):
+            assert f'"{flag}"' in programs or flag in ("--array", "--gres"), (name, flag)
+
+
 # --- pictures
 
 
@@ -376,7 +393,7 @@ def test_figure_4_has_the_papers_panels_in_its_order(report, figures, tmp_path):
             folder = write_run(tmp_path / "runs", fusion, frozen, fold, right=k + 2)
             write_log(folder, [0.5, 0.4])
     done = report(tmp_path / "runs", "--pictures", str(tmp_path / "pictures"))
-    assert done.returncode == 0 and "toy-confusions.png" in done.out
+    assert done.returncode == 0 and "toy-confusions.png" in done.err
     axes = figures[0].axes
     assert [ax.get_title() for ax in axes] == [
         "(a) Sys. 4 (UA: 37.50%)", "(b) Sys. 8 (UA: 62.50%)", "(c) Sys. 18 (UA: 50.00%)",

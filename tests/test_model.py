@@ -464,7 +464,7 @@ def test_the_trace_is_right_by_hand(capsys):
     assert after("Eq. (1)", 2) == [near([*row, 0]) for row in weights]
     out = [[sum(w * a[i] for w, a in zip(row, x_a)) for i in range(3)] for row in weights]
     h = [norm(v) for v in out]
-    h = [norm([v[0] + max(0, v[0]), *v[1:]]) for v in h]
+    h = [norm([*v[:2], v[2] + max(0, v[2])]) for v in h]
     assert after("pooling", 1) == [near([(a + b) / 2 for a, b in zip(*h)])]
     u = after("classify", 1)[0]
     assert after("softmax: neu", 1) == [near(softmax([*u, -sum(u)]))]

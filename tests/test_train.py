@@ -149,7 +149,7 @@ def test_a_run_from_end_to_end(go, small_corpus, capsys):
     assert result["corpus"] == "small-partial" and result["dev_speaker"][:5] != "Ses05"
 
     said = capsys.readouterr().out
-    assert "on cpu" in said and "Trigger" in said and "Stop" in said and "small-partial: WA" in said
+    assert "on the CPU" in said and "Trigger" in said and "Stop" in said and "small-partial: WA" in said
     go("end-to-end", "--fusion", "mmt", "--fold", "5")
     assert "done before" in capsys.readouterr().out
 
@@ -472,7 +472,7 @@ def test_long_audio_and_a_toy_model_are_said(go, tmp_path, monkeypatch):
         return run
 
     said = evaluate.Recognizer(folder).explain(tmp_path / "long.wav", "oh no")
-    assert "6.0 s long; the model hears 5 s" in said and "means nothing" in said
+    assert "6.0 s long; the model hears 5.0 s" in said and "means nothing" in said
     assert all(line.startswith("toy: ") for line in said.splitlines())
 
 
