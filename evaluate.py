@@ -795,7 +795,7 @@ def draw_gates(recognizer: Recognizer, batch: dict[str, tuple], path: Path) -> N
             for row in range(len(values)):
                 if row != target:
                     label = "its context" if row == (target == 0) else None
-                    ax.plot(values[row], color="C7", linewidth=0.5, label=label)
+                    ax.plot(values[row], "k:", linewidth=0.7, zorder=3, label=label)
         ax.plot(values[target], "o-", color="C0", linewidth=1, markersize=2.5, label="utterance")
         ax.set_title(m)
         ax.set_ylabel("gate")
