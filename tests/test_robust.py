@@ -473,7 +473,7 @@ def test_killed_at_thirty_moments_and_more_the_run_ends_with_the_same_bits(tmp_p
             command, cwd=tmp_path / "killed", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )  # fmt: skip
         try:
-            process.wait(timeout=rng.uniform(1.5, 8) if kills < 40 else None)
+            process.wait(timeout=rng.uniform(0.5, 5) if kills < 60 else None)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
