@@ -10,8 +10,8 @@ Symbol   here        meaning                                                  in
 ------   ---------   ------------------------------------------------------   ---------------
 B        B           utterances in a batch                                    32   (§3.2)
 T        T           time steps: frames of 20 ms (audio), word pieces (text)  T_s, T_t (§2.2)
-L + 1    L           states of an upstream: its input and L Transformer       25, 13 (§2.1)
-                     layers; we write L for their number
+L + 1    L           states of an upstream: its input and its Transformer     25, 13 (§2.1;
+                     layers; in shapes we write L for all of them             Fig. 2: "H+1")
 H        D           width of an upstream                                     1024, 768 (§2.1)
 d        d           width after the projector                                16   (§2.1)
 C        C           utterances in the context: 4 before, target, 4 after     9    (§3.2)
@@ -25,8 +25,8 @@ Masks are bool, True = real, False = padding. The data flow of the main system (
   9 texts each -- BERT --> (B, 9, T_T, 13, 768) -- S&E, project --> (B, 9, T_T, 16)
                                                 -- context conv --> X_T (B, T_T, 16)
 
-  X_A asks, X_T answers -- CMT T->A --> (B, T_A, 16) -- mean over time --> (B, 16) --+
   X_T asks, X_A answers -- CMT A->T --> (B, T_T, 16) -- mean over time --> (B, 16) --+
+  X_A asks, X_T answers -- CMT T->A --> (B, T_A, 16) -- mean over time --> (B, 16) --+
                                                                                      |
                                             logits (B, 4) <-- MLP -- (B, 32) <-------+
 """
@@ -112,7 +112,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
 
     x (B, T, D), mask (B, T) -> (B, D). Where no step is real the result is zero, never 0/0 = NaN:
-    at a dialogue's edge that happens to every context utterance that does not exist.
+    so a context utterance that does not exist, at a dialogue's edge, can do no harm.
     """
     steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
@@ -135,9 +135,9 @@ def cross_modal_attention(
         weights = scores.softmax(dim=-1)
     else:
         # The lowest finite number, not -inf: a row of nothing but -inf has a NaN for its gradient.
-        hidden = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
-        weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)
-        weights = weights.masked_fill(hidden, 0.0)
+        padded = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
+        weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        weights = weights.masked_fill(padded, 0.0)
     return weights @ v, weights
 
 
@@ -161,7 +161,7 @@ class SqueezeExcitation(nn.Module):
         self.reduce = nn.Linear(n_layers, 1)
         self.expand = nn.Linear(1, n_layers)
         nn.init.ones_(self.reduce.bias)
-        self.fired = False  # whether the ReLU was above 0 for any utterance since someone looked
+        self.fired = False  # whether the ReLU was above 0 since train.print_epoch looked
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None) -> Tensor:
         x = self.dropout(self.attend(x_t, x_s, mask_s)[0])  # (B, T_t, d)
         # UNSPECIFIED [A7]: the vanilla Transformer adds the queries here. With them CMT(A->T) would
-        # carry the text itself, but Table 1 has it level with audio alone (Sys. 9, 10 against 1-4).
+        # carry the text itself, but in Table 1 it is nearer to audio than to text (Sys. 9 and 10).
         # So we add them in the encoder and not across modalities; alternative: --cma-residual.
         x = self.norm1(x_t + x if self.residual else x)
         return self.norm2(x + self.dropout(self.feed_forward(x)))
@@ -718,7 +718,8 @@ def trace() -> None:
     ]])  # fmt: skip
     mask_a = torch.tensor([[True, True, False]])
     mask_t = torch.tensor([[[True, True], [True, True], [True, False]]])
-    show("Fig. 2a", "WavLM's states, (T, L, D); frame 3 is padding", x_a[0])
+    show("Fig. 2a", "WavLM's states, (T, L, D); frame 3 is padding,", x_a[0])
+    print(" " * 10 + "computed as the others are, and masked wherever frames meet")
     audio = net.extractor["audio"]
     z = masked_mean(x_a.mean(-1), mask_a)
     show("S&E", "squeeze z_l: mean over real frames and features", z)
@@ -728,9 +729,11 @@ def trace() -> None:
     show("Project", "sum over layers: gate_1 x_1 + gate_2 x_2", summed[0])
     show("", "W s = (s1, s2, s1 + s2)", audio.projector.linear(summed)[0])
     features, mask = net.features((x_a, mask_a), (x_t, mask_t))
-    show("& Norm", "X_A = (W s - mean) / sd, each frame", features["audio"][0])
+    show("& Norm", "X_A = (W s - mean) / sd (divide by 3, not 2)", features["audio"][0])
     show("Fig. 2b", "BERT's states, (C, T, L, D); one token is padding", x_t[0])
     each, _ = net.extractor["text"].utterance(x_t[0], mask_t[0])
+    se = net.extractor["text"].utterance.se
+    show("", "gates of the three texts, as above", se.gates(x_t[0], mask_t[0]))
     show("", "each text through S&E, Project & Norm", each * mask_t[0, ..., None])
     show("Conv2D", "X_T = before / 2 + target + after / 2", features["text"][0])
     show("", "real: where any of the three has a token [A5]", mask["text"][0])

@@ -12,7 +12,8 @@ The first takes about 20 s on two CPU cores, all that it makes included, and end
     toy: WA 73.50%  UA 73.33%  on 283 test utterances of Session5, after 39 epochs in 16 s
 
 Read Patience (the triggers), then train(), whose loop is the paper's training procedure, then what
-it leans on: Training is the state that the loop changes, Material what it starts from.
+it leans on: Training is the state that the loop changes, Material what it starts from, and resume
+explains the run's twin, the frozen or fine-tuned run that shares its frozen epochs.
 """
 
 import argparse
@@ -105,10 +106,9 @@ class Patience:
 def train(settings: dict, told: dict, material: "Material", folder: Path, device: str) -> None:
     """One system on one fold with one seed, from where its folder stands to its result.json.
 
-    settings: what the result depends on; told: what config.json tells beside it. The second and
-    every further call with the same folder goes on where the one before was killed. Raises
-    RunError where the folder holds another run, where another process trains in it, or where the
-    loss is not finite.
+    settings: what the result depends on; told: what config.json tells beside it. Called again
+    with the same folder, it goes on where it was killed. Raises RunError where the folder holds
+    another run, or where the loss is not finite.
     """
     name = run_name(settings["fusion"], settings["frozen"])
     number = evaluate.system_number(settings["fusion"], settings["frozen"])
@@ -118,7 +118,7 @@ def train(settings: dict, told: dict, material: "Material", folder: Path, device
         print(f"{title}: done before, see {folder}")
         return
 
-    # Utterances go by their row in the corpus: into labels, windows, clips, texts and states alike.
+    # An utterance is known by its row in the corpus: in labels, windows, clips, texts and states.
     train_set, dev_set, test_set = data.split(material.corpus, settings["fold"], settings["seed"])
     row = {u.id: i for i, u in enumerate(material.corpus)}
     train_rows, dev_rows, test_rows = (
@@ -161,13 +161,15 @@ def train(settings: dict, told: dict, material: "Material", folder: Path, device
             "phase": "frozen" if run.finetune_epoch is None else "finetune",
             "lr": run.optimizer.param_groups[0]["lr"], "train_loss": train_loss,
             "dev_loss": dev["loss"], "dev_wa": dev["wa"], "dev_ua": dev["ua"],
+            # At the trigger --reset-patience has set the counter back already.
             "since_best": FINETUNE_AFTER if event == "finetune" else patience.since_best,
             "seconds": time.perf_counter() - started,
         })  # fmt: skip
         print_epoch(material.name, run)
         select(run, dev, test_rows)
 
-        # The state at which the trigger fires, or would in a fine-tuned system: for the run's twin.
+        # The state at which the trigger fires, or would in a fine-tuned system: for the run's twin,
+        # the frozen or fine-tuned run that is the same so far (see resume).
         fired = [e["epoch"] for e in run.log if e["since_best"] == FINETUNE_AFTER]
         if fired and fired[0] == len(run.log):
             save(folder / "trigger.pt", run.state())
@@ -302,7 +304,7 @@ class Training:
         )
         self.windows = data.context_windows(material.corpus, config.n_context)
         self.sources = {m: material.states[m] for m in self.upstreams}  # the cache, then live
-        self.finetune_epoch: int | None = None  # whose dev loss fired the trigger: the last frozen
+        self.finetune_epoch: int | None = None  # the last frozen one, at which the trigger fired
         self.log: list[dict] = []  # a row an epoch
         self.selected: dict | None = None  # [A10]: weights and score of the best epoch
 

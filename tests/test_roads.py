@@ -51,6 +51,7 @@ def close(found, expected, **tolerance):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 def test_checkpointing_recomputes_the_layers_and_changes_no_gradient(folders, monkeypatch):
     plain = gradients(folders)
     calls = []
