@@ -259,7 +259,12 @@ def _lines(path: Path, problems: list[str]) -> list[tuple[str, str]]:
 
 
 def reference_problems(corpus: list[Utterance]) -> list[str]:
-    """How the corpus differs from the full release: a line for each row of the tables above."""
+    """How the corpus differs from the full release: a line for each row of the tables above.
+
+    Nothing where the corpus is empty: then something else is wrong, and said already.
+    """
+    if not corpus:
+        return []
     four = [u for u in corpus if u.label is not None]
     expected: dict[str, dict] = {"labels": EMOTIONS}
     found = {"labels": Counter(u.emotion for u in corpus)}
@@ -279,7 +284,8 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
     here = {u.dialog for u in corpus}
     for what, names in (("missing", dialogs - here), ("unknown", here - dialogs)):
         if names:
-            problems.append(f"full release: {len(names)} dialogs {what}: {' '.join(sorted(names))}")
+            some = " ".join(sorted(names)[:10]) + (" ..." if len(names) > 10 else "")
+            problems.append(f"full release: {len(names)} dialogs {what}: {some}")
     for row in expected:
         wrong = [
             f"{key} {found[row][key]} (not {n})"

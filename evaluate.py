@@ -657,7 +657,7 @@ class Recognizer:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).split("\n")[0]
             raise RunError(
-                f"{path}: does not fit checkpoint.pt beside it ({reason}); delete the folder"
+                f"{path}: does not fit checkpoint.pt beside it ({reason}); train it again"
             ) from None
         self.model.eval()
 
