@@ -308,8 +308,8 @@ def split(
 ) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
     """Leave-one-session-out (§3.1): the four-class utterances as (train, dev, test).
 
-    Test is session `fold`; dev is one speaker of the rest, drawn by the seed (§3.2); train is all
-    others. Raises CorpusError where one of the three would be empty.
+    Test is session `fold`; dev is one speaker of the rest, drawn by fold and seed (§3.2); train is
+    all others. Raises CorpusError where one of the three would be empty.
     """
     targets = [u for u in corpus if u.label is not None]
     rest = [u for u in targets if u.session != fold]
@@ -504,7 +504,8 @@ def batch(
 ) -> dict[str, tuple]:
     """The keyword arguments of EmotionRecognizer for the utterances at `rows` (B,) of the corpus.
 
-    sources: by modality a Ragged or `live`; which of the two, the model never knows. Neighbours
+    sources: by modality a Ragged or `live`; which of the two, the model never knows, and one of
+    the modalities may be missing. Neighbours
     overlap: 32 windows of 9 hold fewer than 288 utterances, and each goes through BERT's states
     once. With windows [[-1, 5, 6], [5, 6, 7]] the texts asked for are those of rows [5, 6, 7], and
     the context that the model gets is [[-1, 0, 1], [0, 1, 2]].

@@ -112,7 +112,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
 
     x (B, T, D), mask (B, T) -> (B, D). Where no step is real the result is zero, never 0/0 = NaN:
-    so a context utterance that does not exist, at a dialogue's edge, can do no harm.
+    so a context utterance that does not exist, at a dialogue's edge, can do no harm. What stands
+    in the padding may be anything, NaN included.
     """
     steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
@@ -165,7 +166,10 @@ class SqueezeExcitation(nn.Module):
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
-        """One gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L)."""
+        """One gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L).
+
+        Sets `fired` where the ReLU is above 0 for any of them.
+        """
         # Squeeze: the mean of a layer over all features and all *real* steps. The mask is the
         # "padding mask" arrow of Fig. 2; an upstream's padded rows are not zero.
         z = masked_mean(x.mean(dim=-1), mask)  # (B, L)
@@ -216,7 +220,7 @@ class FeatureExtractor(nn.Module):
 class ContextConv(nn.Module):
     """The Conv2D of Fig. 2b: C feature maps of C utterances become one map of the target.
 
-    x (B, C, T, d), mask (B, C, T) -> (x_t (B, T, d), mask (B, T)).
+    x (B, C, T, d), mask (B, C, T) -> (x_t (B, T, d), mask (B, T)). The target is utterance C // 2.
     """
 
     def __init__(self, n_context: int = 9, text_mask: str = "union"):
@@ -277,8 +281,9 @@ class TextFeatureExtractor(nn.Module):
 class TransformerBlock(nn.Module):
     """One Transformer block around Eq. (1): with itself as source the vanilla encoder, else CMT.
 
-    x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). Padded steps of the
-    target come out as something: whoever pools them must mask them.
+    x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). Twice: a sublayer,
+    dropout, add, norm; only the first add hangs on `residual`. Padded steps of the target come out
+    as something: whoever pools them must mask them.
     """
 
     def __init__(self, dim: int = 16, dropout: float = 0.1, residual: bool = True):

@@ -72,7 +72,7 @@ class Patience:
 
     # EXERCISE 8 (20 min): delete the body, write it again; pytest -m ex8
     def step(self, dev_loss: float) -> str:
-        """ "continue", "finetune" (once) or "stop"."""
+        """After an epoch: "continue", "finetune" (once, through start_finetuning) or "stop"."""
         if dev_loss < self.best:
             self.best, self.since_best = dev_loss, 0
         else:

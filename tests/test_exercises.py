@@ -49,6 +49,9 @@ def check_1(masked_mean):
         assert abs(found[0, 0] - 4 / 3) > 1e-3, "divided by all steps T, not by the real ones?"
         assert abs(found[0, 0] - 4 / 5) > 1e-3, "divided by the real steps of the whole batch?"
     same(found, [[2.0, 20.0], [4.0, 6.0]], "the mean of the real steps is (1 + 3) / 2 = 2")
+    x[0, 2] = float("nan")
+    same(masked_mean(x, mask), [[2.0, 20.0], [4.0, 6.0]],
+         "0 * NaN? It is NaN: replace the padding (masked_fill), do not multiply it")  # fmt: skip
     nothing = masked_mean(x, torch.zeros(2, 3, dtype=torch.bool))
     same(nothing, torch.zeros(2, 2), "no real step: 0 / 0? At a dialogue's edge that happens")
 
@@ -57,7 +60,8 @@ WRONG_1 = [
     (lambda x, m: x.mean(1), "padding count"),
     (lambda x, m: (x * m[..., None]).sum(1) / x.shape[1], "all steps T"),
     (lambda x, m: (x * m[..., None]).sum(1) / m.sum(), "whole batch"),
-    (lambda x, m: (x * m[..., None]).sum(1) / m.sum(1, keepdim=True), "0 / 0"),
+    (lambda x, m: x.masked_fill(~m[..., None], 0).sum(1) / m.sum(1, keepdim=True), "0 / 0"),
+    (lambda x, m: (x * m[..., None]).sum(1) / m.sum(1, keepdim=True).clamp(min=1), "0 . NaN"),
     (lambda x, m: None, "nothing comes back"),
 ]
 
@@ -86,6 +90,11 @@ def check_2(attention):
     out, weights = attention(x_t, x_s, w_q, w_k, w_v, torch.tensor([[True, False]]))
     assert weights[0, 0, 1] == 0, "a padded step of the source gets weight: where is mask_s?"
     same(weights, [[[1.0, 0.0], [1.0, 0.0]]], "masked after the softmax? The rest must sum to 1 again")
+    w_q.requires_grad_(True)
+    out, weights = attention(x_t, x_s, w_q, w_k, w_v, torch.tensor([[False, False]]))
+    same(weights.detach(), torch.zeros(1, 2, 2), "no real step: NaN, or weights on padding? The docstring says zero")
+    out.sum().backward()
+    assert w_q.grad.isfinite().all(), "a row of nothing but -inf: the answer is zero, its gradient NaN"
 
 
 def eq1(scale=lambda q, k: k.shape[-1] ** 0.5, dim=-1, late=False):
@@ -94,9 +103,13 @@ def eq1(scale=lambda q, k: k.shape[-1] ** 0.5, dim=-1, late=False):
         scores = q @ k.transpose(1, 2) / scale(x_t, k)
         if mask is not None and late is False:
             scores = scores.masked_fill(~mask[:, None], -1e30)
+        if mask is not None and late == float("-inf"):
+            scores = scores + mask[:, None].float().log()
         weights = scores.softmax(dim)
-        if mask is not None and late:
+        if mask is not None and late is True:
             weights = weights * mask[:, None]
+        if late == float("-inf"):
+            weights = weights.nan_to_num()
         return weights @ v, weights
 
     return attention
@@ -109,6 +122,8 @@ WRONG_2 = [
     (eq1(scale=lambda q, k: k.shape[-1]), "not by its root"),
     (eq1(late=True), "sum to 1 again"),
     (eq1(late=None), "where is mask_s"),
+    (eq1(late=False), "weights on padding"),
+    (eq1(late=float("-inf")), "its gradient NaN"),
 ]
 
 
@@ -121,32 +136,40 @@ def check_3(gates):
         se.reduce.weight.copy_(torch.tensor([[1.0, 2.0]]))
         se.reduce.bias.fill_(0.0)
         se.expand.weight.copy_(torch.tensor([[1.0], [-1.0]]))
-        se.expand.bias.copy_(torch.tensor([0.0, 1.0]))
+        se.expand.bias.copy_(torch.tensor([0.0, 2.0]))
     # One utterance, two steps (one real), two layers, two features: layer means 0.3 and 0.1.
     x = torch.tensor([[[[0.2, 0.4], [0.0, 0.2]], [[9.0, 9.0], [-9.0, -9.0]]]])
     found = gates(se, x, torch.tensor([[True, False]]))
     assert found is not None, "nothing comes back yet: does it return?"
     assert found.shape == (1, 2), f"one gate a layer and utterance, (B, L), not {tuple(found.shape)}"
     assert abs(found.sum() - 1) > 1e-4, "a softmax? Gates are sigmoids: layers need not compete"
-    unmasked = torch.sigmoid(torch.tensor([0.0, 1.0]))  # means 4.65 and -4.45: the ReLU gives 0
+    assert found.max() < 1, "no sigmoid? 0.5 and 1.5 are the excitation itself, not gates in (0, 1)"
+    unmasked = torch.sigmoid(torch.tensor([0.0, 2.0]))  # means 4.65 and -4.45: the ReLU gives 0
     assert not torch.allclose(found[0], unmasked, atol=1e-3), (
         "do padded steps count in the squeeze? The padding mask of Fig. 2 leads there"
     )
-    linear = torch.sigmoid(torch.tensor([0.5, 0.5]))
-    same(found, linear[None], "squeeze 0.3 and 0.1; 0.3 + 2 * 0.1 = 0.5; ReLU; gates sigmoid(0.5), sigmoid(1 - 0.5)")
+    linear = torch.sigmoid(torch.tensor([0.5, 1.5]))
+    assert se.fired, "is self.fired set? The training loop warns of a dead unit by it"
+    same(found, linear[None], "squeeze 0.3 and 0.1; 0.3 + 2 * 0.1 = 0.5; ReLU; gates sigmoid(0.5), sigmoid(2 - 0.5)")
     x = -x
     same(gates(se, x, torch.tensor([[True, False]])), unmasked[None],
          "where is the ReLU? A bottleneck below 0 says 0: sigmoid of the bias is left")  # fmt: skip
 
 
 def se(squeeze=lambda x, m: model.masked_mean(x.mean(-1), m), middle=torch.relu, end=torch.sigmoid):
-    return lambda self, x, m: end(self.expand(middle(self.reduce(squeeze(x, m)))))
+    def gates(self, x, m):
+        self.fired = True
+        return end(self.expand(middle(self.reduce(squeeze(x, m)))))
+
+    return gates
 
 
 WRONG_3 = [
     (se(squeeze=lambda x, m: x.mean((1, 3))), "padded steps count"),
     (se(middle=lambda h: h), "where is the ReLU"),
     (se(end=lambda z: z.softmax(-1)), "a softmax"),
+    (se(end=lambda z: z), "no sigmoid"),
+    (lambda self, x, m: torch.sigmoid(self.expand(torch.relu(self.reduce(model.masked_mean(x.mean(-1), m))))), "fired"),
     (se(squeeze=lambda x, m: x.mean(-1)), "one gate a layer and utterance"),
 ]
 
@@ -175,9 +198,11 @@ def check_4(forward):
     assert found.tolist() != [[True, False]], "the target's mask alone? By default any of the nine [A5]"
     assert found.tolist() != [[False, False]], "all instead of any? [A5]"
     same(found, [[1.0, 1.0]], "a cell is real where any utterance has a token [A5]")
+    conv.text_mask = "target"
+    same(forward(conv, x, mask)[1], [[1.0, 0.0]], "--text-mask target: the tokens of the target, which stands in the middle [A5]")
 
 
-def conv(zero=True, which=lambda self, m: m.any(1), swap=False):
+def conv(zero=True, which=lambda self, m: m.any(1) if self.text_mask == "union" else m[:, 1], swap=False):
     def forward(self, x, mask):
         if zero == "utterances":
             x = x * mask.any(2)[..., None, None]
@@ -193,6 +218,8 @@ WRONG_4 = [
     (conv(zero="utterances"), "a padded token still speaks"),
     (conv(which=lambda s, m: m[:, 1]), "target's mask alone"),
     (conv(which=lambda s, m: m.all(1)), "all instead of any"),
+    (conv(which=lambda s, m: m.any(1)), "text-mask target"),
+    (conv(which=lambda s, m: m.any(1) if s.text_mask == "union" else m[:, 0]), "stands in the middle"),
     (conv(swap=True), "1 . 10 . 3 . 100 . 5"),
 ]
 
@@ -228,6 +255,13 @@ def check_5(forward):
         assert torch.allclose(out[:, 0], out[:, 1], atol=1e-4), (
             "do the queries come through? Without the residual only the source's values do [A7]"
         )
+        cross.norm1.weight.copy_(torch.linspace(0.5, 2, 8))
+        h = cross.norm1(cross.attend(x_t, x_s)[0])
+        same(forward(cross, x_t, x_s), cross.norm2(h + cross.feed_forward(h)),
+             "norm1 after the attention, also without residual, norm2 after the feed-forward?")  # fmt: skip
+        torch.manual_seed(0)
+        wet = model.TransformerBlock(8, dropout=0.5, residual=True).train()
+        assert not torch.equal(forward(wet, x_t, x_t), forward(wet, x_t, x_t)), "where is the dropout?"
         masked = forward(cross, x_t, x_s, torch.tensor([[True, True, False, False, False]]))
         same(masked, forward(cross, x_t, x_s[:, :2]), "does mask_s reach Eq. (1)?")
 
@@ -237,15 +271,15 @@ def forward_parts(block, x):
     return block.attend(y, y)[0]
 
 
-def block(always=False, swap=False, mask=True, pre=False):
+def block(always=False, swap=False, mask=True, pre=False, drop=lambda d, x: d(x), norm=lambda s: s.norm2):
     def forward(self, x_t, x_s, mask_s=None):
         if pre:
             h = x_t + self.attend(self.norm1(x_t), self.norm1(x_s), mask_s)[0]
             return h + self.feed_forward(self.norm2(h))
         q, s = (x_s, x_t) if swap else (x_t, x_s)
-        y = self.attend(q, s, mask_s if mask and not swap else None)[0]
+        y = drop(self.dropout, self.attend(q, s, mask_s if mask and not swap else None)[0])
         y = self.norm1(y + x_t if (always or self.residual) and y.shape == x_t.shape else y)
-        return self.norm2(y + self.feed_forward(y))
+        return norm(self)(y + drop(self.dropout, self.feed_forward(y)))
 
     return forward
 
@@ -255,6 +289,8 @@ WRONG_5 = [
     (block(always=True), "do the queries come through"),
     (block(swap=True), "as long as the target"),
     (block(mask=False), "does mask_s reach"),
+    (block(drop=lambda d, x: x), "where is the dropout"),
+    (block(norm=lambda s: s.norm1), "norm2 after the feed-forward"),
 ]
 
 
@@ -306,22 +342,32 @@ def check_7(split):
         assert who[2] == {"Ses02F", "Ses02M"}, "test on the whole session of the fold, and nothing else"
         assert not who[1] & who[2], "the development speaker is of the test session: that is cheating"
         assert not who[0] & who[2], "test speakers in training: that is cheating"
+        assert who[1], "no development utterances: was the speaker drawn from the test session, too?"
         assert len(who[1]) == 1, "development is one speaker, not some utterances"
         assert not who[0] & who[1], "the development speaker is left in training"
         assert len(sum(parts, [])) == 20 == len(set(sum(parts, []))), "an utterance is lost, or there twice"
         assert [[u.id for u in part] for part in split(corpus, 2, seed)] == parts, "the same seed, another split"
         devs |= who[1]
     assert len(devs) > 2, "does the seed draw the speaker? Twelve seeds drew the same"
+    for part in (corpus_of(1), [u for u in corpus if u.session != 2]):
+        try:
+            split(part, 2, 0)
+        except data.CorpusError:
+            continue
+        raise AssertionError("an empty part goes unsaid: raise CorpusError")
 
 
-def splitter(dev_of=None, keep=False, label=True, by_seed=True):
+def splitter(dev_of=None, keep=False, label=True, by_seed=True, silent=False):
     def split(corpus, fold, seed):
         import random
 
         rng = random.Random(seed if by_seed else 0)
         four = [u for u in corpus if u.label is not None or not label]
         rest = [u for u in four if u.session != fold]
-        speaker = rng.choice(sorted({u.speaker for u in (four if dev_of == "any" else rest)}))
+        speakers = sorted({u.speaker for u in (four if dev_of == "any" else rest)})
+        if not silent and (len(speakers) < 2 or len(rest) == len(four)):
+            raise data.CorpusError(["too few"])
+        speaker = rng.choice(speakers)
         if dev_of == "utterances":
             dev = rng.sample(rest, 4)
         else:
@@ -337,6 +383,7 @@ WRONG_7 = [
     (splitter(keep=True), "left in training"),
     (splitter(label=False), "only the four classes"),
     (splitter(by_seed=False), "does the seed draw"),
+    (splitter(silent=True), "goes unsaid"),
 ]
 
 
@@ -350,28 +397,41 @@ def check_8(step):
         assert None not in answers, "nothing comes back yet: does it return?"
         return "".join(a[0] for a in answers)
 
+    try:
+        frozen = said([1.0] + [2.0] * 10, finetune_after=None)
+    except TypeError:
+        raise AssertionError("finetune_after is None for a frozen system: it only stops") from None
+    assert "f" not in frozen, "a frozen system only stops"
     ten = said([1.0] + [2.0] * 10)
     assert ten.count("f") == 1, "fine-tuning starts once, after 5 epochs without a lower loss"
+    assert ten[5] == "f", "an epoch too early or too late? The fifth without a lower loss triggers"
     assert said([1.0] * 6)[-1] == "f", "is an equal loss lower? It is not"
+    falling = said([1.0, 2.0, 1.9, 1.8, 1.7, 1.6])
+    assert falling[-1] == "f", "lower than the epoch before is not lower than the lowest"
+    assert "s" in said([1.0] + [2.0] * 30), "it never stops"
     assert ten[-1] == "s", "two counters? One goes on: 5 epochs to the trigger, 10 to the stop [A9]"
     assert ten == "cccccfcccc" + "s", ten
     again = said([1.0] + [2.0] * 6 + [0.5] + [2.0] * 10)
     assert again.count("f") == 1, "a second trigger? Fine-tuning does not start again"
     assert again == "cccccfc" + "c" + "ccccccccc" + "s", "a lower loss sets the count to 0, also later"
-    assert said([1.0] + [2.0] * 10, finetune_after=None) == "c" * 10 + "s", "a frozen system only stops"
+    assert frozen == "c" * 10 + "s", frozen
+    late = said([1.0] + [2.0] * 15, reset_at_finetune=True)
+    assert late == "cccccf" + "c" * 9 + "s", "is start_finetuning() called? It sets the count back [A9]"
     assert said([1.0] + [float("nan")] * 10)[-1] == "s", "NaN is not lower than anything"
 
 
-def stepper(equal=False, again=False, reset=False, frozen=True):
+def stepper(equal=False, again=False, reset=False, frozen=True, previous=False, late=0, call=True):
     def step(self, loss):
         if loss < self.best or (equal and loss == self.best):
             self.best, self.since_best = loss, 0
         else:
             self.since_best += 1
+            self.best = loss if previous else self.best
         if self.since_best >= self.stop_after:
             return "stop"
         limit = self.finetune_after or (None if frozen else 5)
-        if limit and self.since_best == limit and (again or not self.finetuning):
+        if limit and self.since_best == limit + late and (again or not self.finetuning):
+            self.start_finetuning() if call else None
             self.finetuning = True
             self.since_best = 0 if reset else self.since_best
             return "finetune"
@@ -385,6 +445,9 @@ WRONG_8 = [
     (stepper(again=True), "a second trigger"),
     (stepper(reset=True), "two counters"),
     (stepper(frozen=False), "frozen system only stops"),
+    (stepper(previous=True), "lower than the epoch before"),
+    (stepper(late=1), "too early or too late"),
+    (stepper(call=False), "start_finetuning.. called"),
 ]
 
 
@@ -400,7 +463,10 @@ def check_9(batch):
         return 10.0 * rows[:, None], rows[:, None] >= 0
 
     def windows_seen(rows):
-        answer = batch(torch.tensor(rows), windows, {"text": text}, "cpu")
+        try:
+            answer = batch(torch.tensor(rows), windows, {"text": text}, "cpu")
+        except KeyError:
+            raise AssertionError("a text system has no audio source: ask those in `sources`") from None
         assert answer is not None, "nothing comes back yet: does it return?"
         states, mask, context = answer["text"]
         assert -1 not in asked[-1], "row -1 is no utterance: do not ask the source for it"
@@ -420,14 +486,15 @@ def check_9(batch):
         seen.append(rows.tolist())
         return rows[:, None], rows[:, None] >= 0
 
-    batch(torch.tensor([2, 0]), windows, {"audio": audio}, "cpu")
+    answer = batch(torch.tensor([2, 0]), windows, {"audio": audio}, "meta")
     assert seen == [[2, 0]], "audio is asked for the batch's own rows, in their order"
+    assert answer["audio"][0].device.type == "meta", "where is `device`? All that comes back must be on it"
 
 
-def batcher(always=False, edge=True, unique=True, corpus_rows=False):
+def batcher(always=False, edge=True, unique=True, corpus_rows=False, greedy=False, to=True):
     def batch(rows, windows, sources, device):
-        if "audio" in sources:
-            return {"audio": sources["audio"](rows)}
+        if "audio" in sources or greedy:
+            return {"audio": tuple(t.to(device if to else "cpu") for t in sources["audio"](rows))}
         w = windows[rows]
         if not unique:
             flat = w[w >= 0]
@@ -449,6 +516,8 @@ WRONG_9 = [
     (batcher(edge=False), "do not ask the source"),
     (batcher(unique=False), "goes twice"),
     (batcher(corpus_rows=True), "name rows of the batch"),
+    (batcher(greedy=True), "no audio source"),
+    (batcher(to=False), "where is .device"),
 ]
 
 
