@@ -380,14 +380,12 @@ def _open_wav(path: str | Path):
             if file.getnframes() == 0:
                 raise wave.Error("no samples in it")
             file.setpos(file.getnframes() - 1)
-            if len(file.readframes(1)) < 2:
+            if len(file.readframes(1)) < 2:  # the last sample: with it, all are there
                 raise wave.Error("shorter than its header says")
             file.rewind()
             yield file
     except FileNotFoundError:
         raise CorpusError([f"{path}: missing"]) from None
-    except CorpusError:
-        raise
     except (wave.Error, EOFError, OSError, RuntimeError, ValueError) as error:  # all that wave has
         reason = str(error) or "shorter than its header says"
         raise CorpusError([f"{path}: not usable as a WAV file: {reason}"]) from None
@@ -407,10 +405,7 @@ def load_wav(path: str | Path) -> Tensor:
     """
     with _open_wav(path) as file:
         rate = file.getframerate()
-        samples = file.readframes(file.getnframes())
-        if len(samples) != 2 * file.getnframes():
-            raise CorpusError([f"{path}: shorter than its header says; fetch it again"])
-        pcm = np.frombuffer(samples, dtype="<i2")
+        pcm = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
     x = torch.from_numpy(pcm.astype(np.float32) / 32768)  # (n,)
     if rate != SAMPLE_RATE:
         from torchaudio.functional import resample
@@ -505,10 +500,9 @@ def batch(
     """The keyword arguments of EmotionRecognizer for the utterances at `rows` (B,) of the corpus.
 
     sources: by modality a Ragged or `live`; which of the two, the model never knows, and one of
-    the modalities may be missing. Neighbours
-    overlap: 32 windows of 9 hold fewer than 288 utterances, and each goes through BERT's states
-    once. With windows [[-1, 5, 6], [5, 6, 7]] the texts asked for are those of rows [5, 6, 7], and
-    the context that the model gets is [[-1, 0, 1], [0, 1, 2]].
+    the modalities may be missing. Neighbours overlap: 32 windows of 9 hold fewer than 288
+    utterances, and each is asked for once. With windows [[-1, 5, 6], [5, 6, 7]] the texts asked for
+    are those of rows [5, 6, 7], and the context that the model gets is [[-1, 0, 1], [0, 1, 2]].
     """
     arguments = {}
     if "audio" in sources:

@@ -274,11 +274,15 @@ def system_name(fusion: str, frozen: bool) -> str:
     return f"{TABLE_1[fusion][0]} {'frozen' if frozen else 'fine-tuned'}"
 
 
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Fig. 4: confusion counts (4, 4) as shares of the true class, the row; 0 in an empty row."""
+    return counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+
+
 def describe(result: dict) -> str:
     """WA and UA of one run beside chance, and its confusion matrix (Fig. 4), as text."""
     counts = np.array(result["confusion"])
     size = counts.sum(axis=1)
-    share = counts / size[:, None].clip(min=1)
     lines = [
         f"{result['corpus']}: WA {result['wa']:.2%}  UA {result['ua']:.2%}  on {result['n_test']} "
         f"test utterances of Session{result['fold']}, after {result['epochs']} epochs"
@@ -288,7 +292,7 @@ def describe(result: dict) -> str:
         f"{result['corpus']}, share of each true class (row) taken for (column):",
         "        " + "".join(f"{c:>7}" for c in CLASSES),
     ]
-    for c, row, n in zip(CLASSES, share, size):
+    for c, row, n in zip(CLASSES, shares(counts), size):
         lines.append(f"    {c:4}" + "".join(f"{x:7.2f}" for x in row) + f"   of {n}")
     return "\n".join(lines)
 
@@ -562,8 +566,7 @@ def draw_confusions(runs: list[Run], path: Path) -> None:
     fig = figure(1.7 * columns, 1.75 * rows + 0.25, shown[0].title)
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax, letter, run in zip(axes, "abcdefghijkl", shown):
-        counts = np.array(run.result["confusion"])
-        share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+        share = shares(np.array(run.result["confusion"]))
         ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (i, j), value in np.ndenumerate(share):
             ax.text(j, i, f"{value:.2f}", ha="center", va="center",
@@ -620,6 +623,11 @@ def draw_curves(runs: list[Run], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------
 # An utterance of your own
 # ------------------------------------------------------------------------------------------------
+
+
+def turns(words: str | Sequence[str]) -> list[str]:
+    """The turns before or after an utterance; a single string is one turn, not its letters."""
+    return [words] if isinstance(words, str) else list(words)
 
 
 class Recognizer:
@@ -683,7 +691,7 @@ class Recognizer:
             if text is None:
                 raise RunError(f"{self.run.folder}: this system reads; give it --text WORDS")
             half = self.config.n_context // 2
-            before, after = ([t] if isinstance(t, str) else list(t) for t in (before, after))
+            before, after = turns(before), turns(after)
             before, after = before[max(0, len(before) - half) :], after[:half]
             edges = [-1] * (half - len(before)), [-1] * (half - len(after))  # [A6]
             texts = [*before, text, *after]
@@ -706,7 +714,7 @@ class Recognizer:
             toy: Note: --after has 0 of the 4 turns that the model reads; it takes the rest ...
         """
         p = self.recognize(wav, text, before, after)
-        before, after = ([t] if isinstance(t, str) else list(t) for t in (before, after))
+        before, after = turns(before), turns(after)
         first, *rest = sorted(p, key=p.get, reverse=True)
         lines = [f"{first} {p[first]:.1%}, then {', '.join(f'{c} {p[c]:.1%}' for c in rest)}"]
         # How sure: not the model's own word for it, but how often it was right when it said so.
@@ -745,13 +753,13 @@ class Recognizer:
                     f"Note: --text has {tokens} tokens; the model reads the first "
                     f"{reader.max_tokens}."
                 )
-            for name, turns in (("before", before), ("after", after)):
-                if len(turns) < half:
+            for name, given in (("before", before), ("after", after)):
+                if len(given) < half:
                     lines.append(
-                        f"Note: --{name} has {len(turns)} of the {half} turns that the model reads;"
+                        f"Note: --{name} has {len(given)} of the {half} turns that the model reads;"
                         f" it takes the rest for the edge of the dialogue."
                     )
-                elif len(turns) > half:
+                elif len(given) > half:
                     lines.append(
                         f"Note: of --{name} the model reads the {half} nearest turns."
                         if half else f"Note: this system reads no context; --{name} is not used."
@@ -768,9 +776,7 @@ class Recognizer:
         """The S&E gates of Fig. 2 by modality: audio (1, L), text (U, L), a row a context text."""
         gates = {}
         for m, (states, mask, *_) in batch.items():
-            extractor = self.model.extractor[m]
-            se = getattr(extractor, "utterance", extractor).se
-            gates[m] = se.gates(states.float(), mask)
+            gates[m] = self.model.extractor[m].se.gates(states.float(), mask)
         return gates
 
     @torch.no_grad()
@@ -813,10 +819,9 @@ def draw_attention(
     weights = recognizer.attention(batch)
     x = clip(load_wav(wav))
     seconds = len(x) / SAMPLE_RATE
-    tokenizer = recognizer.upstreams["text"].preprocessor
-    tokens = tokenizer.convert_ids_to_tokens(
-        tokenizer(text, truncation=True, max_length=512)["input_ids"]
-    )
+    reader = recognizer.upstreams["text"]
+    read = reader.preprocessor(text, truncation=True, max_length=reader.max_tokens)
+    tokens = reader.preprocessor.convert_ids_to_tokens(read["input_ids"])
     n = next(w.shape["audio-to-text" != k] for k, w in weights.items())  # positions of X_T
     # X_T is as long as the longest text of the context: further positions hold only neighbours.
     tokens = [*tokens, *["(context)"] * (n - len(tokens))][:n]
@@ -901,10 +906,10 @@ def main(arguments: list[str] | None = None) -> None:
                 draw.append((draw_curves, same, f"curves-{number:02}"))
             args.pictures.mkdir(parents=True, exist_ok=True)
             for function, some, name in draw:
+                path = args.pictures / f"{stem[:80]}-{name}.png"
                 try:
-                    function(some, args.pictures / f"{stem[:80]}-{name}.png")
-                    drawn = args.pictures / f"{stem[:80]}-{name}.png"
-                    print(f"drawn: {drawn}", file=sys.stderr)
+                    function(some, path)
+                    print(f"drawn: {path}", file=sys.stderr)
                 except RunError as error:
                     left_out.append(str(error))
     if left_out:

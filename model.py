@@ -259,6 +259,11 @@ class TextFeatureExtractor(nn.Module):
         self.utterance = FeatureExtractor(config.text_layers, config.text_dim, config)
         self.context = ContextConv(config.n_context, config.text_mask)
 
+    @property
+    def se(self) -> SqueezeExcitation:
+        """Where the acoustic extractor has its own: whoever looks at gates need not ask which."""
+        return self.utterance.se
+
     def forward(
         self, states: Tensor, mask: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -737,8 +742,8 @@ def trace() -> None:
     show("& Norm", "X_A = (W s - mean) / sd (divide by 3, not 2)", features["audio"][0])
     show("Fig. 2b", "BERT's states, (C, T, L, D); one token is padding", x_t[0])
     each, _ = net.extractor["text"].utterance(x_t[0], mask_t[0])
-    se = net.extractor["text"].utterance.se
-    show("", "gates of the three texts, as above", se.gates(x_t[0], mask_t[0]))
+    gates = net.extractor["text"].se.gates(x_t[0], mask_t[0])
+    show("", "gates of the three texts, as above", gates)
     show("", "each text through S&E, Project & Norm", each * mask_t[0, ..., None])
     show("Conv2D", "X_T = before / 2 + target + after / 2", features["text"][0])
     show("", "real: where any of the three has a token [A5]", mask["text"][0])

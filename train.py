@@ -233,10 +233,9 @@ def print_epoch(corpus: str, run: "Training") -> None:
         f"{age:15} {e['seconds']:.1f} s"
     )
     for m, extractor in run.model.extractor.items():
-        se = getattr(extractor, "utterance", extractor).se
-        if not se.fired:
+        if not extractor.se.fired:
             print(f"warning: the S&E unit of the {m} features is dead: its gates stand still")
-        se.fired = False
+        extractor.se.fired = False
 
 
 def select(run: "Training", dev: dict, test_rows: Tensor) -> None:
@@ -401,16 +400,21 @@ def resume(run: Training, folder: Path) -> None:
     Systems 2k - 1 (frozen) and 2k (fine-tuned) are the same run until the trigger first fires; who
     gets there first leaves `trigger.pt` for the other, whose result is what it would be alone.
     """
-    if (folder / "checkpoint.pt").exists():
-        load_into(run, folder / "checkpoint.pt", run.settings)
+    path = folder / "checkpoint.pt"
+    if path.exists():
+        state = evaluate.load_checkpoint(path)
+        if state.get("settings") != run.settings:
+            raise RunError(f"{path}: not a checkpoint of this run (other settings); delete it")
+        load_into(run, state, path)
         print(f"goes on after epoch {len(run.log)}")
         return
     frozen = run.settings["frozen"]
     twin = folder.parent.with_name(run_name(run.settings["fusion"], not frozen)) / folder.name
-    if (twin / "trigger.pt").exists():
-        settings = {**run.settings, "frozen": not frozen}
-        if evaluate.load_checkpoint(twin / "trigger.pt").get("settings") == settings:
-            load_into(run, twin / "trigger.pt", settings)
+    path = twin / "trigger.pt"
+    if path.exists():
+        state = evaluate.load_checkpoint(path)
+        if state.get("settings") == {**run.settings, "frozen": not frozen}:
+            load_into(run, state, path)
             run.patience.since_best = FINETUNE_AFTER
             print(f"the {len(run.log)} epochs to the trigger are those of {twin.parent.name}")
             if not frozen:
@@ -418,12 +422,9 @@ def resume(run: Training, folder: Path) -> None:
                 run.start_finetuning()
 
 
-def load_into(run: Training, path: Path, settings: dict) -> None:
-    """Load a checkpoint into the run. RunError where it is damaged, or of other settings."""
-    state = evaluate.load_checkpoint(path)
+def load_into(run: Training, state: dict, path: Path) -> None:
+    """The state read from `path`, into the run; RunError where it does not fit."""
     try:
-        if state["settings"] != settings:
-            raise ValueError("other settings")
         run.load_state(state)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
@@ -671,6 +672,7 @@ def main(arguments: list[str] | None = None) -> None:
             data.split(corpus, fold, seed)  # raises before hours of caching, not after
         modalities = sorted({m for fusion, *_ in runs for m in Config(fusion).modalities})
         material = prepare(args, name, corpus, modalities, device)
+    utterances = data.digest([[u.id, u.emotion, u.text] for u in corpus])
     for fusion, frozen, fold, seed in runs:
         used = {m: material.upstreams[m] for m in Config(fusion).modalities}
         config = Config(
@@ -683,7 +685,7 @@ def main(arguments: list[str] | None = None) -> None:
             "corpus": material.name, "frozen": frozen, "fold": fold, "seed": seed,
             **asdict(config), "reset_patience": args.reset_patience, "select": args.select,
             "precision": args.precision, "wavlm": args.wavlm, "bert": args.bert,
-            "utterances": data.digest([[u.id, u.emotion, u.text] for u in material.corpus]),
+            "utterances": utterances,
             "upstreams": {m: material.identity[m] for m in used},
         }  # fmt: skip
         told = {

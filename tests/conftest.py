@@ -36,6 +36,12 @@ def write_wav(path, samples, rate=16000):
     path.write_bytes(header + b"data" + struct.pack("<I", len(pcm)) + pcm)
 
 
+def change(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
 def write_dialog(root, dialog, turns, rate=16000, with_wavs=True):
     """turns: (suffix, start, end, emotion, words), written in the order in which they come."""
     session = root / f"Session{dialog[4]}"

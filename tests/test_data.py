@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data
-from conftest import ROOT, write_dialog, write_wav
+from conftest import ROOT, change, write_dialog, write_wav
 from data import CorpusError
 
 
@@ -98,79 +98,6 @@ def test_lines_and_files_that_are_no_utterances_are_passed_over(tmp_path):
     (words.parent / "._Ses05F_impro03.txt").write_bytes(b"\xff\xfe")
     (u,) = data.read_iemocap(tmp_path)
     assert u.text == "words [LAUGHTER] here"
-
-
-def change(path, old, new):
-    content = path.read_bytes()
-    assert old in content
-    path.write_bytes(content.replace(old, new))
-
-
-BAD = {  # what is done to a good dialogue -> what the error must say
-    "unknown emotion": (
-        lambda lab, wor, wav: change(lab, b"\tneu\t", b"\tjoy\t"),
-        "unknown emotion 'joy'",
-    ),
-    "end before start": (
-        lambda lab, wor, wav: change(lab, b"[0.0000 - 1.0", b"[2.0000 - 1.0"),
-        "ends at 1.0 s",
-    ),
-    "no words": (
-        lambda lab, wor, wav: change(wor, b"impro01_F000", b"impro01_F009"),
-        "has no words",
-    ),
-    "no label": (
-        lambda lab, wor, wav: change(lab, b"impro01_F000", b"impro01_F009"),
-        "but no label",
-    ),
-    "words twice": (lambda lab, wor, wav: wor.write_bytes(wor.read_bytes() * 2), "second time"),
-    "label twice": (lambda lab, wor, wav: lab.write_bytes(lab.read_bytes() * 2), "second time"),
-    "half a label": (
-        lambda lab, wor, wav: change(lab, b"\tneu\t[2.5000, 2.5000, 2.5000]", b"\tne"),
-        "expected",
-    ),
-    "half the words": (
-        lambda lab, wor, wav: wor.write_text("Ses01F_impro01_F000 [000.00"),
-        "expected 'ID",
-    ),
-    "other dialog": (
-        lambda lab, wor, wav: change(lab, b"impro01_F000", b"impro02_F000"),
-        "not an utterance of",
-    ),
-    "other times": (lambda lab, wor, wav: change(wor, b"001.0000]", b"001.5000]"), "other times"),
-    "no transcript": (lambda lab, wor, wav: wor.unlink(), "missing"),
-    "no label file": (lambda lab, wor, wav: lab.unlink(), "holds no label file"),
-    "binary": (lambda lab, wor, wav: lab.write_bytes(b"\xff\xfe\x00["), "cannot be read as UTF-8"),
-    "no wav": (lambda lab, wor, wav: wav.unlink(), "missing"),
-    "empty wav": (lambda lab, wor, wav: wav.write_bytes(b""), "not usable as a WAV"),
-    "no samples": (lambda lab, wor, wav: write_wav(wav, []), "no samples"),
-    "cut wav": (
-        lambda lab, wor, wav: wav.write_bytes(wav.read_bytes()[:5000]),
-        "shorter than its header",
-    ),
-    "short wav": (
-        lambda lab, wor, wav: write_wav(wav, [0.1] * 8000),
-        "0.50 s long, 1.00 s by its label",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_named_with_what_is_wrong(case, tmp_path):
-    session = write_dialog(
-        tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm"), ("M000", 2, 3, "sad", "so")]
-    )
-    harm, message = BAD[case]
-    files = (
-        session / "dialog" / "EmoEvaluation" / "Ses01F_impro01.txt",
-        session / "dialog" / "transcriptions" / "Ses01F_impro01.txt",
-        session / "sentences" / "wav" / "Ses01F_impro01" / "Ses01F_impro01_F000.wav",
-    )
-    harm(*files)
-    with pytest.raises(CorpusError) as error:
-        data.read_iemocap(tmp_path)
-    assert message in str(error.value)
-    assert str(tmp_path / "Session1") in str(error.value)  # the file, or the folder that lacks it
 
 
 def test_a_dialog_in_another_sessions_folder_is_said(tmp_path):

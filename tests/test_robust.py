@@ -19,7 +19,7 @@ import torch
 import data
 import evaluate
 import train
-from conftest import ROOT, write_dialog, write_wav
+from conftest import ROOT, change, write_dialog, write_wav
 from data import CorpusError
 from evaluate import RunError
 
@@ -50,6 +50,51 @@ def loop(path):
 
 FINE = None
 CORPUS = {  # what is done to the label file, the transcript, the wav -> what the error must say
+    "unknown emotion": (
+        lambda lab, wor, wav: change(lab, b"\tneu\t", b"\tjoy\t"),
+        "unknown emotion 'joy'",
+    ),
+    "end before start": (
+        lambda lab, wor, wav: change(lab, b"[0.0000 - 1.0", b"[2.0000 - 1.0"),
+        "ends at 1.0 s",
+    ),
+    "no words": (
+        lambda lab, wor, wav: change(wor, b"impro01_F000", b"impro01_F009"),
+        "has no words",
+    ),
+    "no label": (
+        lambda lab, wor, wav: change(lab, b"impro01_F000", b"impro01_F009"),
+        "but no label",
+    ),
+    "words twice": (lambda lab, wor, wav: wor.write_bytes(wor.read_bytes() * 2), "second time"),
+    "label twice": (lambda lab, wor, wav: lab.write_bytes(lab.read_bytes() * 2), "second time"),
+    "half a label": (
+        lambda lab, wor, wav: change(lab, b"\tneu\t[2.5000, 2.5000, 2.5000]", b"\tne"),
+        "expected",
+    ),
+    "half the words": (
+        lambda lab, wor, wav: wor.write_text("Ses01F_impro01_F000 [000.00"),
+        "expected 'ID",
+    ),
+    "other dialog": (
+        lambda lab, wor, wav: change(lab, b"impro01_F000", b"impro02_F000"),
+        "not an utterance of",
+    ),
+    "other times": (lambda lab, wor, wav: change(wor, b"001.0000]", b"001.5000]"), "other times"),
+    "no transcript": (lambda lab, wor, wav: wor.unlink(), "missing"),
+    "no label file": (lambda lab, wor, wav: lab.unlink(), "holds no label file"),
+    "binary": (lambda lab, wor, wav: lab.write_bytes(b"\xff\xfe\x00["), "cannot be read as UTF-8"),
+    "no wav": (lambda lab, wor, wav: wav.unlink(), "missing"),
+    "empty wav": (lambda lab, wor, wav: wav.write_bytes(b""), "not usable as a WAV"),
+    "no samples": (lambda lab, wor, wav: write_wav(wav, []), "no samples"),
+    "cut wav": (
+        lambda lab, wor, wav: wav.write_bytes(wav.read_bytes()[:5000]),
+        "shorter than its header",
+    ),
+    "short wav": (
+        lambda lab, wor, wav: write_wav(wav, [0.1] * 8000),
+        "0.50 s long, 1.00 s by its label",
+    ),
     "8 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=8)), "8 bits; convert"),
     "24 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=24)), "24 bits; convert"),
     "32 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=32)), "32 bits; convert"),
@@ -112,7 +157,8 @@ def test_a_bad_corpus_is_an_error_or_a_known_treatment(case, dialog, tmp_path, t
     if message is not FINE:
         with pytest.raises(CorpusError) as error:
             data.read_iemocap(tmp_path)
-        assert message in str(error.value) and str(tmp_path) in str(error.value)
+        assert message in str(error.value)
+        assert str(tmp_path / "Session1") in str(error.value)  # the file, or the folder without it
         return
     corpus = data.read_iemocap(tmp_path)
     assert [(u.id[-4:], u.emotion) for u in corpus] == [("F000", "neu"), ("M000", "sad")]
