@@ -265,20 +265,19 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
     """
     if not corpus:
         return []
-    four = [u for u in corpus if u.label is not None]
-    expected: dict[str, dict] = {"labels": EMOTIONS}
-    found = {"labels": Counter(u.emotion for u in corpus)}
-    for s, row in SESSIONS.items():
-        columns = ("utterances", "ang", "hap", "exc", "sad", "neu", "improvised", "scripted")
-        here = [u for u in four if u.session == s]
-        expected[f"session {s}"] = dict(zip(columns, row))
-        found[f"session {s}"] = Counter(u.emotion for u in here)
-        found[f"session {s}"]["utterances"] = sum(u.session == s for u in corpus)
-        found[f"session {s}"]["improvised"] = sum(improvised(u) for u in here)
-        found[f"session {s}"]["scripted"] = sum(not improvised(u) for u in here)
-    for s, row in SPEAKERS.items():
-        expected[f"speaker {s}"] = dict(zip(("ang", "hap", "sad", "neu"), row))
-        found[f"speaker {s}"] = Counter(CLASSES[u.label] for u in four if u.speaker == s)
+    columns = ("utterances", "ang", "hap", "exc", "sad", "neu", "improvised", "scripted")
+    expected = {"labels": EMOTIONS}
+    expected |= {f"session {s}": dict(zip(columns, row)) for s, row in SESSIONS.items()}
+    columns = ("ang", "hap", "sad", "neu")
+    expected |= {f"speaker {s}": dict(zip(columns, row)) for s, row in SPEAKERS.items()}
+    found: Counter = Counter()  # as in ("session 3", "exc"): 151
+    for u in corpus:
+        found["labels", u.emotion] += 1
+        found[f"session {u.session}", "utterances"] += 1
+        if u.label is not None:
+            found[f"session {u.session}", u.emotion] += 1
+            found[f"session {u.session}", "improvised" if improvised(u) else "scripted"] += 1
+            found[f"speaker {u.speaker}", CLASSES[u.label]] += 1
     problems = []
     dialogs = {name for session in SESSIONS for name in dialog_names(session)}
     here = {u.dialog for u in corpus}
@@ -286,12 +285,8 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
         if names:
             some = " ".join(sorted(names)[:10]) + (" ..." if len(names) > 10 else "")
             problems.append(f"full release: {len(names)} dialogs {what}: {some}")
-    for row in expected:
-        wrong = [
-            f"{key} {found[row][key]} (not {n})"
-            for key, n in expected[row].items()
-            if found[row][key] != n
-        ]
+    for row, cells in expected.items():
+        wrong = [f"{c} {found[row, c]} (not {n})" for c, n in cells.items() if found[row, c] != n]
         if wrong:
             problems.append(f"full release: {row}: {', '.join(wrong)}")
     return problems

@@ -18,7 +18,7 @@ import statistics
 import sys
 import textwrap
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,9 +123,8 @@ def write_predictions(
     rows.writerow(COLUMNS)
     for u, p, seen in zip(utterances, log_probs.exp().tolist(), seen_text):
         guess = CLASSES[p.index(max(p))]
-        rows.writerow(
-            [u.id, u.speaker, CLASSES[u.label], guess, *(f"{x:.6f}" for x in p), int(seen)]
-        )
+        numbers = [f"{x:.6f}" for x in p]
+        rows.writerow([u.id, u.speaker, CLASSES[u.label], guess, *numbers, int(seen)])
     replace(path, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -141,7 +140,7 @@ class Run:
     truth: np.ndarray  # (N,) indices into CLASSES
     guess: np.ndarray  # (N,)
     certainty: np.ndarray  # (N,) the probability of the guess
-    seen_text: np.ndarray | None  # (N,) bool
+    seen_text: np.ndarray | None  # (N,) bool; None where the file has no such column
 
     def __post_init__(self):
         self.system = system_number(self.result["fusion"], self.result["frozen"])
@@ -158,45 +157,37 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{folder}: not a run; name a folder that ends like mmt-frozen/fold5-seed0")
     if not (folder / "result.json").exists():
         raise RunError(f"{folder}: no result.json; the same train.py command goes on with this run")
-    path = folder
+    path = folder / "config.json"  # what is being read, for the error below
     try:
-        path = folder / "config.json"
         settings = json.loads(path.read_text())
-        flips = [
-            f"{k} {settings.get(k, v)}" for k, v in SWITCHES.items() if settings.get(k, v) != v
-        ]
         path = folder / "result.json"
         result = json.loads(path.read_text())
-        if result.get("select") == "test":
-            flips = [f for f in flips if not f.startswith("select")] + ["SELECTED ON TEST"]
-        counts = np.array(result["confusion"])
+        kinds = {"corpus": str, "fusion": str, "frozen": bool, "fold": int, "seed": int}
+        for key, kind in kinds.items():
+            assert isinstance(result[key], kind), f"{key} is {result[key]!r}"
         assert result["fusion"] in FUSIONS, f"unknown fusion {result['fusion']!r}"
-        assert isinstance(result["corpus"], str), "corpus is no string"
-        assert isinstance(result["frozen"], bool), "frozen is neither true nor false"
-        assert isinstance(result["fold"], int) and isinstance(result["seed"], int), (
-            "no fold or seed"
-        )
         describe(result)  # all that it prints must be there
+        settings["select"] = result.get("select", "last")
+        flips = [f"{k} {settings[k]}" for k, v in SWITCHES.items() if settings.get(k, v) != v]
+        title = ", ".join([result["corpus"], *flips]).replace("select test", "SELECTED ON TEST")
+
         path = folder / "predictions.csv"
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         ids = [row["utterance"] for row in rows]
+        speakers = np.array([row["speaker"] for row in rows])
         truth = np.array([CLASSES.index(row["label"]) for row in rows])
         guess = np.array([CLASSES.index(row["prediction"]) for row in rows])
         certainty = np.array([float(row[row["prediction"]]) for row in rows])
+        seen = [row.get("seen_text") for row in rows]
+        seen = None if None in seen else np.array(seen) == "1"
         assert len(set(ids)) == len(ids), "an utterance stands there twice"
-        assert (confusion_matrix(truth, guess) == counts).all(), (
-            "it is not what result.json counted"
-        )
+        same = confusion_matrix(truth, guess) == np.array(result["confusion"])
+        assert same.all(), "it is not what result.json counted"
         for name, metric in (("wa", weighted_accuracy), ("ua", unweighted_accuracy)):
             wrong = abs(metric(truth, guess) - result[name]) > 1e-6
             assert not wrong, f"{name} in result.json is not that of these predictions"
-        seen = [row["seen_text"] == "1" for row in rows] if "seen_text" in rows[0] else None
-        return Run(
-            folder, ", ".join([result["corpus"], *flips]), result, ids,
-            np.array([row["speaker"] for row in rows]), truth, guess, certainty,
-            None if seen is None else np.array(seen),
-        )  # fmt: skip
+        return Run(folder, title, result, ids, speakers, truth, guess, certainty, seen)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, csv.Error,
             AssertionError) as error:  # fmt: skip
         reason = str(error) if isinstance(error, (AssertionError, OSError)) else repr(error)
@@ -239,24 +230,33 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
 # Reports (§3.3, §4)
 # ------------------------------------------------------------------------------------------------
 
-# Table 1: WA, UA of the frozen and of the fine-tuned system, in %, 5-fold means on IEMOCAP.
+# Table 1, row by row: WA and UA in %, 5-fold means on IEMOCAP.
 # PAPER-ERROR [E5]: "fine-tuned systems generally outperform": not UA of Sys. 10 and 16.
 # PAPER-ERROR [E6]: MMT "is best among other systems": by WA; by UA Sys. 15 (LF, frozen) is.
 # PAPER-ERROR [E7]: "CMT (T->A) slightly improves over the textual": not UA of Sys. 12 against 6.
 # PAPER-ERROR [E8]: Sys. 18 "surpasses the accuracy of every emotion class" of 8: angry ties at .85.
 TABLE_1 = {
-    "audio-fc": ("WavLM+FC", "A", 66.15, 65.35, 66.70, 66.71),
-    "audio-te": ("WavLM+TE", "A", 63.51, 64.67, 67.99, 68.24),
-    "text-fc": ("BERT+FC", "T", 74.33, 76.57, 77.67, 78.76),
-    "text-te": ("BERT+TE", "T", 74.55, 76.41, 76.09, 76.57),
-    "cmt-a2t": ("CMT(A→T)", "A+T", 67.76, 69.37, 68.07, 67.93),
-    "cmt-t2a": ("CMT(T→A)", "A+T", 74.98, 76.85, 77.75, 78.60),
-    "ef": ("EF", "A+T", 77.61, 77.85, 79.80, 80.65),
-    "lf": ("LF", "A+T", 79.91, 81.88, 79.91, 81.15),
-    "mmt": ("MMT", "A+T", 78.58, 80.72, 80.36, 81.70),
+    1: ("WavLM+FC frozen", "A", 66.15, 65.35),
+    2: ("WavLM+FC fine-tuned", "A", 66.70, 66.71),
+    3: ("WavLM+TE frozen", "A", 63.51, 64.67),
+    4: ("WavLM+TE fine-tuned", "A", 67.99, 68.24),
+    5: ("BERT+FC frozen", "T", 74.33, 76.57),
+    6: ("BERT+FC fine-tuned", "T", 77.67, 78.76),
+    7: ("BERT+TE frozen", "T", 74.55, 76.41),
+    8: ("BERT+TE fine-tuned", "T", 76.09, 76.57),
+    9: ("CMT(A→T) frozen", "A+T", 67.76, 69.37),
+    10: ("CMT(A→T) fine-tuned", "A+T", 68.07, 67.93),
+    11: ("CMT(T→A) frozen", "A+T", 74.98, 76.85),
+    12: ("CMT(T→A) fine-tuned", "A+T", 77.75, 78.60),
+    13: ("EF frozen", "A+T", 77.61, 77.85),
+    14: ("EF fine-tuned", "A+T", 79.80, 80.65),
+    15: ("LF frozen", "A+T", 79.91, 81.88),
+    16: ("LF fine-tuned", "A+T", 79.91, 81.15),
+    17: ("MMT frozen", "A+T", 78.58, 80.72),
+    18: ("MMT fine-tuned", "A+T", 80.36, 81.70),
 }
 # Table 2, Session 5: WA, UA. PAPER-ERROR [E2]: §5 prints 84.35, the abstract and Table 2 84.45.
-TABLE_2 = {True: (78.32, 80.56), False: (84.45, 84.39)}  # frozen, fine-tuned
+TABLE_2 = {17: (78.32, 80.56), 18: (84.45, 84.39)}
 
 SWITCHES = {  # of train.py, with the defaults that the paper's systems have
     "n_context": 9, "dropout": 0.5, "condense": "sum", "text_mask": "union",
@@ -268,10 +268,6 @@ SWITCHES = {  # of train.py, with the defaults that the paper's systems have
 def system_number(fusion: str, frozen: bool) -> int:
     """Table 1's number: 1 to 18, odd = frozen, even = fine-tuned."""
     return 2 * list(FUSIONS).index(fusion) + (1 if frozen else 2)
-
-
-def system_name(fusion: str, frozen: bool) -> str:
-    return f"{TABLE_1[fusion][0]} {'frozen' if frozen else 'fine-tuned'}"
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
@@ -348,32 +344,27 @@ def table_1(runs: list[Run]) -> Table:
     folds: how much luck there is in initial weights, order and development speaker. Folds that a
     seed misses are named: a mean over other folds than the paper's is not comparable with it.
     """
-    sessions = {r.result["fold"] for r in runs}
+    sessions = {r.fold for r in runs}
     if "partial" not in runs[0].result["corpus"]:  # a partial corpus has the sessions that it has
         sessions |= {1, 2, 3, 4, 5}
     rows = []
-    for fusion, (_, modality, *paper) in TABLE_1.items():
-        for frozen in (True, False):
-            number = system_number(fusion, frozen)
-            mine = [r.result for r in runs if r.system == number]
-            if not mine:
-                continue
-            row = [str(number), system_name(fusion, frozen), modality]
-            row.append(str(len(mine)))
-            for metric, published in zip(("wa", "ua"), paper[:2] if frozen else paper[2:]):
-                folds, seeds = grouped(mine, "fold", metric), grouped(mine, "seed", metric)
-                over_seeds = f" ± {mean_sd(seeds).split()[-1]}" if len(seeds) > 1 else ""
-                difference = statistics.fmean(folds) - published / 100
-                row += [mean_sd(folds) + over_seeds, f"{published:.2f}", percent(difference, "+")]
-            gaps = []
-            for seed in sorted({r["seed"] for r in mine}):
-                missing = sessions - {r["fold"] for r in mine if r["seed"] == seed}
-                if missing:
-                    gaps.append(f"seed {seed} misses folds {' '.join(map(str, sorted(missing)))}")
-            rows.append([*row, "; ".join(gaps)])
+    for number, (name, modality, *published) in TABLE_1.items():
+        mine = [r.result for r in runs if r.system == number]
+        if not mine:
+            continue
+        row = [str(number), name, modality, str(len(mine))]
+        for metric, p in zip(("wa", "ua"), published):
+            seeds = grouped(mine, "seed", metric)
+            over_seeds = f" ± {mean_sd(seeds).split()[-1]}" if len(seeds) > 1 else ""
+            row += beside(grouped(mine, "fold", metric), p, over_seeds)
+        gaps = []
+        for seed in sorted({r["seed"] for r in mine}):
+            missing = sessions - {r["fold"] for r in mine if r["seed"] == seed}
+            if missing:
+                gaps.append(f"seed {seed} misses folds {' '.join(map(str, sorted(missing)))}")
+        rows.append([*row, "; ".join(gaps)])
     header = ["Sys.", "Model", "", "runs", "WA", "paper", "diff", "UA", "paper", "diff", ""]
-    title = f"Table 1 with {runs[0].title}, in % (paper: IEMOCAP)"
-    return Table(title, header, rows)
+    return Table(f"Table 1 with {runs[0].title}, in % (paper: IEMOCAP)", header, rows)
 
 
 def grouped(results: list[dict], key: str, metric: str) -> list[float]:
@@ -382,18 +373,21 @@ def grouped(results: list[dict], key: str, metric: str) -> list[float]:
     return [statistics.fmean(r[metric] for r in results if r[key] == v) for v in values]
 
 
+def beside(values: Sequence[float], published: float, more: str = "") -> list[str]:
+    """Three cells in %: ours (with `more` behind it), the paper's, the difference."""
+    difference = statistics.fmean(values) - published / 100
+    return [mean_sd(values) + more, f"{published:.2f}", percent(difference, "+")]
+
+
 def table_2(runs: list[Run]) -> Table:
     """Table 2's own rows on Session 5. The paper does not name their system: we take MMT."""
     rows = []
-    for frozen, published in TABLE_2.items():
-        number = system_number("mmt", frozen)
+    for number, published in TABLE_2.items():
         mine = [r.result for r in runs if (r.system, r.fold) == (number, 5)]
         if mine:
-            row = [str(number), system_name("mmt", frozen), str(len(mine))]
+            row = [str(number), TABLE_1[number][0], str(len(mine))]
             for metric, p in zip(("wa", "ua"), published):
-                values = [r[metric] for r in mine]
-                difference = statistics.fmean(values) - p / 100
-                row += [mean_sd(values), f"{p:.2f}", percent(difference, "+")]
+                row += beside([r[metric] for r in mine], p)
             rows.append(row)
     header = ["Sys.", "Model", "runs", "WA", "paper", "diff", "UA", "paper", "diff"]
     return Table(f"Table 2 with {runs[0].title}, Session 5, in % (paper: IEMOCAP)", header, rows)
@@ -585,8 +579,8 @@ def draw_confusions(runs: list[Run], path: Path) -> None:
 
 def draw_curves(runs: list[Run], path: Path) -> None:
     """Loss and development UA of one system over the epochs, a colour a run; trigger and stop."""
-    name = system_name(runs[0].result["fusion"], runs[0].result["frozen"])
-    fig = figure(3.4, 3.2, f"{runs[0].title}: Sys. {runs[0].system}, {name}")
+    number = runs[0].system
+    fig = figure(3.4, 3.2, f"{runs[0].title}: Sys. {number}, {TABLE_1[number][0]}")
     loss, ua = fig.subplots(2, 1, sharex=True)
     for k, run in enumerate(runs):
         path_of_log = run.folder / "log.jsonl"
@@ -671,12 +665,9 @@ class Recognizer:
 
     @torch.no_grad()
     def batch(
-        self,
-        wav: str | Path | None = None,
-        text: str | None = None,
-        before: Sequence[str] = (),
-        after: Sequence[str] = (),
-    ) -> dict[str, tuple]:
+        self, wav: str | Path | None = None, text: str | None = None,
+        before: Sequence[str] = (), after: Sequence[str] = (),
+    ) -> dict[str, tuple]:  # fmt: skip
         """The model's keyword arguments for one utterance, a batch of 1.
 
         wav: a file as load_wav reads it; text: its words; before, after: the words of the turns
@@ -714,62 +705,64 @@ class Recognizer:
             toy: Note: --after has 0 of the 4 turns that the model reads; it takes the rest ...
         """
         p = self.recognize(wav, text, before, after)
-        before, after = turns(before), turns(after)
         first, *rest = sorted(p, key=p.get, reverse=True)
-        lines = [f"{first} {p[first]:.1%}, then {', '.join(f'{c} {p[c]:.1%}' for c in rest)}"]
-        # How sure: not the model's own word for it, but how often it was right when it said so.
+        lines = [
+            f"{first} {p[first]:.1%}, then {', '.join(f'{c} {p[c]:.1%}' for c in rest)}",
+            self.how_sure(p[first]),
+            *self.notes(wav, text, turns(before), turns(after)),
+        ]
+        return "\n".join(f"{self.run.result['corpus']}: {line}" for line in lines)
+
+    def how_sure(self, certainty: float) -> str:
+        """Not the model's own word for it, but how often it was right when it said so."""
         run, session = self.run, f"Session{self.run.fold}"
-        distance = np.abs(run.certainty - p[first])
+        distance = np.abs(run.certainty - certainty)  # (N,), of the test utterances
         alike = distance.argsort(kind="stable")[:50]
         alike = alike[distance[alike] < 0.1]
-        if len(alike):
-            low, high = run.certainty[alike].min(), run.certainty[alike].max()
-            right = np.mean(run.truth[alike] == run.guess[alike])
-            lines.append(
-                f"How sure: of the {len(alike)} test utterances of {session} on which it was about "
-                f"as sure ({low:.0%} to {high:.0%}), it was right on {right:.0%}."
-            )
-        else:
-            lines.append(f"How sure: on no test utterance of {session} was it about as sure.")
+        if not len(alike):
+            return f"How sure: on no test utterance of {session} was it about as sure."
+        low, high = run.certainty[alike].min(), run.certainty[alike].max()
+        right = np.mean(run.truth[alike] == run.guess[alike])
+        return (
+            f"How sure: of the {len(alike)} test utterances of {session} on which it was about "
+            f"as sure ({low:.0%} to {high:.0%}), it was right on {right:.0%}."
+        )
+
+    def notes(self, wav, text, before: list[str], after: list[str]) -> Iterator[str]:
+        """What of the utterance the model did not take, and what it should have had, in words."""
         if "audio" in self.upstreams:
             whole = load_wav(wav)
             seconds, heard = len(whole) / SAMPLE_RATE, len(clip(whole)) / SAMPLE_RATE
             if seconds > CLIP_SECONDS:
-                lines.append(
+                yield (
                     f"Note: {wav} is {seconds:.1f} s long; the model hears {heard:.1f} s of it, "
                     f"from the first sound on."
                 )
         elif wav is not None:
-            lines.append(f"Note: this system only reads; it did not hear {wav}.")
-        half = self.config.n_context // 2
-        if "text" not in self.upstreams:
-            if text or before or after:
-                lines.append("Note: this system only listens; it did not read the words.")
-        else:
+            yield f"Note: this system only reads; it did not hear {wav}."
+        if "text" in self.upstreams:
             reader = self.upstreams["text"]
-            tokens = len(reader.preprocessor(text)["input_ids"])
-            if tokens > reader.max_tokens:
-                lines.append(
-                    f"Note: --text has {tokens} tokens; the model reads the first "
-                    f"{reader.max_tokens}."
-                )
+            tokens, most = len(reader.preprocessor(text)["input_ids"]), reader.max_tokens
+            if tokens > most:
+                yield f"Note: --text has {tokens} tokens; the model reads the first {most}."
+            half = self.config.n_context // 2
             for name, given in (("before", before), ("after", after)):
                 if len(given) < half:
-                    lines.append(
+                    yield (
                         f"Note: --{name} has {len(given)} of the {half} turns that the model reads;"
                         f" it takes the rest for the edge of the dialogue."
                     )
+                elif given and not half:
+                    yield f"Note: this system reads no context; --{name} is not used."
                 elif len(given) > half:
-                    lines.append(
-                        f"Note: of --{name} the model reads the {half} nearest turns."
-                        if half else f"Note: this system reads no context; --{name} is not used."
-                    )  # fmt: skip
-        if re.match(r"toy(-|$)", run.result["corpus"]):
-            lines.append(
+                    yield f"Note: of --{name} the model reads the {half} nearest turns."
+        elif text or before or after:
+            yield "Note: this system only listens; it did not read the words."
+        if re.match(r"toy(-|$)", self.run.result["corpus"]):
+            yield (
                 "Note: this model was trained on the toy corpus of tones and made-up words. "
                 "What it says of real speech means nothing."
             )
-        return "\n".join(f"{run.result['corpus']}: {line}" for line in lines)
 
     @torch.no_grad()
     def gates(self, batch: dict[str, tuple]) -> dict[str, Tensor]:
@@ -795,13 +788,13 @@ def draw_gates(recognizer: Recognizer, batch: dict[str, tuple], path: Path) -> N
     fig = figure(3.4, 1.4 * len(gates) + 0.4, f"{recognizer.run.title}: S&E gates")
     for ax, (m, values) in zip(fig.subplots(len(gates), 1, squeeze=False).flat, gates.items()):
         target = 0
-        if m == "text":
+        if m == "text":  # the row in the middle of the context
             context = batch["text"][2][0]
             target = int(context[len(context) // 2])
-            for row in range(len(values)):
-                if row != target:
-                    label = "its context" if row == (target == 0) else None
-                    ax.plot(values[row], "k:", linewidth=0.7, zorder=3, label=label)
+        others = [row for k, row in enumerate(values) if k != target]
+        for k, row in enumerate(others):
+            name = None if k else "its context"
+            ax.plot(row, "k:", linewidth=0.7, zorder=3, label=name)
         ax.plot(values[target], "o-", color="C0", linewidth=1, markersize=2.5, label="utterance")
         ax.set_title(m)
         ax.set_ylabel("gate")
@@ -826,11 +819,8 @@ def draw_attention(
     # X_T is as long as the longest text of the context: further positions hold only neighbours.
     tokens = [*tokens, *["(context)"] * (n - len(tokens))][:n]
     every = 1 + n // 30  # labels that fit
-    fig = figure(
-        3.4,
-        1.0 + len(weights) * (0.6 + 0.11 * n / every),
-        f"{recognizer.run.title}: attention of Eq. (1)",
-    )
+    height = 1.0 + len(weights) * (0.6 + 0.11 * n / every)
+    fig = figure(3.4, height, f"{recognizer.run.title}: attention of Eq. (1)")
     axes = fig.subplots(
         len(weights) + 1, 1, sharex=True, squeeze=False,
         height_ratios=[*[max(3, n / every)] * len(weights), 3],
@@ -871,49 +861,58 @@ def main(arguments: list[str] | None = None) -> None:
     own.add_argument("--after", nargs="+", action="extend", default=[], metavar="WORDS",
                      help="the turns after it")  # fmt: skip
     args = parser.parse_args(arguments)
-    own_utterance = args.wav is not None or args.text is not None
-    if own_utterance and (args.compare or args.parts or args.format != "text"):
-        parser.error("--wav, --text: without --compare, --parts and --format")
-    if (args.before or args.after) and not own_utterance:
-        parser.error("--before, --after: of which utterance? give --wav or --text with them")
-    if args.compare and (args.pictures or args.format != "text"):
-        parser.error("--compare: without --pictures and --format")
-    if args.compare and (len(set(args.compare)) < 2 or not set(args.compare) <= set(range(1, 19))):
-        parser.error(f"--compare {args.compare[0]} {args.compare[1]}: two systems of 1 to 18")
-    if own_utterance:
+    one = args.wav is not None or args.text is not None
+    pair = args.compare or (1, 2)
+    for wrong, message in (
+        (one and (args.compare or args.parts or args.format != "text"),
+         "--wav, --text: without --compare, --parts and --format"),
+        ((args.before or args.after) and not one,
+         "--before, --after: of which utterance? give --wav or --text with them"),
+        (args.compare and (args.pictures or args.format != "text"),
+         "--compare: without --pictures and --format"),
+        (pair[0] == pair[1] or not set(pair) <= set(TABLE_1),
+         f"--compare {pair[0]} {pair[1]}: two systems of 1 to 18"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(message)
+    if one:
         return recognize_one(args)
     runs, left_out = find_runs(args.runs)
     if not runs and not left_out:
         sys.exit(f"error: {args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
     for title in sorted({r.title for r in runs}):
-        here = [r for r in runs if r.title == title]
-        if args.compare:
-            try:
-                print(compare(here, *args.compare) + "\n")
-            except RunError as error:
-                left_out.append(str(error))
-            continue
-        for table in [breakdown(here)] if args.parts else [table_1(here), table_2(here)]:
-            if table.rows:
-                print(table.render(args.format) + "\n")
-        if len(here) == 1 and args.format == "text" and not args.parts:
-            print(describe(here[0].result) + "\n")
-        if args.pictures:
-            stem = "-".join(re.findall(r"\w+", title))
-            draw = [(draw_confusions, here, "confusions")]
-            for number in sorted({r.system for r in here}):
-                same = [r for r in here if r.system == number]
-                draw.append((draw_curves, same, f"curves-{number:02}"))
-            args.pictures.mkdir(parents=True, exist_ok=True)
-            for function, some, name in draw:
-                path = args.pictures / f"{stem[:80]}-{name}.png"
-                try:
-                    function(some, path)
-                    print(f"drawn: {path}", file=sys.stderr)
-                except RunError as error:
-                    left_out.append(str(error))
+        report([r for r in runs if r.title == title], args, left_out)
     if left_out:
         sys.exit("Left out:\n" + "\n".join(left_out))
+
+
+def report(runs: list[Run], args: argparse.Namespace, left_out: list[str]) -> None:
+    """Print and draw what was asked for, of runs of one title: alike but in system, fold, seed."""
+    if args.compare:
+        try:
+            print(compare(runs, *args.compare) + "\n")
+        except RunError as error:
+            left_out.append(str(error))
+        return
+    for table in [breakdown(runs)] if args.parts else [table_1(runs), table_2(runs)]:
+        if table.rows:
+            print(table.render(args.format) + "\n")
+    if len(runs) == 1 and args.format == "text" and not args.parts:
+        print(describe(runs[0].result) + "\n")
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+        stem = "-".join(re.findall(r"\w+", runs[0].title))[:80]
+        pictures = {"confusions": (draw_confusions, runs)}
+        for number in sorted({r.system for r in runs}):
+            same = [r for r in runs if r.system == number]
+            pictures[f"curves-{number:02}"] = draw_curves, same
+        for name, (draw, some) in pictures.items():
+            path = args.pictures / f"{stem}-{name}.png"
+            try:
+                draw(some, path)
+                print(f"drawn: {path}", file=sys.stderr)
+            except RunError as error:
+                left_out.append(str(error))
 
 
 def recognize_one(args: argparse.Namespace) -> None:
