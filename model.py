@@ -6,18 +6,19 @@
 Read this file with §2 of the paper and its Figures 1-3 open. It goes from the equations to the
 blocks (Fig. 2), to the fusions (Fig. 3), to the whole (Fig. 1), to the pre-trained upstreams.
 
-Symbol   here        meaning                                                  in the paper
-------   ---------   ------------------------------------------------------   ---------------
-B        B           utterances in a batch                                    32   (§3.2)
-T        T           time steps: frames of 20 ms (audio), word pieces (text)  T_s, T_t (§2.2)
-L + 1    L           states of an upstream: its input and its Transformer     25, 13 (§2.1;
-                     layers; in shapes we write L for all of them             Fig. 2: "H+1")
-H        D           width of an upstream                                     1024, 768 (§2.1)
-d        d           width after the projector                                16   (§2.1)
-C        C           utterances in the context: 4 before, target, 4 after     9    (§3.2)
-X_A      x["audio"]  acoustic features, (B, T_A, d)                           Fig. 2a
-X_T      x["text"]   textual features, (B, T_T, d)                            Fig. 2b
-s -> t   x_s, x_t    source gives keys and values, target asks the queries    Eq. (1)
+Symbol      meaning                                                      in the paper
+------      ----------------------------------------------------------   ---------------------
+B           utterances in a batch                                        32 (§3.2)
+T           time steps: T_A frames of 20 ms, T_T word pieces; of a       T_s, T_t (§2.2)
+            path of attention: T_s of its source, T_t of its target
+L           states of an upstream: the input of its first Transformer    25, 13 (§2.1; "H+1"
+            layer, then the output of each layer                         in Fig. 2)
+D           width of an upstream                                         1024, 768 (§2.1)
+d           width after the projector, here `dim`                        16 (§2.1)
+C           utterances in the context: 4 before, the target, 4 after     9 (§3.2)
+X_A, X_T    acoustic and textual features, (B, T_A, d) and (B, T_T, d)   Fig. 2a, 2b
+x_t, x_s    a path's target, which asks the queries, and its source,     X_t, X_s (§2.2),
+            which gives keys and values                                  s -> t in Eq. (1)
 
 Masks are bool, True = real, False = padding. The data flow of the main system (MMT), one batch:
 
@@ -43,10 +44,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-# Fig. 3 and Table 1 in one table. A system is a list of paths (target, source) whose pooled outputs
-# are concatenated:  source None: the features as they are;  source = target: a vanilla Transformer;
-# source != target: CMT (source -> target), so "cmt-a2t" is ("text", "audio"). Then "a ⊕ b" of
-# Table 1 is literally a + b. Entry k (from 0) is Sys. 2k + 1 when frozen, Sys. 2k + 2 fine-tuned.
+# Fig. 3 and Table 1 in one table. A system is a list of paths (target, source), as Eq. (1) takes
+# its arguments, whose pooled outputs are concatenated:  source None: the features as they are;
+# source = target: a vanilla Transformer;  source != target: CMT (source -> target), so "cmt-a2t" is
+# ("text", "audio"). Then "a ⊕ b" of Table 1 is literally a + b. Of the two numbers of an entry the
+# odd one is the frozen system, the even one the fine-tuned.
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
@@ -68,10 +70,10 @@ class Config:
     """
 
     fusion: str = "mmt"  # a key of FUSIONS
-    audio_layers: int = 25  # L + 1 of WavLM-Large
-    audio_dim: int = 1024  # H of WavLM-Large
-    text_layers: int = 13  # L + 1 of BERT-base
-    text_dim: int = 768  # H of BERT-base
+    audio_layers: int = 25  # L of WavLM-Large
+    audio_dim: int = 1024  # D of WavLM-Large
+    text_layers: int = 13  # L of BERT-base
+    text_dim: int = 768  # D of BERT-base
     dim: int = 16  # d, §2.1
     n_classes: int = 4  # §3.1
     n_context: int = 9  # C, §3.2; 1 = the target alone
@@ -82,14 +84,13 @@ class Config:
 
     def __post_init__(self):
         for name, known in (
-            ("fusion", tuple(FUSIONS)),
+            ("fusion", FUSIONS),
             ("condense", ("sum", "concat")),
             ("text_mask", ("union", "target")),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}: take one of {', '.join(known)}"
-                )
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: take one of {', '.join(known)}")
 
     @classmethod
     def of(cls, settings: dict) -> "Config":
@@ -111,9 +112,9 @@ class Config:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
 
-    x (B, T, D), mask (B, T) -> (B, D). Where no step is real the result is zero, never 0/0 = NaN:
-    so a context utterance that does not exist, at a dialogue's edge, can do no harm. What stands
-    in the padding may be anything, NaN included.
+    x (B, T, D) of any width D, mask (B, T) -> (B, D). Where no step is real (an utterance that a
+    dialogue's edge cut off) the result is zero, never 0/0 = NaN. What stands in the padding may be
+    anything, NaN included.
     """
     steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
@@ -127,7 +128,8 @@ def cross_modal_attention(
 
     x_t (B, T_t, d_t), x_s (B, T_s, d_s), w_q (d_t, d_k), w_k (d_s, d_k), w_v (d_s, d_v),
     mask_s (B, T_s) or None -> (out (B, T_t, d_v), weights (B, T_t, T_s)). Rows of the weights sum
-    to 1 over the real steps of the source; with no real step they, and the output, are zero.
+    to 1 over the real steps of the source; with no real step they, and the output, are zero. The
+    source's padding may hold any number, but a number: 0 * NaN is NaN.
     """
     # Eq. (1), §2.2: softmax(Q_t K_s^T / sqrt(d_k)) V_s
     q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v  # (B, T_t, d_k), (B, T_s, d_k), (B, T_s, d_v)
@@ -135,7 +137,8 @@ def cross_modal_attention(
     if mask_s is None:
         weights = scores.softmax(dim=-1)
     else:
-        # The lowest finite number, not -inf: a row of nothing but -inf has a NaN for its gradient.
+        # The lowest finite number, not -inf: the softmax of nothing but -inf is NaN. masked_fill
+        # would hide that, but torch's anomaly detection would stop there.
         padded = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
         weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(dim=-1)
         weights = weights.masked_fill(padded, 0.0)
@@ -157,8 +160,8 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
         # take the layers for S&E's channels, so the bottleneck is L / L = 1 unit. That one ReLU
-        # can be born dead, and then every gate stays at sigmoid(bias): we start it alive, with
-        # bias 1, and the training loop watches `fired`.
+        # can be born dead; then the gates are sigmoid(expand.bias), alike for every utterance. We
+        # start it alive, with reduce.bias 1, and train.print_epoch warns where it dies.
         self.reduce = nn.Linear(n_layers, 1)
         self.expand = nn.Linear(1, n_layers)
         nn.init.ones_(self.reduce.bias)
@@ -179,7 +182,7 @@ class SqueezeExcitation(nn.Module):
         return torch.sigmoid(self.expand(hidden))  # (B, L)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return x * self.gates(x, mask)[:, None, :, None]
+        return x * self.gates(x, mask)[:, None, :, None]  # a gate scales its layer at every step
 
 
 class Projector(nn.Module):
@@ -198,13 +201,16 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # UNSPECIFIED [A1]: the paper never says how L layers become one vector. We sum them, as
-        # every toolkit does that weights layers; alternative: --condense concat, 25 times wider.
+        # every toolkit does that weights layers; alternative: --condense concat, L times as wide.
         x = x.sum(dim=2) if self.condense == "sum" else x.flatten(2)  # (B, T, D) or (B, T, L * D)
         return self.norm(self.linear(x))
 
 
 class FeatureExtractor(nn.Module):
-    """Fig. 2a without the upstream: states (B, T, L, D), mask (B, T) -> (X (B, T, d), mask)."""
+    """Fig. 2a without the upstream: states (B, T, L, D), mask (B, T) -> (X (B, T, d), mask).
+
+    The mask is handed through, because the extractor of Fig. 2b answers with another one.
+    """
 
     def __init__(self, n_layers: int, in_dim: int, config: Config):
         super().__init__()
@@ -213,14 +219,14 @@ class FeatureExtractor(nn.Module):
         self.projector = Projector(width, config.dim, config.condense)
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        states = states.float()  # the cache stores 16 bits
+        states = states.float()  # the cache stores 16 bits [D1], the weights have 32
         return self.projector(self.se(states, mask)), mask
 
 
 class ContextConv(nn.Module):
     """The Conv2D of Fig. 2b: C feature maps of C utterances become one map of the target.
 
-    x (B, C, T, d), mask (B, C, T) -> (x_t (B, T, d), mask (B, T)). The target is utterance C // 2.
+    x (B, C, T, d), mask (B, C, T) -> (X_T (B, T, d), mask (B, T)). The target is utterance C // 2.
     """
 
     def __init__(self, n_context: int = 9, text_mask: str = "union"):
@@ -229,20 +235,23 @@ class ContextConv(nn.Module):
         # (§2.1). We take the utterances for the input channels and convolve over (token,
         # feature), so that X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters. Token t of one
         # utterance thus meets tokens t - 1 to t + 1 of the others: they share a position, no more.
+        # Neighbouring features mix as well, though their order means nothing before training: the
+        # price of taking "Conv2D" (Fig. 2b) at its word.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
         self.text_mask = text_mask
 
     # EXERCISE 4 (15 min): delete the body, write it again; pytest -m ex4
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        # UNSPECIFIED [A6]: a window that reaches over a dialogue's edge. We set a zero map, masked
-        # out, for an utterance that does not exist. Padded tokens are zeroed in the same way, so
-        # that the result does not depend on how far the batch was padded.
+        # UNSPECIFIED [A6]: a window that reaches over a dialogue's edge. Who is missing there comes
+        # with a mask that is False throughout, and so is a map of zeros after this line. Padded
+        # tokens are zeroed too: the result must not depend on how far the batch was padded.
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # (B, C, T, d)
         x = self.conv(x).squeeze(1)  # (B, T, d)
         # UNSPECIFIED [A5]: which cells of X_T are real. We take every position at which any of the
         # C utterances has a token; alternative: --text-mask target, the target's own tokens.
-        target = mask.shape[1] // 2
-        return x, mask.any(dim=1) if self.text_mask == "union" else mask[:, target]
+        if self.text_mask == "target":
+            return x, mask[:, mask.shape[1] // 2]
+        return x, mask.any(dim=1)
 
 
 class TextFeatureExtractor(nn.Module):
@@ -261,13 +270,13 @@ class TextFeatureExtractor(nn.Module):
 
     @property
     def se(self) -> SqueezeExcitation:
-        """Where the acoustic extractor has its own: whoever looks at gates need not ask which."""
+        """The S&E block, under the name that it has in Fig. 2a's: extractor[m].se for both."""
         return self.utterance.se
 
     def forward(
         self, states: Tensor, mask: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if context is None:
+        if context is None:  # spelled out: utterance c of window b is row b * C + c, none is shared
             context = torch.arange(mask.shape[0] * mask.shape[1], device=mask.device)
             context = context.view(mask.shape[:2])  # (B, C)
             states, mask = states.flatten(0, 1), mask.flatten(0, 1)  # (B * C, T, L, D), (B * C, T)
@@ -275,7 +284,7 @@ class TextFeatureExtractor(nn.Module):
         # One empty utterance at the end: the row that index -1 means, in Python and here [A6].
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
         mask = torch.cat([mask, mask.new_zeros(1, mask.shape[1])])
-        return self.context(x[context], mask[context])
+        return self.context(x[context], mask[context])  # of (B, C, T, d), (B, C, T)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -287,8 +296,8 @@ class TransformerBlock(nn.Module):
     """One Transformer block around Eq. (1): with itself as source the vanilla encoder, else CMT.
 
     x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). Twice: a sublayer,
-    dropout, add, norm; only the first add hangs on `residual`. Padded steps of the target come out
-    as something: whoever pools them must mask them.
+    dropout, add, norm; `residual` switches the first add alone. Padded steps of the target get
+    values too: mask them when pooling.
     """
 
     def __init__(self, dim: int = 16, dropout: float = 0.1, residual: bool = True):
@@ -320,7 +329,8 @@ class TransformerBlock(nn.Module):
         # UNSPECIFIED [A7]: the vanilla Transformer adds the queries here. With them CMT(A->T) would
         # carry the text itself, but in Table 1 it is nearer to audio than to text (Sys. 9 and 10).
         # So we add them in the encoder and not across modalities; alternative: --cma-residual.
-        x = self.norm1(x_t + x if self.residual else x)
+        x = x_t + x if self.residual else x
+        x = self.norm1(x)
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -333,6 +343,7 @@ class Fusion(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.paths = FUSIONS[config.fusion]
+        # Inside the blocks dropout stays at the vanilla 0.1 [A8]; 0.5 is between modules [A16].
         self.blocks = nn.ModuleDict({
             f"{source}-to-{target}": TransformerBlock(
                 config.dim, residual=source == target or config.cma_residual
@@ -386,11 +397,11 @@ class EmotionRecognizer(nn.Module):
     def features(self, audio: tuple | None = None, text: tuple | None = None) -> tuple[dict, dict]:
         """X_A and X_T of Fig. 2: by modality x (B, T, d) and mask (B, T)."""
         x, mask = {}, {}
-        for modality, states in (("audio", audio), ("text", text)):
+        for modality, given in (("audio", audio), ("text", text)):
             if modality in self.extractor:
-                if states is None:
+                if given is None:
                     raise ValueError(f"fusion {self.config.fusion!r} needs {modality} states")
-                x[modality], mask[modality] = self.extractor[modality](*states)
+                x[modality], mask[modality] = self.extractor[modality](*given)
         return x, mask
 
     def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
@@ -417,7 +428,7 @@ class Upstream(nn.Module):
     precision   "fp32", or "bf16": matrix products, and most of what is kept of them, in 16 bits
     checkpoint  keep only each layer's input for the backward pass, and compute the layer again
     call        list of B waveforms (n,) at 16 kHz, or of B strings
-                -> (states (B, T, L, D), mask (B, T)), L = number of Transformer layers + 1
+                -> (states (B, T, L, D), mask (B, T))
     """
 
     def __init__(
@@ -431,18 +442,7 @@ class Upstream(nn.Module):
             self.max_tokens = min(512, *room)
         self.n_layers = self.model.config.num_hidden_layers + 1
         self.dim = self.model.config.hidden_size
-        # A fingerprint of the weights and the preprocessor: what cached layer states depend on.
-        tokenizer = getattr(self.preprocessor, "backend_tokenizer", None)
-        if tokenizer:
-            rules = tokenizer.to_str()
-        elif modality == "audio":
-            rules = self.preprocessor.to_json_string()
-        else:  # a tokenizer written in Python
-            rules = str(sorted(self.preprocessor.get_vocab().items()))
-        crc = zlib.crc32(rules.encode())
-        for p in self.model.state_dict().values():
-            crc = zlib.crc32(p.contiguous().numpy().tobytes(), crc)
-        self.fingerprint = f"{crc:08x}"
+        self.fingerprint = _fingerprint(self.preprocessor, self.model)
         self.requires_grad_(False)
         self.eval()
         if checkpoint:  # by hand: transformers' own switch does nothing in eval mode [A12]
@@ -457,18 +457,15 @@ class Upstream(nn.Module):
         return super().train(False)
 
     def finetunable(self) -> nn.Module:
-        """What fine-tuning opens, §2.4: the CNN encoder of WavLM, the input embeddings of BERT."""
+        """What fine-tuning opens, §2.4: the CNN encoder of WavLM, the input embeddings of BERT.
+
+        §2.4 and transformers call the CNN a "feature extractor": not to be taken for Fig. 2's.
+        """
         return self.model.feature_extractor if self.modality == "audio" else self.model.embeddings
 
     def forward(self, raw: list) -> tuple[Tensor, Tensor]:
-        norm_over_time = getattr(self.model.config, "feat_extract_norm", None) == "group"
-        if norm_over_time and len(raw) > 1:
-            # The *base* audio models normalise over time, padding included. One clip at a time is
-            # the only way in which a clip's states do not depend on its batch.
-            states, masks = zip(*(self([r]) for r in raw))
-            pad = nn.utils.rnn.pad_sequence
-            states = pad([s[0] for s in states], batch_first=True)
-            return states, pad([m[0] for m in masks], batch_first=True)
+        if len(raw) > 1 and getattr(self.model.config, "feat_extract_norm", None) == "group":
+            return self._one_by_one(raw)  # only *base* audio models: not the paper's
         device = next(self.model.parameters()).device
         if self.modality == "audio":
             # Zero mean and unit variance where the upstream was trained so (wavlm-large was).
@@ -484,18 +481,27 @@ class Upstream(nn.Module):
                 raw, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
             )
             mask = inputs["attention_mask"].bool()  # (B, T)
-        half = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with half, warnings.catch_warnings():  # WavLM's masks, of two types, are no news to anyone
+        cast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with cast, warnings.catch_warnings():  # torch warns of two kinds of mask in WavLM: harmless
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             output = self.model(**inputs.to(device), output_hidden_states=True)
-        # All L + 1 states (§2.1; PAPER-ERROR [E4]: to avoid "leakage", read: loss, of information).
+        # All L states (§2.1; PAPER-ERROR [E4]: to avoid "leakage", read: loss, of information).
+        # State 0 is what enters the first Transformer layer: BERT's embeddings, or WavLM's CNN
+        # output, 512 wide, projected to D: the one "output of the feature encoder" that is D wide.
         # The last of `hidden_states` may come before the final LayerNorm: we take the one after it.
         states = (*output.hidden_states[:-1], output.last_hidden_state)
         return torch.stack(states, dim=2), mask.to(device)  # (B, T, L, D), (B, T)
 
+    def _one_by_one(self, raw: list) -> tuple[Tensor, Tensor]:
+        """What forward answers, a clip at a time: for upstreams that normalise over time, padding
+        included, there is no other way in which a clip's states do not depend on its batch."""
+        states, masks = zip(*(self([r]) for r in raw))
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        return pad([s[0] for s in states]), pad([m[0] for m in masks])
+
     def steps(self, raw: list) -> Tensor:
-        """How many steps each input will have, without running the model: (N,)."""
-        if self.modality == "audio":
+        """How many steps each input will have, as the cache must know before it asks: (N,)."""
+        if self.modality == "audio":  # an utterance without a clip: 0, not -1
             return self.frames(torch.tensor([len(x) for x in raw])).clamp(min=0)
         ids = self.preprocessor(raw, truncation=True, max_length=self.max_tokens)["input_ids"]
         return torch.tensor([len(x) for x in ids])
@@ -542,18 +548,7 @@ def _load(name: str, modality: str):
         except Exception:
             if os.path.isdir(name):
                 raise
-            # Offline, transformers would retry for half a minute and raise a page: ask briefly.
-            from huggingface_hub import HfApi
-
-            try:
-                HfApi().model_info(name, timeout=5)
-            except Exception as error:
-                raise UpstreamError(
-                    f"{flag} {name}: no such folder here, not in the download cache, and the "
-                    f"Hugging Face hub does not give it ({type(error).__name__}); on a machine "
-                    f"without a network, copy the model's folder there and pass its path, or take "
-                    f"--upstream tiny for a dry run"
-                ) from None
+            _ask_hub(name, flag)
             preprocessor, (model, info) = load(local=False)
     except UpstreamError:
         raise
@@ -564,7 +559,7 @@ def _load(name: str, modality: str):
         ) from None
     # The hub's old checkpoints name WavLM's positional convolution weight_g / weight_v: if that, or
     # anything else that is used, failed to load, it would be random, and nothing would show it.
-    unused = ("pooler", "masked_spec_embed")
+    unused = ("pooler", "masked_spec_embed")  # no pooled output is read, no input masked [A12]
     missing = [key for key in info["missing_keys"] if not any(u in key for u in unused)]
     part = "feature_extractor" if modality == "audio" else "embeddings"
     if missing or not hasattr(model, part):
@@ -573,6 +568,35 @@ def _load(name: str, modality: str):
             + (f"no weights for {', '.join(missing[:3])}" if missing else f"it has no {part}")
         )
     return preprocessor, model
+
+
+def _ask_hub(name: str, flag: str) -> None:
+    """UpstreamError where the hub does not give `name`: transformers would retry for half a minute,
+    and raise a page."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=5)
+    except Exception as error:
+        raise UpstreamError(
+            f"{flag} {name}: no such folder here, not in the download cache, and the Hugging Face "
+            f"hub does not give it ({type(error).__name__}); on a machine without a network, copy "
+            f"the model's folder there and pass its path, or take --upstream tiny for a dry run"
+        ) from None
+
+
+def _fingerprint(preprocessor, model: nn.Module) -> str:
+    """Of the weights and of the preprocessor's rules: what cached layer states depend on."""
+    if hasattr(preprocessor, "to_json_string"):  # audio
+        rules = preprocessor.to_json_string()
+    elif getattr(preprocessor, "backend_tokenizer", None):
+        rules = preprocessor.backend_tokenizer.to_str()
+    else:  # a tokenizer written in Python
+        rules = str(sorted(preprocessor.get_vocab().items()))
+    crc = zlib.crc32(rules.encode())
+    for p in model.state_dict().values():
+        crc = zlib.crc32(p.contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
@@ -655,14 +679,15 @@ def main() -> None:
             x = x.values()
         return " ".join(shapes(item) for item in x if item is not None)
 
+    recognizer = EmotionRecognizer(config).eval()
+    names = {m: n for n, m in recognizer.named_modules() if n and count(m)}
+    rows: dict = {}  # hooks fire from the inside out, and are printed from the outside in
+
     def report(module: nn.Module, args: tuple, out) -> None:
         name = names[module]
         title = "  " * name.count(".") + f"{name.rpartition('.')[2]} ({type(module).__name__})"
         rows[module] = width(title, shapes(args), shapes(out), f"{count(module):,}")
 
-    recognizer = EmotionRecognizer(config).eval()
-    names = {m: n for n, m in recognizer.named_modules() if n and count(m)}
-    rows: dict = {}
     for module in names:
         module.register_forward_hook(report)
     audio = torch.randn(acoustic), torch.ones(acoustic[:2], dtype=torch.bool)
@@ -720,31 +745,31 @@ def trace() -> None:
     fill(last.weight, [[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1]])
     fill(first.bias, 0.0), fill(last.bias, 0.0)
 
-    # Two frames and one of padding; three texts of two tokens, of which the last has only one.
-    x_a = torch.tensor([[[[1.0, 3], [0, 2]], [[3, 1], [2, 4]], [[9, 9], [9, 9]]]])
-    x_t = torch.tensor([[
+    # Two frames and a padded one; three texts of two tokens, the second of the last one padded.
+    states_a = torch.tensor([[[[1.0, 3], [0, 2]], [[3, 1], [2, 4]], [[9, 9], [9, 9]]]])
+    states_t = torch.tensor([[
         [[[1.0, 1], [0, 2]], [[2, 0], [1, 1]]], [[[0, 1], [1, 2]], [[4, 0], [2, 2]]],
         [[[2, 2], [0, 0]], [[7, 7], [7, 7]]],
     ]])  # fmt: skip
     mask_a = torch.tensor([[True, True, False]])
     mask_t = torch.tensor([[[True, True], [True, True], [True, False]]])
-    show("Fig. 2a", "WavLM's states, (T, L, D); frame 3 is padding,", x_a[0])
+    show("Fig. 2a", "WavLM's states, (T, L, D); frame 3 is padding,", states_a[0])
     print(" " * 10 + "computed as the others are, and masked wherever frames meet")
     audio = net.extractor["audio"]
-    z = masked_mean(x_a.mean(-1), mask_a)
+    z = masked_mean(states_a.mean(-1), mask_a)
     show("S&E", "squeeze z_l: mean over real frames and features", z)
     show("", "h = ReLU((z_1 + z_2) / 4)", torch.relu(audio.se.reduce(z)))
-    show("", "gates = sigmoid(h), sigmoid(-h)", audio.se.gates(x_a, mask_a))
-    summed = audio.se(x_a, mask_a).sum(2)
+    show("", "gates = sigmoid(h), sigmoid(-h)", audio.se.gates(states_a, mask_a))
+    summed = audio.se(states_a, mask_a).sum(2)
     show("Project", "sum over layers: gate_1 x_1 + gate_2 x_2", summed[0])
     show("", "W s = (s1, s2, s1 + s2)", audio.projector.linear(summed)[0])
-    features, mask = net.features((x_a, mask_a), (x_t, mask_t))
+    features, mask = net.features((states_a, mask_a), (states_t, mask_t))
     show("& Norm", "X_A = (W s - mean) / sd (divide by 3, not 2)", features["audio"][0])
-    show("Fig. 2b", "BERT's states, (C, T, L, D); one token is padding", x_t[0])
-    each, _ = net.extractor["text"].utterance(x_t[0], mask_t[0])
-    gates = net.extractor["text"].se.gates(x_t[0], mask_t[0])
+    show("Fig. 2b", "BERT's states, (C, T, L, D); one token is padding", states_t[0])
+    each, _ = net.extractor["text"].utterance(states_t[0], mask_t[0])
+    gates = net.extractor["text"].se.gates(states_t[0], mask_t[0])
     show("", "gates of the three texts, as above", gates)
-    show("", "each text through S&E, Project & Norm", each * mask_t[0, ..., None])
+    show("", "each through S&E, Project & Norm; padding: 0", each * mask_t[0, ..., None])
     show("Conv2D", "X_T = before / 2 + target + after / 2", features["text"][0])
     show("", "real: where any of the three has a token [A5]", mask["text"][0])
     for (target, source), at in zip(net.fusion.paths, ("CMT A->T", "CMT T->A")):
@@ -760,7 +785,7 @@ def trace() -> None:
         show("pooling", "mean over the target's real steps", masked_mean(h, mask[target])[0])
     pooled = net.fusion(features, mask)
     show("classify", "u = ReLU(p1 + p4, p2 + p5, p3 + p6)", torch.relu(first(pooled))[0])
-    logits = net((x_a, mask_a), (x_t, mask_t))
+    logits = net((states_a, mask_a), (states_t, mask_t))
     show("", "logits = u1, u2, u3, -(u1 + u2 + u3)", logits[0])
     show("", "softmax: neu, hap, ang, sad", logits.softmax(-1)[0])
 
