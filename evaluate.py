@@ -96,7 +96,7 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
 # ------------------------------------------------------------------------------------------------
 # The run folder, RUNS/<corpus>/<fusion>-<frozen|finetuned>/fold<k>-seed<n>/
 #
-#     config.json      every setting that the result depends on, and what is told beside them
+#     config.json      every setting that makes the run, and the means that made it (train.train)
 #     log.jsonl        a line an epoch
 #     checkpoint.pt    the last epoch's state: training goes on from it, Recognizer loads it
 #     trigger.pt       the state when fine-tuning set in, or would have: for the twin (train.resume)

@@ -28,6 +28,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class Patience:
 
     # EXERCISE 8 (20 min): delete the body, write it again; pytest -m ex8
     def step(self, dev_loss: float) -> str:
-        """After an epoch: "continue", "finetune" (once, through start_finetuning) or "stop"."""
+        """After an epoch: "continue", "finetune" (once, through trigger) or "stop"."""
         if dev_loss < self.best:
             self.best, self.since_best = dev_loss, 0
         else:
@@ -81,15 +82,15 @@ class Patience:
             return "stop"
         if self.finetune_after is None or self.finetuning or self.since_best < self.finetune_after:
             return "continue"
-        self.start_finetuning()
+        self.trigger()
         return "finetune"
 
     @property
     def stopped(self) -> bool:
         return self.since_best >= self.stop_after
 
-    def start_finetuning(self) -> None:
-        """What "finetune" does to the counter."""
+    def trigger(self) -> None:
+        """Fine-tuning starts: remember it, and count anew if asked to."""
         self.finetuning = True
         # UNSPECIFIED [A9]: whether the 10 epochs are counted anew from the trigger. We read one
         # counter, which goes on: 5 more epochs without a lower loss end it; alternative:
@@ -103,17 +104,18 @@ class Patience:
 # ------------------------------------------------------------------------------------------------
 
 
-def train(settings: dict, told: dict, material: "Material", folder: Path, device: str) -> None:
+def train(settings: dict, means: dict, material: "Material", folder: Path, device: str) -> None:
     """One system on one fold with one seed, from where its folder stands to its result.json.
 
-    settings: what the result depends on; told: what config.json tells beside it. Called again
-    with the same folder, it goes on where it was killed. Raises RunError where the folder holds
-    another run, or where the loss is not finite.
+    settings: what makes it this run and no other; means: machine, libraries and what saves memory,
+    which change how sums are rounded and which units dropout hits, and are noted beside. Called
+    again with the same folder, it goes on where it was killed. Raises RunError where the folder
+    holds another run, or where the loss is not finite.
     """
     name = run_name(settings["fusion"], settings["frozen"])
     number = evaluate.system_number(settings["fusion"], settings["frozen"])
     title = f"Sys. {number} ({name}), fold {settings['fold']}, seed {settings['seed']}"
-    claim(folder, settings, told)
+    claim(folder, settings, means)
     if (folder / "result.json").exists():
         print(f"{title}: done before, see {folder}")
         return
@@ -138,24 +140,25 @@ def train(settings: dict, told: dict, material: "Material", folder: Path, device
     while not patience.stopped:  # [A15]: no cap on the epochs
         started = time.perf_counter()
 
-        # One epoch over the training speakers, in an order of its own.
+        # §3.2: one epoch over the training speakers, shuffled anew, in batches of 32.
         model.train()  # dropout on; the upstreams stay in eval mode [A12]
         train_loss = 0.0
         batches = train_rows[torch.randperm(len(train_rows), generator=run.order)].split(BATCH)
         bar = f"epoch {len(run.log) + 1}"
         for rows in tqdm(batches, desc=bar, leave=False, delay=3, disable=None):
             run.optimizer.zero_grad()
-            for part in rows.split(told["micro_batch"]):  # all 32 at once unless memory is short
+            for part in rows.split(means["micro_batch"]):  # all 32 at once unless memory is short
                 logits = model(**run.batch(part))  # (B, 4)
                 loss = F.cross_entropy(logits, labels[part])  # §2.4; [A15]: classes not weighted
-                (loss * (len(part) / len(rows))).backward()  # the parts' gradients add up to one
-                train_loss += check(loss.item(), run, rows) * len(part) / len(train_rows)
+                (loss * (len(part) / len(rows))).backward()  # parts add up to the batch's gradient
+                # A mean over utterances, not over batches: the last one is smaller.
+                train_loss += finite(loss.item(), run, rows) * len(part) / len(train_rows)
             run.optimizer.step()  # [A15]: gradients not clipped
 
         # §3.2: "we randomly select one speaker as a development set and monitor its loss".
-        log_probs = evaluate.predict(model, dev_rows, run.batch)
+        log_probs = evaluate.predict(model, dev_rows, run.batch)  # (N_dev, 4), dropout off
         dev = evaluate.score(material.labels[dev_rows], log_probs)
-        event = patience.step(check(dev["loss"], run, dev_rows))
+        event = patience.step(finite(dev["loss"], run, dev_rows))
         run.log.append({
             "epoch": len(run.log) + 1,
             "phase": "frozen" if run.finetune_epoch is None else "finetune",
@@ -166,13 +169,15 @@ def train(settings: dict, told: dict, material: "Material", folder: Path, device
             "seconds": time.perf_counter() - started,
         })  # fmt: skip
         print_epoch(material.name, run)
-        select(run, dev, test_rows)
+        select(run, dev, test_rows)  # test_rows: for --select test alone
 
-        # The state at which the trigger fires, or would in a fine-tuned system: for the run's twin,
-        # the frozen or fine-tuned run that is the same so far (see resume).
-        fired = [e["epoch"] for e in run.log if e["since_best"] == FINETUNE_AFTER]
-        if fired and fired[0] == len(run.log):
+        # For the run's twin (see resume): the state when the trigger fires, or would if not frozen.
+        first = next((e["epoch"] for e in run.log if e["since_best"] == FINETUNE_AFTER), None)
+        if first == len(run.log):
             save(folder / "trigger.pt", run.state())
+
+        # §2.4: "partial fine-tuning": from the next epoch on the upstreams run on every batch, and
+        # their lowest parts learn with the rest.
         if event == "finetune":
             opened = {"audio": "WavLM's CNN encoder", "text": "BERT's input embeddings"}
             print(
@@ -187,12 +192,12 @@ def train(settings: dict, told: dict, material: "Material", folder: Path, device
     write_log(folder, run.log)  # a kill may have come between the last checkpoint and its line
     if run.selected:  # [A10]: not the last weights
         run.load_weights(run.selected["weights"])
-        if run.selected["finetune_epoch"] is None:
+        if run.selected["finetune_epoch"] is None:  # of the frozen phase: heard as it was then
             run.sources = {m: material.states[m] for m in run.upstreams}
 
     # The test session: predicted here for the first time (but for --select test).
     log_probs = evaluate.predict(model, test_rows, run.batch)
-    seen = data.texts_elsewhere(material.corpus)
+    seen = data.texts_elsewhere(material.corpus)  # ids whose words another session speaks too
     evaluate.write_predictions(
         folder / "predictions.csv", test_set, log_probs, [u.id in seen for u in test_set]
     )
@@ -208,7 +213,7 @@ def train(settings: dict, told: dict, material: "Material", folder: Path, device
     print(evaluate.describe(result))
 
 
-def check(loss: float, run: "Training", rows: Tensor) -> float:
+def finite(loss: float, run: "Training", rows: Tensor) -> float:
     """The loss, if it is a number; a model that has met inf or NaN never comes back from it."""
     if not math.isfinite(loss):
         ids = [run.material.corpus[i].id for i in rows.tolist()]
@@ -221,7 +226,7 @@ def check(loss: float, run: "Training", rows: Tensor) -> float:
 
 
 def print_epoch(corpus: str, run: "Training") -> None:
-    """The last epoch in one line, and a warning where an S&E unit has died [A2].
+    """The last epoch in one line, and a warning where no utterance of it woke the S&E unit [A2].
 
     toy epoch  35 finetune train loss 0.6791  dev loss 0.6326 WA 75.57% UA 74.96%  6 since lowest
     """
@@ -234,8 +239,8 @@ def print_epoch(corpus: str, run: "Training") -> None:
     )
     for m, extractor in run.model.extractor.items():
         if not extractor.se.fired:
-            print(f"warning: the S&E unit of the {m} features is dead: its gates stand still")
-        extractor.se.fired = False
+            print(f"warning: the S&E unit of the {m} features is dead: all get the same gates")
+        extractor.se.fired = False  # for the next epoch
 
 
 def select(run: "Training", dev: dict, test_rows: Tensor) -> None:
@@ -357,8 +362,8 @@ class Training:
         """The inverse of state(). The order matters: the trigger makes a new optimiser."""
         if state["finetune_epoch"] is not None:
             self.start_finetuning()
-            self.patience.finetuning = True
-        self.finetune_epoch = state["finetune_epoch"]
+            self.patience.trigger()
+        self.finetune_epoch = state["finetune_epoch"]  # which it took from a log not yet loaded
         self.load_weights(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.patience.best = state["patience"]["best"]
@@ -376,7 +381,7 @@ def run_name(fusion: str, frozen: bool) -> str:
     return f"{fusion}-{'frozen' if frozen else 'finetuned'}"
 
 
-def claim(folder: Path, settings: dict, told: dict) -> None:
+def claim(folder: Path, settings: dict, means: dict) -> None:
     """Write config.json, or raise RunError naming what differs from the run that is there."""
     path = folder / "config.json"
     if path.exists():
@@ -390,15 +395,16 @@ def claim(folder: Path, settings: dict, told: dict) -> None:
             raise RunError(
                 f"{folder} holds a run with another {was}; take another --out, or delete it"
             )
-    if not (folder / "result.json").exists():  # how it was made stays with what was made
-        write_json(path, {**settings, **told})
+    if not (folder / "result.json").exists():  # a finished run keeps the means that made it
+        write_json(path, {**settings, **means})
 
 
 def resume(run: Training, folder: Path) -> None:
     """Go on from the folder's checkpoint, or from the trigger of the run's twin, or from nothing.
 
-    Systems 2k - 1 (frozen) and 2k (fine-tuned) are the same run until the trigger first fires; who
-    gets there first leaves `trigger.pt` for the other, whose result is what it would be alone.
+    A frozen system and its fine-tuned twin (Sys. 1 and 2, 3 and 4 ...) are the same run until the
+    trigger first fires. Whichever gets there first leaves trigger.pt, and the other starts from it:
+    its result is what it would be alone.
     """
     path = folder / "checkpoint.pt"
     if path.exists():
@@ -409,16 +415,17 @@ def resume(run: Training, folder: Path) -> None:
         print(f"goes on after epoch {len(run.log)}")
         return
     frozen = run.settings["frozen"]
+    # folder is <out>/<corpus>/<fusion>-<frozen|finetuned>/fold<k>-seed<n>
     twin = folder.parent.with_name(run_name(run.settings["fusion"], not frozen)) / folder.name
     path = twin / "trigger.pt"
     if path.exists():
         state = evaluate.load_checkpoint(path)
         if state.get("settings") == {**run.settings, "frozen": not frozen}:
             load_into(run, state, path)
-            run.patience.since_best = FINETUNE_AFTER
+            run.patience.since_best = FINETUNE_AFTER  # --reset-patience has set it to 0
             print(f"the {len(run.log)} epochs to the trigger are those of {twin.parent.name}")
             if not frozen:
-                run.patience.start_finetuning()
+                run.patience.trigger()
                 run.start_finetuning()
 
 
@@ -464,7 +471,7 @@ class Material:
     name: str  # of the corpus, as reports print it
     corpus: list[Utterance]
     labels: Tensor  # (N,), -1 where the emotion is none of the four
-    raw: dict[str, list]  # by modality: clips, texts
+    raw: dict[str, Sequence]  # by modality: clips (a data.Ragged), texts (a list)
     states: dict[str, data.Ragged]  # by modality: their cached layer states
     upstreams: dict[str, Upstream]
     pristine: dict[str, dict]  # by modality: what fine-tuning opens, before any did
@@ -483,14 +490,14 @@ def read_corpus(args: argparse.Namespace) -> tuple[str, list[Utterance]]:
             "No --iemocap: this is the TOY corpus of tones and made-up words. Its numbers say toy."
         )
         root = data.write_toy("corpora/toy")
-    full = args.iemocap is not None and not args.partial
-    name = root.resolve().name if args.partial else "iemocap"
     if data.toy_settings(root) is not None:
         name = "toy" if args.iemocap is None else f"toy-{root.resolve().name}"
-    if args.partial:
-        name += "-partial"
+    else:
+        name = root.resolve().name if args.partial else "iemocap"
+    name += "-partial" if args.partial else ""
     corpus, problems = data.scan(root)
     bad = bool(problems)
+    full = args.iemocap is not None and not args.partial
     problems += data.reference_problems(corpus) if full else []
     if problems and args.skip_bad and corpus:
         print("\n".join(problems))
@@ -514,8 +521,8 @@ def prepare(
     """Load the upstreams, compute the layer states that are not in the cache.
 
     In cache/<corpus>/ stand clips/ (what WavLM hears), audio-<digest>/ and text-<digest>/ (layer
-    states; the digest is of the upstream's name, so several can be tried in turn) and, for a dry
-    run, tiny-<digest>/ (upstreams of a few layers).
+    states; the digest is of the upstream's name and precision, so several can be tried in turn)
+    and, for a dry run, tiny-<digest>/ (upstreams of a few layers).
     """
     cache = Path("cache") / name
     texts = [u.text for u in corpus]
@@ -523,11 +530,11 @@ def prepare(
     names = {"audio": "microsoft/wavlm-large", "text": "bert-base-uncased"}  # [A15]: uncased
     toy = data.toy_settings(args.iemocap or Path("corpora/toy")) is not None
     if args.upstream == "tiny" or (args.upstream is None and toy):
-        # So small tensors gain nothing from a second thread; and with one the sums, and all that
+        # Tensors this small gain nothing from a second thread; and with one the sums, and all that
         # follows from their rounding, are the same whatever the number of cores.
         torch.set_num_threads(1)
         folder = cache / f"tiny-{data.digest([texts, torch.__version__])}"
-        if not folder.exists():  # whole or not at all
+        if not folder.exists():  # renamed when complete: a kill leaves no half of it
             part = folder.with_name(folder.name + ".part")
             make_tiny_upstreams(str(part), texts)
             part.rename(folder)
@@ -539,7 +546,7 @@ def prepare(
         for m in modalities
     }
 
-    raw: dict[str, list] = {"text": texts}
+    raw: dict[str, Sequence] = {"text": texts}
     if "audio" in modalities:
         raw["audio"] = data.cache_clips(cache / "clips", corpus)
     states, identity = {}, {}
@@ -564,7 +571,7 @@ def prepare(
 
 
 def share(runs: list[tuple], shard: str) -> list[tuple]:
-    """The share "I/N" of the runs (fusion, frozen, fold, seed): the I-th of N, in their order.
+    """Share "I/N" of the runs (fusion, frozen, fold, seed), in the order given.
 
     Shares cost about the same: the dearest unit goes to whoever has least to do. A unit is a
     frozen run and its fine-tuned twin, which share their frozen epochs. Shares depend on nothing
@@ -573,16 +580,14 @@ def share(runs: list[tuple], shard: str) -> list[tuple]:
     # A batch of 32 clips costs WavLM-Large about six times what its 200 sentences cost BERT-base;
     # a frozen epoch reads the cache, and costs next to nothing.
     price = {"audio": 6, "text": 1}
-    units: dict[tuple, list] = {}
+    finetuned: dict[tuple, bool] = {}  # by unit: whether its fine-tuned run is asked for
     for fusion, frozen, fold, seed in runs:
-        units.setdefault((fusion, fold, seed), []).append(frozen)
-    cost = {
-        unit: 1 + (not all(twins)) * sum(price[m] for m in Config(unit[0]).modalities)
-        for unit, twins in units.items()
-    }
+        unit = fusion, fold, seed
+        finetuned[unit] = finetuned.get(unit, False) or not frozen
+    cost = {u: 1 + f * sum(price[m] for m in Config(u[0]).modalities) for u, f in finetuned.items()}
     part, parts = map(int, shard.split("/"))
     load, mine = [0] * parts, set()
-    for unit in sorted(units, key=lambda u: -cost[u]):
+    for unit in sorted(cost, key=cost.get, reverse=True):
         least = load.index(min(load))
         load[least] += cost[unit]
         if least == part - 1:
@@ -613,7 +618,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("--grad-checkpoint", action="store_true",
                         help="compute activations twice instead of keeping them")  # fmt: skip
     memory.add_argument("--micro-batch", type=int, default=BATCH, metavar="N",
-                        help="a batch of 32 in parts of N, whose gradients add up")  # fmt: skip
+                        help="a batch of 32 in parts of N, whose gradients add up; other "
+                             "draws of dropout")  # fmt: skip
     switches = p.add_argument_group("the other reading of an open point (README)")
     add = switches.add_argument
     add("--context", type=int, default=9, metavar="C", help="utterances; odd; 1: none")
@@ -657,11 +663,11 @@ def main(arguments: list[str] | None = None) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device == "cuda"
     print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if cuda else 'the CPU'}")
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: cached states equal live ones
+    torch.backends.cudnn.allow_tf32 = False  # but for [D1] cached states must equal live ones
     systems = [(args.fusion, args.frozen)]
     if args.system:
-        numbers = sorted({int(n) - 1 for n in args.system})
-        systems = [(list(FUSIONS)[n // 2], n % 2 == 0) for n in numbers]
+        table_1 = [(fusion, frozen) for fusion in FUSIONS for frozen in (True, False)]  # Sys. 1-18
+        systems = [table_1[n - 1] for n in sorted(set(map(int, args.system)))]
     with data.exclusive(Path("cache")):
         name, corpus = read_corpus(args)
         runs = itertools.product(systems, folds(args, corpus), dict.fromkeys(args.seed))
@@ -688,7 +694,7 @@ def main(arguments: list[str] | None = None) -> None:
             "utterances": utterances,
             "upstreams": {m: material.identity[m] for m in used},
         }  # fmt: skip
-        told = {
+        means = {
             "folders": {m: os.path.abspath(u.name) if os.path.isdir(u.name) else u.name
                         for m, u in used.items()}, "device": device,
             "micro_batch": args.micro_batch, "grad_checkpoint": args.grad_checkpoint,
@@ -696,17 +702,17 @@ def main(arguments: list[str] | None = None) -> None:
         }  # fmt: skip
         folder = args.out / material.name / run_name(fusion, frozen) / f"fold{fold}-seed{seed}"
         with data.exclusive(folder, wait=False):
-            train(settings, told, material, folder, device)
+            train(settings, means, material, folder, device)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's ends as Ctrl-C does
     try:
         main()
     except torch.OutOfMemoryError:
         sys.exit(
-            "error: out of GPU memory; the same command goes on with --micro-batch 8, less of it "
-            "with --grad-checkpoint, and a new --out with --precision bf16"
+            "error: out of GPU memory; with --micro-batch 8 or --grad-checkpoint the same command "
+            "goes on; --precision bf16 helps too, but needs a new --out"
         )
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

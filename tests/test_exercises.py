@@ -416,7 +416,7 @@ def check_8(step):
     assert again == "cccccfc" + "c" + "ccccccccc" + "s", "a lower loss sets the count to 0, also later"
     assert frozen == "c" * 10 + "s", frozen
     late = said([1.0] + [2.0] * 15, reset_at_finetune=True)
-    assert late == "cccccf" + "c" * 9 + "s", "is start_finetuning() called? It sets the count back [A9]"
+    assert late == "cccccf" + "c" * 9 + "s", "is trigger() called? It sets the count back [A9]"
     assert said([1.0] + [float("nan")] * 10)[-1] == "s", "NaN is not lower than anything"
 
 
@@ -431,7 +431,7 @@ def stepper(equal=False, again=False, reset=False, frozen=True, previous=False, 
             return "stop"
         limit = self.finetune_after or (None if frozen else 5)
         if limit and self.since_best == limit + late and (again or not self.finetuning):
-            self.start_finetuning() if call else None
+            self.trigger() if call else None
             self.finetuning = True
             self.since_best = 0 if reset else self.since_best
             return "finetune"
@@ -447,7 +447,7 @@ WRONG_8 = [
     (stepper(frozen=False), "frozen system only stops"),
     (stepper(previous=True), "lower than the epoch before"),
     (stepper(late=1), "too early or too late"),
-    (stepper(call=False), "start_finetuning.. called"),
+    (stepper(call=False), "trigger.. called"),
 ]
 
 
