@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import CLASSES, CLIP_SECONDS, SAMPLE_RATE, CorpusError, Utterance, clip, load_wav, replace
+from data import CLASSES, CLIP_SECONDS, SAMPLE_RATE, CorpusError, Utterance, clip, load_wav, rewrite
 from model import FUSIONS, Config, EmotionRecognizer, Upstream, UpstreamError
 
 # ------------------------------------------------------------------------------------------------
 # Metrics (§3.1): "averaged weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
-# weights)". The names are easily swapped: WA weighs the classes by their size, UA does not.
+# weights)". The names are easily swapped: WA weighs the classes by their size, UA does not. (In UA
+# an utterance weighs 1 / the size of its class: these are the "class weights".)
 # ------------------------------------------------------------------------------------------------
 
 
@@ -43,7 +44,8 @@ def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray
     [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
     """
     counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
-    np.add.at(counts, (np.asarray(y_true), np.asarray(y_pred)), 1)
+    for i, j in zip(y_true, y_pred, strict=True):
+        counts[i, j] += 1
     return counts
 
 
@@ -90,7 +92,7 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
     model.eval()
     parts = tqdm(rows.split(size), desc="predicting", leave=False, delay=3, disable=None)
     logits = [model(**batch(part)) for part in parts]
-    return torch.cat(logits).float().log_softmax(dim=1).cpu()
+    return torch.cat(logits).log_softmax(dim=1).cpu()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -99,15 +101,21 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
 #     config.json      every setting that makes the run, and the means that made it (train.train)
 #     log.jsonl        a line an epoch
 #     checkpoint.pt    the last epoch's state: training goes on from it, Recognizer loads it
-#     trigger.pt       the state when fine-tuning set in, or would have: for the twin (train.resume)
+#     trigger.pt       the state at the trigger, from which the run's twin starts (train.resume)
 #     predictions.csv  a line a test utterance
 #     result.json      WA, UA, the confusion matrix: written last, so a run that has it is whole
 #
-# Reports read config.json, result.json and predictions.csv. Whoever made them, they are checked
-# against each other; a run that does not agree with itself is named and left out of every table.
+# Reports read config.json, result.json and predictions.csv, learning curves log.jsonl. Whoever made
+# them, they are checked against each other; a run that does not agree with itself is named and left
+# out of every table.
 # ------------------------------------------------------------------------------------------------
 
-COLUMNS = ["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"]
+COLUMNS = ["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"]  # predictions.csv
+SWITCHES = {  # of train.py, with the defaults that the paper's systems have
+    "n_context": 9, "dropout": 0.5, "condense": "sum", "text_mask": "union",
+    "cma_residual": False, "reset_patience": False, "select": "last", "precision": "fp32",
+    "wavlm": None, "bert": None,
+}  # fmt: skip
 
 
 class RunError(RuntimeError):
@@ -117,15 +125,15 @@ class RunError(RuntimeError):
 def write_predictions(
     path: Path, utterances: list[Utterance], log_probs: Tensor, seen_text: list[bool]
 ) -> None:
-    """predictions.csv: all that the reports need. seen_text: another session has the same words."""
+    """predictions.csv, a line for each utterance; seen_text: another session has its words too."""
     text = io.StringIO(newline="")
     rows = csv.writer(text)
     rows.writerow(COLUMNS)
-    for u, p, seen in zip(utterances, log_probs.exp().tolist(), seen_text):
-        guess = CLASSES[p.index(max(p))]
+    guesses = log_probs.argmax(dim=1)  # as in score: exp can make a near tie a tie
+    for u, guess, p, seen in zip(utterances, guesses, log_probs.exp().tolist(), seen_text):
         numbers = [f"{x:.6f}" for x in p]
-        rows.writerow([u.id, u.speaker, CLASSES[u.label], guess, *numbers, int(seen)])
-    replace(path, lambda file: file.write(text.getvalue().encode()))
+        rows.writerow([u.id, u.speaker, CLASSES[u.label], CLASSES[guess], *numbers, int(seen)])
+    rewrite(path, lambda file: file.write(text.getvalue().encode()))
 
 
 @dataclass
@@ -134,18 +142,25 @@ class Run:
 
     folder: Path
     title: str  # the corpus and every switch that is not at its default
-    result: dict  # result.json; its system, fold and seed are attributes too
+    settings: dict  # config.json
+    result: dict  # result.json; of it come the attributes system, fold and seed
     ids: list[str]  # of the N test utterances
     speakers: np.ndarray  # (N,)
     truth: np.ndarray  # (N,) indices into CLASSES
     guess: np.ndarray  # (N,)
-    certainty: np.ndarray  # (N,) the probability of the guess
+    confidence: np.ndarray  # (N,) the probability of the guess
     seen_text: np.ndarray | None  # (N,) bool; None where the file has no such column
 
     def __post_init__(self):
         self.system = system_number(self.result["fusion"], self.result["frozen"])
         self.fold, self.seed = self.result["fold"], self.result["seed"]
         self.dialogs = np.array([id.rsplit("_", 1)[0] for id in self.ids])  # (N,)
+
+
+def demand(holds: bool, complaint: str) -> None:
+    """assert, but also where Python was told to skip those (-O)."""
+    if not holds:
+        raise RunError(complaint)
 
 
 def read_run(folder: Path) -> Run:
@@ -164,9 +179,10 @@ def read_run(folder: Path) -> Run:
         result = json.loads(path.read_text())
         kinds = {"corpus": str, "fusion": str, "frozen": bool, "fold": int, "seed": int}
         for key, kind in kinds.items():
-            assert isinstance(result[key], kind), f"{key} is {result[key]!r}"
-        assert result["fusion"] in FUSIONS, f"unknown fusion {result['fusion']!r}"
-        describe(result)  # all that it prints must be there
+            demand(isinstance(result[key], kind), f"{key} is {result[key]!r}")
+        demand(result["fusion"] in FUSIONS, f"unknown fusion {result['fusion']!r}")
+        describe(result)  # raises KeyError where it would miss something
+        # An edit of config.json must not make an honest run of one that was selected on test.
         settings["select"] = result.get("select", "last")
         flips = [f"{k} {settings[k]}" for k, v in SWITCHES.items() if settings.get(k, v) != v]
         title = ", ".join([result["corpus"], *flips]).replace("select test", "SELECTED ON TEST")
@@ -178,20 +194,20 @@ def read_run(folder: Path) -> Run:
         speakers = np.array([row["speaker"] for row in rows])
         truth = np.array([CLASSES.index(row["label"]) for row in rows])
         guess = np.array([CLASSES.index(row["prediction"]) for row in rows])
-        certainty = np.array([float(row[row["prediction"]]) for row in rows])
+        confidence = np.array([float(row[row["prediction"]]) for row in rows])
         seen = [row.get("seen_text") for row in rows]
         seen = None if None in seen else np.array(seen) == "1"
-        assert len(set(ids)) == len(ids), "an utterance stands there twice"
+        demand(len(set(ids)) == len(ids), "an utterance stands there twice")
         same = confusion_matrix(truth, guess) == np.array(result["confusion"])
-        assert same.all(), "it is not what result.json counted"
+        demand(same.all(), "it is not what result.json counted")
         for name, metric in (("wa", weighted_accuracy), ("ua", unweighted_accuracy)):
-            wrong = abs(metric(truth, guess) - result[name]) > 1e-6
-            assert not wrong, f"{name} in result.json is not that of these predictions"
-        return Run(folder, title, result, ids, speakers, truth, guess, certainty, seen)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, csv.Error,
-            AssertionError) as error:  # fmt: skip
-        reason = str(error) if isinstance(error, (AssertionError, OSError)) else repr(error)
-        raise RunError(f"{path}: {reason}") from None
+            right = abs(metric(truth, guess) - result[name]) < 1e-6
+            demand(right, f"{name} in result.json is not that of these predictions")
+        return Run(folder, title, settings, result, ids, speakers, truth, guess, confidence, seen)
+    except (RunError, OSError, ValueError, LookupError, TypeError, AttributeError,
+            csv.Error) as error:  # fmt: skip
+        plain = isinstance(error, (RunError, OSError))
+        raise RunError(f"{path}: {error if plain else repr(error)}") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -231,10 +247,12 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
 # ------------------------------------------------------------------------------------------------
 
 # Table 1, row by row: WA and UA in %, 5-fold means on IEMOCAP.
-# PAPER-ERROR [E5]: "fine-tuned systems generally outperform": not UA of Sys. 10 and 16.
-# PAPER-ERROR [E6]: MMT "is best among other systems": by WA; by UA Sys. 15 (LF, frozen) is.
+# PAPER-ERROR [E5]: "fine-tuned systems generally outperform": not UA of Sys. 10 and 16, WA of 16.
+# PAPER-ERROR [E6]: MMT "is best among other systems": by WA, Sys. 18 is. By UA it is Sys. 15 (LF),
+# and of the frozen systems LF beats MMT in both.
 # PAPER-ERROR [E7]: "CMT (T->A) slightly improves over the textual": not UA of Sys. 12 against 6.
-# PAPER-ERROR [E8]: Sys. 18 "surpasses the accuracy of every emotion class" of 8: angry ties at .85.
+# PAPER-ERROR [E8]: Sys. 18 "surpasses the accuracy of every emotion class" of Sys. 8, text alone:
+# angry ties at .85.
 TABLE_1 = {
     1: ("WavLM+FC frozen", "A", 66.15, 65.35),
     2: ("WavLM+FC fine-tuned", "A", 66.70, 66.71),
@@ -255,14 +273,11 @@ TABLE_1 = {
     17: ("MMT frozen", "A+T", 78.58, 80.72),
     18: ("MMT fine-tuned", "A+T", 80.36, 81.70),
 }
-# Table 2, Session 5: WA, UA. PAPER-ERROR [E2]: §5 prints 84.35, the abstract and Table 2 84.45.
-TABLE_2 = {17: (78.32, 80.56), 18: (84.45, 84.39)}
-
-SWITCHES = {  # of train.py, with the defaults that the paper's systems have
-    "n_context": 9, "dropout": 0.5, "condense": "sum", "text_mask": "union",
-    "cma_residual": False, "reset_patience": False, "select": "last", "precision": "fp32",
-    "wavlm": None, "bert": None,
-}  # fmt: skip
+# Table 2, Session 5: WA, UA of "ours", frozen and fine-tuned, without the systems' numbers. §5 says
+# that the second is MMT. The first may be that too, or LF: the frozen 5-fold row of that table is
+# Sys. 15, by its figures. So both stand beside it.
+# PAPER-ERROR [E2]: §5 prints 84.35, the abstract and Table 2 84.45.
+TABLE_2 = {15: (78.32, 80.56), 17: (78.32, 80.56), 18: (84.45, 84.39)}
 
 
 def system_number(fusion: str, frozen: bool) -> int:
@@ -345,7 +360,7 @@ def table_1(runs: list[Run]) -> Table:
     seed misses are named: a mean over other folds than the paper's is not comparable with it.
     """
     sessions = {r.fold for r in runs}
-    if "partial" not in runs[0].result["corpus"]:  # a partial corpus has the sessions that it has
+    if "partial" not in runs[0].result["corpus"]:  # part of the name (train.read_corpus)
         sessions |= {1, 2, 3, 4, 5}
     rows = []
     for number, (name, modality, *published) in TABLE_1.items():
@@ -355,7 +370,7 @@ def table_1(runs: list[Run]) -> Table:
         row = [str(number), name, modality, str(len(mine))]
         for metric, p in zip(("wa", "ua"), published):
             seeds = grouped(mine, "seed", metric)
-            over_seeds = f" ± {mean_sd(seeds).split()[-1]}" if len(seeds) > 1 else ""
+            over_seeds = f" ± {percent(statistics.stdev(seeds))}" if len(seeds) > 1 else ""
             row += beside(grouped(mine, "fold", metric), p, over_seeds)
         gaps = []
         for seed in sorted({r["seed"] for r in mine}):
@@ -380,7 +395,7 @@ def beside(values: Sequence[float], published: float, more: str = "") -> list[st
 
 
 def table_2(runs: list[Run]) -> Table:
-    """Table 2's own rows on Session 5. The paper does not name their system: we take MMT."""
+    """Table 2's own rows on Session 5."""
     rows = []
     for number, published in TABLE_2.items():
         mine = [r.result for r in runs if (r.system, r.fold) == (number, 5)]
@@ -440,15 +455,16 @@ def bootstrap(
     ])  # fmt: skip
     rng = np.random.default_rng(seed)
     times = rng.multinomial(len(names), [1 / len(names)] * len(names), size=draws)
-    times = np.vstack([np.ones(len(names), dtype=int), times])  # first the data themselves
-    total = np.einsum("nd,sdij->snij", times, counts)  # (2, 1 + draws, 4, 4)
-    size, right = total.sum(axis=3), np.einsum("snii->sni", total)  # (2, 1 + draws, 4)
+    # How often each draw has each dialogue, (1 + draws, dialogues); draw 0: the data as they are.
+    times = np.vstack([np.ones(len(names), dtype=int), times])
+    total = np.tensordot(times, counts, axes=(1, 1))  # (1 + draws, 2, 4, 4)
+    size, right = total.sum(axis=3), total.diagonal(axis1=2, axis2=3)  # (1 + draws, 2, 4)
+    # A class that a draw misses does not count, as in unweighted_accuracy.
     recall = np.where(size > 0, right / size.clip(min=1), np.nan)
+    values = {"wa": right.sum(axis=2) / size.sum(axis=2), "ua": np.nanmean(recall, axis=2)}
     result = {}
-    for metric, value in (
-        ("wa", right.sum(axis=2) / size.sum(axis=2)), ("ua", np.nanmean(recall, axis=2))
-    ):  # fmt: skip
-        difference = value[1] - value[0]
+    for metric, value in values.items():  # (1 + draws, 2)
+        difference = value[:, 1] - value[:, 0]
         low, high = np.percentile(difference[1:], [2.5, 97.5])
         result[metric] = (float(difference[0]), float(low), float(high))
     return result
@@ -467,31 +483,32 @@ def compare(runs: list[Run], a: int, b: int) -> str:
     would always come up; and corpora of such dialogues would, 95 times in 100, put 18 anywhere from
     1.73 points behind to 2.03 ahead.
     """
-    first = {(r.fold, -r.seed): r for r in runs if r.system == a}
-    second = {(r.fold, -r.seed): r for r in runs if r.system == b}
-    pairs = {key[0]: key for key in sorted(first.keys() & second.keys())}  # the lowest seed wins
+    first, second = ({(r.fold, r.seed): r for r in runs if r.system == n} for n in (a, b))
+    pairs: dict[int, tuple[Run, Run]] = {}  # by fold
+    for key in sorted(first.keys() & second.keys()):
+        pairs.setdefault(key[0], (first[key], second[key]))
     if not pairs:
         raise RunError(f"{runs[0].title}: no fold on which both Sys. {a} and Sys. {b} were run")
-    columns = []
-    for key in pairs.values():
-        x, z = first[key], second[key]
-        if set(x.ids) != set(z.ids):
-            raise RunError(f"fold {key[0]}: Sys. {a} and {b} were tested on different utterances")
-        row = {id: i for i, id in enumerate(z.ids)}
-        columns.append((x.truth, x.guess, z.guess[[row[id] for id in x.ids]], x.dialogs))
-    y, ga, gb, d = map(np.concatenate, zip(*columns))
-    lines = [
-        f"Sys. {a} against Sys. {b} with {runs[0].title}: {len(y)} utterances in {len(set(d))} "
-        f"dialogues, folds {' '.join(map(str, pairs))}"
-    ]
-    if (ga == gb).all():
-        return lines[0] + "\nThe two predicted the same everywhere: no difference to test."
-    only_a, only_b = ((ga == y) & (gb != y)).sum(), ((gb == y) & (ga != y)).sum()
-    lines.append(
-        f"only {a} right: {only_a}, only {b} right: {only_b}; McNemar's exact test "
-        f"p = {mcnemar(ga == y, gb == y):.3g}"
+    for fold, (one, other) in pairs.items():
+        if one.ids != other.ids or (one.truth != other.truth).any():
+            raise RunError(f"fold {fold}: Sys. {a} and {b} were tested on different utterances")
+    truth, guess_a, dialogs = (
+        np.concatenate([getattr(one, name) for one, _ in pairs.values()])
+        for name in ("truth", "guess", "dialogs")
     )
-    for metric, (difference, low, high) in bootstrap(y, ga, gb, d).items():
+    guess_b = np.concatenate([other.guess for _, other in pairs.values()])
+    lines = [
+        f"Sys. {a} against Sys. {b} with {runs[0].title}: {len(truth)} utterances in "
+        f"{len(set(dialogs))} dialogues, folds {' '.join(map(str, pairs))}"
+    ]
+    if (guess_a == guess_b).all():
+        return lines[0] + "\nThe two predicted the same everywhere: no difference to test."
+    right_a, right_b = guess_a == truth, guess_b == truth
+    lines.append(
+        f"only {a} right: {(right_a & ~right_b).sum()}, only {b} right: "
+        f"{(right_b & ~right_a).sum()}; McNemar's exact test p = {mcnemar(right_a, right_b):.3g}"
+    )
+    for metric, (difference, low, high) in bootstrap(truth, guess_a, guess_b, dialogs).items():
         lines.append(
             f"{metric.upper()} of {b} less {a}: {percent(difference, '+')} points, 95 % interval "
             f"{percent(low, '+')} to {percent(high, '+')}"
@@ -501,19 +518,20 @@ def compare(runs: list[Run], a: int, b: int) -> str:
 
 
 def breakdown(runs: list[Run]) -> Table:
-    """WA and UA of each system apart for parts of the test data, pooled over its runs.
+    """WA and UA of each system for parts of its test data.
 
-    A quarter of IEMOCAP's scripted lines are spoken in other sessions too, so leaving a session out
-    does not leave its texts out: what a system owes to that shows in "text seen" against "unseen".
+    Pooled over its runs, so "all" is not Table 1's mean of folds; within one class both are its
+    recall. "text seen": the words are spoken in another session too (data.texts_elsewhere).
     """
     rows = []
     for number in sorted({r.system for r in runs}):
         mine = [r for r in runs if r.system == number]
-        truth, guess = (np.concatenate([getattr(r, k) for r in mine]) for k in ("truth", "guess"))
-        ids = np.array([id for r in mine for id in r.ids])
-        speakers = np.concatenate([r.speakers for r in mine])
-        improvised = np.char.find(ids, "_impro") >= 0
-        parts = {"all": np.ones(len(ids), bool), "improvised": improvised, "scripted": ~improvised}
+        truth, guess, speakers, dialogs = (
+            np.concatenate([getattr(r, name) for r in mine])
+            for name in ("truth", "guess", "speakers", "dialogs")
+        )
+        free = np.char.find(dialogs, "impro") >= 0
+        parts = {"all": truth >= 0, "improvised": free, "scripted": ~free}
         if all(r.seen_text is not None for r in mine):
             seen = np.concatenate([r.seen_text for r in mine])
             parts |= {"text seen": seen, "text unseen": ~seen}
@@ -542,7 +560,7 @@ def figure(width: float, height: float, title: str):
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     matplotlib.rcParams.update({"font.size": 7, "axes.titlesize": 7, "figure.dpi": 200})
-    lines = textwrap.wrap(title, int(16 * width))  # what a run is must not be cut off
+    lines = textwrap.wrap(title, int(16 * width))  # letters to the inch: nothing may be cut off
     fig = Figure((width, height + 0.13 * len(lines)), layout="constrained")
     fig.suptitle("\n".join(lines), fontsize=8)
     return fig
@@ -554,9 +572,10 @@ def draw_confusions(runs: list[Run], path: Path) -> None:
     Without any of those, all that is in `runs`, twelve at most.
     """
     where = {(r.system, r.fold): r for r in sorted(runs, key=lambda r: -r.seed)}  # the lowest seed
+    # Fig. 4a to d: audio, text, MMT, all fine-tuned, and text frozen ("the same model", §4.2.1).
     shown = [where[n, 5] for n in (4, 8, 18, 7) if (n, 5) in where] or runs[:12]
     columns = min(len(shown), 2 if len(shown) <= 4 else 4)
-    rows = -(-len(shown) // columns)
+    rows = math.ceil(len(shown) / columns)
     fig = figure(1.7 * columns, 1.75 * rows + 0.25, shown[0].title)
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax, letter, run in zip(axes, "abcdefghijkl", shown):
@@ -590,11 +609,11 @@ def draw_curves(runs: list[Run], path: Path) -> None:
                 [row[key] for row in log] for key in ("epoch", "train_loss", "dev_loss", "dev_ua")
             )
             trigger = run.result["finetune_epoch"]
-            fold = {"color": f"C{k}", "linewidth": 0.8}
-            loss.plot(epochs, train, linestyle=":", **fold)
-            name = f"fold {run.fold}" + (f" seed {run.seed}" if run.seed else "")
-            loss.plot(epochs, dev, label=name, **fold)
-            ua.plot(epochs, [100 * x for x in dev_ua], **fold)
+            style = {"color": f"C{k}", "linewidth": 0.8}
+            label = f"fold {run.fold}" + (f" seed {run.seed}" if run.seed else "")
+            loss.plot(epochs, train, linestyle=":", **style)
+            loss.plot(epochs, dev, label=label, **style)
+            ua.plot(epochs, [100 * x for x in dev_ua], **style)
             for ax, values, scale in ((loss, dev, 1), (ua, dev_ua, 100)):
                 if trigger:
                     ax.plot(trigger, scale * values[trigger - 1], "v", color=f"C{k}", markersize=4)
@@ -630,16 +649,15 @@ class Recognizer:
         from evaluate import Recognizer
         Recognizer("runs/toy/mmt-finetuned/fold5-seed0").recognize("x.wav", "i never said that")
 
-    Raises RunError where the folder is not that of a finished run, UpstreamError where what it was
-    trained on cannot be had any more.
+    Raises RunError where the folder is not that of a finished run, UpstreamError where its WavLM or
+    BERT cannot be had any more.
     """
 
     def __init__(self, folder: str | Path):
         self.run = read_run(Path(folder))
-        path = self.run.folder / "config.json"
+        settings, path = self.run.settings, self.run.folder / "config.json"
         state = load_checkpoint(self.run.folder / "checkpoint.pt")
         try:
-            settings = json.loads(path.read_text())
             self.config = Config.of(settings)
             self.upstreams = {
                 m: Upstream(settings["folders"][m], m, settings["precision"])
@@ -648,7 +666,7 @@ class Recognizer:
             for m, upstream in self.upstreams.items():
                 if upstream.fingerprint != settings["upstreams"][m]["weights"]:
                     raise RunError(f"{upstream.name}: not the weights that {path} was trained with")
-            weights = (state["selected"] or state)["weights"]
+            weights = (state["selected"] or state)["weights"]  # [A10]: selected, or the last
             self.model = EmotionRecognizer(self.config)
             self.model.load_state_dict(weights["model"])
             for m, upstream in self.upstreams.items():
@@ -661,9 +679,8 @@ class Recognizer:
             raise RunError(
                 f"{path}: does not fit checkpoint.pt beside it ({reason}); train it again"
             ) from None
-        self.model.eval()
+        self.model.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def batch(
         self, wav: str | Path | None = None, text: str | None = None,
         before: Sequence[str] = (), after: Sequence[str] = (),
@@ -683,6 +700,7 @@ class Recognizer:
                 raise RunError(f"{self.run.folder}: this system reads; give it --text WORDS")
             half = self.config.n_context // 2
             before, after = turns(before), turns(after)
+            # (Not before[-half:], which is everything where half is 0.)
             before, after = before[max(0, len(before) - half) :], after[:half]
             edges = [-1] * (half - len(before)), [-1] * (half - len(after))  # [A6]
             texts = [*before, text, *after]
@@ -690,11 +708,10 @@ class Recognizer:
             arguments["text"] = (*self.upstreams["text"](texts), context)
         return arguments
 
-    @torch.no_grad()
-    def recognize(self, *utterance, **named) -> dict[str, float]:
+    def recognize(self, wav=None, text=None, before=(), after=()) -> dict[str, float]:
         """{"neu": p, "hap": p, "ang": p, "sad": p}; arguments as for `batch`."""
-        log_probs = self.model(**self.batch(*utterance, **named))[0].log_softmax(dim=0)
-        return dict(zip(CLASSES, log_probs.exp().tolist()))
+        logits = self.model(**self.batch(wav, text, before, after))  # (1, 4)
+        return dict(zip(CLASSES, logits[0].softmax(dim=0).tolist()))
 
     def explain(self, wav=None, text=None, before=(), after=()) -> str:
         """What recognize says, how sure that is, and what to think of it, in words.
@@ -713,15 +730,15 @@ class Recognizer:
         ]
         return "\n".join(f"{self.run.result['corpus']}: {line}" for line in lines)
 
-    def how_sure(self, certainty: float) -> str:
+    def how_sure(self, confidence: float) -> str:
         """Not the model's own word for it, but how often it was right when it said so."""
         run, session = self.run, f"Session{self.run.fold}"
-        distance = np.abs(run.certainty - certainty)  # (N,), of the test utterances
-        alike = distance.argsort(kind="stable")[:50]
+        distance = np.abs(run.confidence - confidence)  # (N,), of the test utterances
+        alike = distance.argsort(kind="stable")[:50]  # the nearest, and none far off
         alike = alike[distance[alike] < 0.1]
         if not len(alike):
             return f"How sure: on no test utterance of {session} was it about as sure."
-        low, high = run.certainty[alike].min(), run.certainty[alike].max()
+        low, high = run.confidence[alike].min(), run.confidence[alike].max()
         right = np.mean(run.truth[alike] == run.guess[alike])
         return (
             f"How sure: of the {len(alike)} test utterances of {session} on which it was about "
@@ -764,22 +781,24 @@ class Recognizer:
                 "What it says of real speech means nothing."
             )
 
-    @torch.no_grad()
     def gates(self, batch: dict[str, tuple]) -> dict[str, Tensor]:
-        """The S&E gates of Fig. 2 by modality: audio (1, L), text (U, L), a row a context text."""
-        gates = {}
-        for m, (states, mask, *_) in batch.items():
-            gates[m] = self.model.extractor[m].se.gates(states.float(), mask)
-        return gates
+        """The S&E gates of Fig. 2 by modality: audio (1, L), text (U, L), one row for each text."""
+        return {
+            m: self.model.extractor[m].se.gates(states.float(), mask)
+            for m, (states, mask, *_) in batch.items()
+        }
 
-    @torch.no_grad()
     def attention(self, batch: dict[str, tuple]) -> dict[str, Tensor]:
         """Weights (T_t, T_s) of Eq. (1) of the cross-modal blocks, by "source-to-target"."""
         x, mask = self.model.features(**batch)
-        return {
-            f"{s}-to-{t}": self.model.fusion.blocks[f"{s}-to-{t}"].attend(x[t], x[s], mask[s])[1][0]
-            for t, s in self.model.fusion.paths if s not in (None, t)
-        }  # fmt: skip
+        weights = {}
+        for target, source in self.model.fusion.paths:
+            if source not in (None, target):
+                name = f"{source}-to-{target}"
+                block = self.model.fusion.blocks[name]
+                _, w = block.attend(x[target], x[source], mask[source])
+                weights[name] = w[0]
+        return weights
 
 
 def draw_gates(recognizer: Recognizer, batch: dict[str, tuple], path: Path) -> None:
@@ -815,9 +834,8 @@ def draw_attention(
     reader = recognizer.upstreams["text"]
     read = reader.preprocessor(text, truncation=True, max_length=reader.max_tokens)
     tokens = reader.preprocessor.convert_ids_to_tokens(read["input_ids"])
-    n = next(w.shape["audio-to-text" != k] for k, w in weights.items())  # positions of X_T
-    # X_T is as long as the longest text of the context: further positions hold only neighbours.
-    tokens = [*tokens, *["(context)"] * (n - len(tokens))][:n]
+    n = batch["text"][0].shape[1]  # positions of X_T: as many as the longest text of the context
+    tokens += ["(context)"] * (n - len(tokens))
     every = 1 + n // 30  # labels that fit
     height = 1.0 + len(weights) * (0.6 + 0.11 * n / every)
     fig = figure(3.4, height, f"{recognizer.run.title}: attention of Eq. (1)")
@@ -825,7 +843,7 @@ def draw_attention(
         len(weights) + 1, 1, sharex=True, squeeze=False,
         height_ratios=[*[max(3, n / every)] * len(weights), 3],
     ).flat  # fmt: skip
-    for ax, (name, w) in zip(axes, weights.items()):
+    for ax, (name, w) in zip(axes, weights.items()):  # tokens down, frames across, in both
         w = w.numpy()
         from_audio = name == "audio-to-text"
         image = ax.imshow(

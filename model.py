@@ -112,7 +112,8 @@ class Config:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
 
-    x (B, T, D) of any width D, mask (B, T) -> (B, D). Where no step is real (an utterance that a
+    x (B, T, D) of any width D, mask (B, T) -> (B, D): with x [[1], [3], [9]] and mask
+    [True, True, False] it is [2]. Where no step is real (an utterance that a
     dialogue's edge cut off) the result is zero, never 0/0 = NaN. What stands in the padding may be
     anything, NaN included.
     """
@@ -153,7 +154,10 @@ def cross_modal_attention(
 class SqueezeExcitation(nn.Module):
     """Squeeze-and-Excitation over the layers of an upstream: §2.1, Fig. 2, reference [27].
 
-    x (B, T, L, D), mask (B, T) -> (B, T, L, D), each layer scaled by its gate in (0, 1).
+    x (B, T, L, D), mask (B, T) -> (B, T, L, D), each layer scaled by its gate in (0, 1):
+
+        z = mean of x over features and real steps        squeeze, (B, L)
+        gates = sigmoid(W_2 ReLU(W_1 z + b_1) + b_2)      excitation, (B, L)
     """
 
     def __init__(self, n_layers: int):
@@ -161,11 +165,11 @@ class SqueezeExcitation(nn.Module):
         # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
         # take the layers for S&E's channels, so the bottleneck is L / L = 1 unit. That one ReLU
         # can be born dead; then the gates are sigmoid(expand.bias), alike for every utterance. We
-        # start it alive, with reduce.bias 1, and train.print_epoch warns where it dies.
+        # start it alive, with reduce.bias 1, and train.log_epoch warns where it dies.
         self.reduce = nn.Linear(n_layers, 1)
         self.expand = nn.Linear(1, n_layers)
         nn.init.ones_(self.reduce.bias)
-        self.fired = False  # whether the ReLU was above 0 since train.print_epoch looked
+        self.fired = False  # whether the ReLU was above 0 since train.log_epoch looked
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -173,16 +177,18 @@ class SqueezeExcitation(nn.Module):
 
         Sets `fired` where the ReLU is above 0 for any of them.
         """
-        # Squeeze: the mean of a layer over all features and all *real* steps. The mask is the
-        # "padding mask" arrow of Fig. 2; an upstream's padded rows are not zero.
+        # Squeeze. The mask is the "padding mask" arrow of Fig. 2: an upstream's padded rows are not
+        # zero, and would count.
         z = masked_mean(x.mean(dim=-1), mask)  # (B, L)
-        # Excitation: two linear layers down to the bottleneck and back, as in [27].
+
+        # Excitation: down to the bottleneck and back.
         hidden = torch.relu(self.reduce(z))  # (B, 1)
         self.fired = self.fired | (hidden > 0).any()
         return torch.sigmoid(self.expand(hidden))  # (B, L)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return x * self.gates(x, mask)[:, None, :, None]  # a gate scales its layer at every step
+        gates = self.gates(x, mask)  # (B, L)
+        return x * gates[:, None, :, None]  # (B, T, L, D)
 
 
 class Projector(nn.Module):
@@ -203,7 +209,7 @@ class Projector(nn.Module):
         # UNSPECIFIED [A1]: the paper never says how L layers become one vector. We sum them, as
         # every toolkit does that weights layers; alternative: --condense concat, L times as wide.
         x = x.sum(dim=2) if self.condense == "sum" else x.flatten(2)  # (B, T, D) or (B, T, L * D)
-        return self.norm(self.linear(x))
+        return self.norm(self.linear(x))  # (B, T, d)
 
 
 class FeatureExtractor(nn.Module):
@@ -242,16 +248,19 @@ class ContextConv(nn.Module):
 
     # EXERCISE 4 (15 min): delete the body, write it again; pytest -m ex4
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        C = x.shape[1]
+
         # UNSPECIFIED [A6]: a window that reaches over a dialogue's edge. Who is missing there comes
         # with a mask that is False throughout, and so is a map of zeros after this line. Padded
         # tokens are zeroed too: the result must not depend on how far the batch was padded.
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # (B, C, T, d)
+
         x = self.conv(x).squeeze(1)  # (B, T, d)
+
         # UNSPECIFIED [A5]: which cells of X_T are real. We take every position at which any of the
         # C utterances has a token; alternative: --text-mask target, the target's own tokens.
-        if self.text_mask == "target":
-            return x, mask[:, mask.shape[1] // 2]
-        return x, mask.any(dim=1)
+        mask = mask.any(dim=1) if self.text_mask == "union" else mask[:, C // 2]  # (B, T)
+        return x, mask
 
 
 class TextFeatureExtractor(nn.Module):
@@ -277,8 +286,8 @@ class TextFeatureExtractor(nn.Module):
         self, states: Tensor, mask: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if context is None:  # spelled out: utterance c of window b is row b * C + c, none is shared
-            context = torch.arange(mask.shape[0] * mask.shape[1], device=mask.device)
-            context = context.view(mask.shape[:2])  # (B, C)
+            B, C, _ = mask.shape
+            context = torch.arange(B * C, device=mask.device).view(B, C)
             states, mask = states.flatten(0, 1), mask.flatten(0, 1)  # (B * C, T, L, D), (B * C, T)
         x, mask = self.utterance(states, mask)  # (U, T, d), (U, T)
         # One empty utterance at the end: the row that index -1 means, in Python and here [A6].
@@ -317,6 +326,10 @@ class TransformerBlock(nn.Module):
         )
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
+        # UNSPECIFIED [A7]: the vanilla Transformer adds the queries to what attention brings. With
+        # them CMT(A->T) would carry the text itself, but in Table 1 it is nearer to audio than to
+        # text (Sys. 9 and 10). So we add them in the encoder and not across modalities;
+        # alternative: --cma-residual.
         self.residual = residual
 
     def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None):
@@ -325,13 +338,11 @@ class TransformerBlock(nn.Module):
 
     # EXERCISE 5 (20 min): delete the body, write it again; pytest -m ex5
     def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None) -> Tensor:
-        x = self.dropout(self.attend(x_t, x_s, mask_s)[0])  # (B, T_t, d)
-        # UNSPECIFIED [A7]: the vanilla Transformer adds the queries here. With them CMT(A->T) would
-        # carry the text itself, but in Table 1 it is nearer to audio than to text (Sys. 9 and 10).
-        # So we add them in the encoder and not across modalities; alternative: --cma-residual.
-        x = x_t + x if self.residual else x
+        x, _ = self.attend(x_t, x_s, mask_s)  # (B, T_t, d)
+        x = x_t + self.dropout(x) if self.residual else self.dropout(x)  # [A7]
         x = self.norm1(x)
-        return self.norm2(x + self.dropout(self.feed_forward(x)))
+        x = x + self.dropout(self.feed_forward(x))
+        return self.norm2(x)
 
 
 class Fusion(nn.Module):
@@ -344,13 +355,12 @@ class Fusion(nn.Module):
         super().__init__()
         self.paths = FUSIONS[config.fusion]
         # Inside the blocks dropout stays at the vanilla 0.1 [A8]; 0.5 is between modules [A16].
-        self.blocks = nn.ModuleDict({
-            f"{source}-to-{target}": TransformerBlock(
-                config.dim, residual=source == target or config.cma_residual
-            )
-            for target, source in self.paths
-            if source is not None
-        })  # fmt: skip
+        self.blocks = nn.ModuleDict()
+        for target, source in self.paths:
+            if source is not None:
+                residual = source == target or config.cma_residual  # [A7]
+                block = TransformerBlock(config.dim, residual=residual)
+                self.blocks[f"{source}-to-{target}"] = block
 
     def forward(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
         pooled = []

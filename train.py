@@ -122,9 +122,9 @@ def train(settings: dict, means: dict, material: "Material", folder: Path, devic
 
     # An utterance is known by its row in the corpus: in labels, windows, clips, texts and states.
     train_set, dev_set, test_set = data.split(material.corpus, settings["fold"], settings["seed"])
-    row = {u.id: i for i, u in enumerate(material.corpus)}
+    row_of = {u.id: i for i, u in enumerate(material.corpus)}
     train_rows, dev_rows, test_rows = (
-        torch.tensor([row[u.id] for u in part]) for part in (train_set, dev_set, test_set)
+        torch.tensor([row_of[u.id] for u in part]) for part in (train_set, dev_set, test_set)
     )
     print(
         f"\n{title}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
@@ -133,9 +133,10 @@ def train(settings: dict, means: dict, material: "Material", folder: Path, devic
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    # A new EmotionRecognizer, AdamW on it at 1e-3, Patience, no epoch behind it ...
     run = Training(settings, material, device)
-    resume(run, folder)
-    model, patience = run.model, run.patience
+    resume(run, folder)  # ... unless this run, or its twin, was further already.
+    model, patience = run.model, run.patience  # not run.optimizer: fine-tuning makes a new one
     labels = material.labels.to(device)
     while not patience.stopped:  # [A15]: no cap on the epochs
         started = time.perf_counter()
@@ -151,30 +152,17 @@ def train(settings: dict, means: dict, material: "Material", folder: Path, devic
                 logits = model(**run.batch(part))  # (B, 4)
                 loss = F.cross_entropy(logits, labels[part])  # §2.4; [A15]: classes not weighted
                 (loss * (len(part) / len(rows))).backward()  # parts add up to the batch's gradient
-                # A mean over utterances, not over batches: the last one is smaller.
-                train_loss += finite(loss.item(), run, rows) * len(part) / len(train_rows)
+                value = finite(loss.item(), run, rows)  # RunError where it is inf or NaN
+                train_loss += value * len(part) / len(train_rows)  # a mean over utterances
             run.optimizer.step()  # [A15]: gradients not clipped
 
         # §3.2: "we randomly select one speaker as a development set and monitor its loss".
         log_probs = evaluate.predict(model, dev_rows, run.batch)  # (N_dev, 4), dropout off
         dev = evaluate.score(material.labels[dev_rows], log_probs)
         event = patience.step(finite(dev["loss"], run, dev_rows))
-        run.log.append({
-            "epoch": len(run.log) + 1,
-            "phase": "frozen" if run.finetune_epoch is None else "finetune",
-            "lr": run.optimizer.param_groups[0]["lr"], "train_loss": train_loss,
-            "dev_loss": dev["loss"], "dev_wa": dev["wa"], "dev_ua": dev["ua"],
-            # At the trigger --reset-patience has set the counter back already.
-            "since_best": FINETUNE_AFTER if event == "finetune" else patience.since_best,
-            "seconds": time.perf_counter() - started,
-        })  # fmt: skip
-        print_epoch(material.name, run)
+        log_epoch(run, train_loss, dev, event, time.perf_counter() - started)
         select(run, dev, test_rows)  # test_rows: for --select test alone
-
-        # For the run's twin (see resume): the state when the trigger fires, or would if not frozen.
-        first = next((e["epoch"] for e in run.log if e["since_best"] == FINETUNE_AFTER), None)
-        if first == len(run.log):
-            save(folder / "trigger.pt", run.state())
+        save_trigger(run, folder)
 
         # §2.4: "partial fine-tuning": from the next epoch on the upstreams run on every batch, and
         # their lowest parts learn with the rest.
@@ -185,32 +173,14 @@ def train(settings: dict, means: dict, material: "Material", folder: Path, devic
                 f"{' and '.join(opened[m] for m in run.upstreams)}, learning rate {LR_FINETUNE:g}."
             )
             run.start_finetuning()
+
+        # After a kill, training goes on from here.
         save(folder / "checkpoint.pt", run.state())
         write_log(folder, run.log)
 
     print(f"Stop: no lower dev loss for {STOP_AFTER} epochs.")
     write_log(folder, run.log)  # a kill may have come between the last checkpoint and its line
-    if run.selected:  # [A10]: not the last weights
-        run.load_weights(run.selected["weights"])
-        if run.selected["finetune_epoch"] is None:  # of the frozen phase: heard as it was then
-            run.sources = {m: material.states[m] for m in run.upstreams}
-
-    # The test session: predicted here for the first time (but for --select test).
-    log_probs = evaluate.predict(model, test_rows, run.batch)
-    seen = data.texts_elsewhere(material.corpus)  # ids whose words another session speaks too
-    evaluate.write_predictions(
-        folder / "predictions.csv", test_set, log_probs, [u.id in seen for u in test_set]
-    )
-    result = {
-        **{k: settings[k] for k in ("corpus", "fusion", "frozen", "fold", "seed", "select")},
-        **evaluate.score(material.labels[test_rows], log_probs),
-        "epochs": len(run.log), "finetune_epoch": run.finetune_epoch,
-        "dev_speaker": dev_set[0].speaker, "n_train": len(train_set), "n_dev": len(dev_set),
-        "n_test": len(test_set), "seconds": sum(epoch["seconds"] for epoch in run.log),
-        "peak_memory_bytes": peak_memory(device),
-    }  # fmt: skip
-    write_json(folder / "result.json", result)
-    print(evaluate.describe(result))
+    conclude(run, folder, train_set, dev_set, test_set, test_rows)
 
 
 def finite(loss: float, run: "Training", rows: Tensor) -> float:
@@ -225,17 +195,28 @@ def finite(loss: float, run: "Training", rows: Tensor) -> float:
     return loss
 
 
-def print_epoch(corpus: str, run: "Training") -> None:
-    """The last epoch in one line, and a warning where no utterance of it woke the S&E unit [A2].
+def log_epoch(run: "Training", train_loss: float, dev: dict, event: str, seconds: float) -> None:
+    """The epoch as a row of log.jsonl, and as a line on the screen:
 
     toy epoch  35 finetune train loss 0.6791  dev loss 0.6326 WA 75.57% UA 74.96%  6 since lowest
+
+    Warns where no utterance of it woke an S&E unit [A2].
     """
-    e = run.log[-1]
+    e = {
+        "epoch": len(run.log) + 1,
+        "phase": "frozen" if run.finetune_epoch is None else "finetune",
+        "lr": run.optimizer.param_groups[0]["lr"], "train_loss": train_loss,
+        "dev_loss": dev["loss"], "dev_wa": dev["wa"], "dev_ua": dev["ua"],
+        # At the trigger --reset-patience has set the counter back already.
+        "since_best": FINETUNE_AFTER if event == "finetune" else run.patience.since_best,
+        "seconds": seconds,
+    }  # fmt: skip
+    run.log.append(e)
     age = f"{e['since_best']} since lowest" if e["since_best"] else "lowest"
     print(
-        f"{corpus} epoch {e['epoch']:3} {e['phase']:8} train loss {e['train_loss']:.4f}  "
-        f"dev loss {e['dev_loss']:.4f} WA {e['dev_wa']:6.2%} UA {e['dev_ua']:6.2%}  "
-        f"{age:15} {e['seconds']:.1f} s"
+        f"{run.material.name} epoch {e['epoch']:3} {e['phase']:8} "
+        f"train loss {e['train_loss']:.4f}  dev loss {e['dev_loss']:.4f} "
+        f"WA {e['dev_wa']:6.2%} UA {e['dev_ua']:6.2%}  {age:15} {e['seconds']:.1f} s"
     )
     for m, extractor in run.model.extractor.items():
         if not extractor.se.fired:
@@ -263,6 +244,45 @@ def select(run: "Training", dev: dict, test_rows: Tensor) -> None:
         run.selected = {"value": value, "weights": weights, "finetune_epoch": run.finetune_epoch}
 
 
+def save_trigger(run: "Training", folder: Path) -> None:
+    """trigger.pt: the state in which the trigger first fires, or would if this run were not frozen.
+
+    It is for the run's twin (see resume).
+    """
+    first = next((e["epoch"] for e in run.log if e["since_best"] == FINETUNE_AFTER), None)
+    if first == len(run.log):
+        save(folder / "trigger.pt", run.state())
+
+
+def conclude(
+    run: "Training", folder: Path, train_set: list[Utterance], dev_set: list[Utterance],
+    test_set: list[Utterance], test_rows: Tensor,
+) -> None:  # fmt: skip
+    """Test the last model, or the selected one, and write predictions.csv and result.json."""
+    settings, material = run.settings, run.material
+    if run.selected:  # [A10]: not the last weights
+        run.load_weights(run.selected["weights"])
+        if run.selected["finetune_epoch"] is None:  # of the frozen phase: heard as it was then
+            run.sources = {m: material.states[m] for m in run.upstreams}
+
+    # The test session: predicted here for the first time (but for --select test).
+    log_probs = evaluate.predict(run.model, test_rows, run.batch)  # (N_test, 4)
+    seen = data.texts_elsewhere(material.corpus)  # ids whose words another session speaks too
+    evaluate.write_predictions(
+        folder / "predictions.csv", test_set, log_probs, [u.id in seen for u in test_set]
+    )
+    result = {
+        **{k: settings[k] for k in ("corpus", "fusion", "frozen", "fold", "seed", "select")},
+        **evaluate.score(material.labels[test_rows], log_probs),
+        "epochs": len(run.log), "finetune_epoch": run.finetune_epoch,
+        "dev_speaker": dev_set[0].speaker, "n_train": len(train_set), "n_dev": len(dev_set),
+        "n_test": len(test_set), "seconds": sum(epoch["seconds"] for epoch in run.log),
+        "peak_memory_bytes": peak_memory(run.device),
+    }  # fmt: skip
+    write_json(folder / "result.json", result)
+    print(evaluate.describe(result))
+
+
 def peak_memory(device: str) -> int:
     """Bytes: of the GPU by this run, as torch counts it; without one, of the process so far."""
     if device == "cuda":
@@ -276,7 +296,7 @@ def peak_memory(device: str) -> int:
 #
 # A fold on IEMOCAP takes hours, so a run can be killed at any moment and goes on to the same bits:
 # a checkpoint holds all that training changes, every random state included, and every file is
-# written under another name and then renamed (data.replace). What happens when, in the folder:
+# written under another name and then renamed (data.rewrite). What happens when, in the folder:
 #
 #     claim          config.json
 #     each epoch     trigger.pt (once), checkpoint.pt, log.jsonl
@@ -439,21 +459,21 @@ def load_into(run: Training, state: dict, path: Path) -> None:
 
 
 def save(path: Path, state: dict) -> None:
-    """A checkpoint, through data.replace; read back with weights_only: it can run no code."""
+    """A checkpoint, through data.rewrite; read back with weights_only: it can run no code."""
     whole = io.BytesIO()  # first in memory: torch.save cannot tell a full disk from a bug
     torch.save(state, whole)
-    data.replace(path, lambda file: file.write(whole.getbuffer()))
+    data.rewrite(path, lambda file: file.write(whole.getbuffer()))
 
 
 def write_json(path: Path, value) -> None:
-    """`value` as indented JSON, through data.replace."""
-    data.replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    """`value` as indented JSON, through data.rewrite."""
+    data.rewrite(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def write_log(folder: Path, log: list[dict]) -> None:
     """log.jsonl, whole: after a kill it never holds an epoch that the checkpoint does not."""
     lines = "".join(json.dumps(row) + "\n" for row in log)
-    data.replace(folder / "log.jsonl", lambda file: file.write(lines.encode()))
+    data.rewrite(folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
 # ------------------------------------------------------------------------------------------------

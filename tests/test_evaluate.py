@@ -1,5 +1,6 @@
 """evaluate.py: metrics on written-out cases, the report on written-out run folders, the register."""
 
+import ast
 import csv
 import doctest
 import itertools
@@ -31,8 +32,11 @@ def test_wa_and_ua_by_hand_and_not_swapped():
 def test_ua_is_the_mean_recall_of_figure_4():
     # Fig. 4c, 100 utterances a class: .69 .88 .85 .94 on the diagonal; the paper prints UA 84.00.
     rows = [[69, 13, 5, 13], [4, 88, 2, 6], [8, 2, 85, 5], [2, 1, 3, 94]]
-    truth = [i for i, row in enumerate(rows) for n in row for _ in range(n)]
-    guess = [j for row in rows for j, n in enumerate(row) for _ in range(n)]
+    truth, guess = [], []
+    for i, row in enumerate(rows):
+        for j, n in enumerate(row):
+            truth += [i] * n
+            guess += [j] * n
     assert evaluate.unweighted_accuracy(truth, guess) == pytest.approx(0.84)
 
 
@@ -197,6 +201,26 @@ def test_damaged_predictions_are_named_and_left_out(harm, tmp_path):
         path.write_text(harm(path.read_text()))
     runs, left_out = evaluate.find_runs(tmp_path)
     assert runs == [] and len(left_out) == 1 and str(path) in left_out[0]
+
+
+def test_a_near_tie_is_written_as_it_was_scored(tmp_path):
+    # Two log-probabilities one bit apart, whose exponentials are the same number.
+    high = torch.tensor(-0.3)
+    low = torch.nextafter(high, torch.tensor(-1.0))
+    while torch.exp(low) != torch.exp(high):
+        high, low = low, torch.nextafter(low, torch.tensor(-1.0))
+    log_probs = torch.stack([low, high, torch.tensor(-9.0), torch.tensor(-9.0)])[None]
+    u = SimpleNamespace(id="Ses05F_impro01_F000", speaker="Ses05F", label=1)
+    evaluate.write_predictions(tmp_path / "p.csv", [u], log_probs, [False])
+    (row,) = csv.DictReader((tmp_path / "p.csv").open())
+    assert row["prediction"] == "hap" and evaluate.score(torch.tensor([1]), log_probs)["wa"] == 1.0
+
+
+def test_no_check_hangs_on_assert():
+    # Python skips them under -O.
+    for name in ("model", "data", "train", "evaluate"):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        assert not [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Assert)], name
 
 
 def test_several_seeds_are_averaged_in_their_folds_and_gaps_are_named(tmp_path):
