@@ -111,7 +111,8 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
 # ------------------------------------------------------------------------------------------------
 
 COLUMNS = ["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"]  # predictions.csv
-SWITCHES = {  # of train.py, with the defaults that the paper's systems have
+SWITCHES = {  # of train.py, and its constants (§3.2), as the paper's systems have them
+    "lr": [1e-3, 1e-5], "weight_decay": 1e-3, "batch": 32, "triggers": [5, 10],
     "n_context": 9, "dropout": 0.5, "condense": "sum", "text_mask": "union",
     "cma_residual": False, "reset_patience": False, "select": "last", "precision": "fp32",
     "wavlm": None, "bert": None,
@@ -285,7 +286,7 @@ def system_number(fusion: str, frozen: bool) -> int:
     return 2 * list(FUSIONS).index(fusion) + (1 if frozen else 2)
 
 
-def shares(counts: np.ndarray) -> np.ndarray:
+def normalized(counts: np.ndarray) -> np.ndarray:
     """Fig. 4: confusion counts (4, 4) as shares of the true class, the row; 0 in an empty row."""
     return counts / counts.sum(axis=1, keepdims=True).clip(min=1)
 
@@ -303,7 +304,7 @@ def describe(result: dict) -> str:
         f"{result['corpus']}, share of each true class (row) taken for (column):",
         "        " + "".join(f"{c:>7}" for c in CLASSES),
     ]
-    for c, row, n in zip(CLASSES, shares(counts), size):
+    for c, row, n in zip(CLASSES, normalized(counts), size):
         lines.append(f"    {c:4}" + "".join(f"{x:7.2f}" for x in row) + f"   of {n}")
     return "\n".join(lines)
 
@@ -579,7 +580,7 @@ def draw_confusions(runs: list[Run], path: Path) -> None:
     fig = figure(1.7 * columns, 1.75 * rows + 0.25, shown[0].title)
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax, letter, run in zip(axes, "abcdefghijkl", shown):
-        share = shares(np.array(run.result["confusion"]))
+        share = normalized(np.array(run.result["confusion"]))
         ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (i, j), value in np.ndenumerate(share):
             ax.text(j, i, f"{value:.2f}", ha="center", va="center",
@@ -919,7 +920,7 @@ def report(runs: list[Run], args: argparse.Namespace, left_out: list[str]) -> No
         print(describe(runs[0].result) + "\n")
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-        stem = "-".join(re.findall(r"\w+", runs[0].title))[:80]
+        stem = "-".join(re.findall(r"\w+", runs[0].title))[:200]
         pictures = {"confusions": (draw_confusions, runs)}
         for number in sorted({r.system for r in runs}):
             same = [r for r in runs if r.system == number]

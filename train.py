@@ -17,6 +17,7 @@ explains the run's twin, the frozen or fine-tuned run that shares its frozen epo
 """
 
 import argparse
+import ast
 import copy
 import errno
 import io
@@ -117,7 +118,7 @@ def train(settings: dict, means: dict, material: "Material", folder: Path, devic
     title = f"Sys. {number} ({name}), fold {settings['fold']}, seed {settings['seed']}"
     claim(folder, settings, means)
     if (folder / "result.json").exists():
-        print(f"{title}: done before, see {folder}")
+        print(f"{title}: done before, see {folder}; delete that to train anew")
         return
 
     # An utterance is known by its row in the corpus: in labels, windows, clips, texts and states.
@@ -402,12 +403,16 @@ def run_name(fusion: str, frozen: bool) -> str:
 
 
 def claim(folder: Path, settings: dict, means: dict) -> None:
-    """Write config.json, or raise RunError naming what differs from the run that is there."""
+    """Write config.json, or raise RunError naming what differs from the run that is there.
+
+    Other code than that run's is not refused, for it may be a mended print; but it is said.
+    """
     path = folder / "config.json"
     if path.exists():
         try:
             old = json.loads(path.read_text())
             changed = [k for k in settings if old.get(k) != settings[k]]
+            files = [f for f, code in means["code"].items() if old.get("code", {}).get(f) != code]
         except (ValueError, AttributeError) as error:
             raise RunError(f"{path}: damaged ({error}); delete {folder} to start anew") from None
         if changed:
@@ -415,6 +420,8 @@ def claim(folder: Path, settings: dict, means: dict) -> None:
             raise RunError(
                 f"{folder} holds a run with another {was}; take another --out, or delete it"
             )
+        if files:
+            print(f"warning: {folder} was begun before {', '.join(files)} changed")
     if not (folder / "result.json").exists():  # a finished run keeps the means that made it
         write_json(path, {**settings, **means})
 
@@ -496,6 +503,7 @@ class Material:
     upstreams: dict[str, Upstream]
     pristine: dict[str, dict]  # by modality: what fine-tuning opens, before any did
     identity: dict[str, dict]  # by modality: digests of the upstream and of what it is fed
+    digest: str  # of all ids, emotions and words
 
 
 def read_corpus(args: argparse.Namespace) -> tuple[str, list[Utterance]]:
@@ -582,7 +590,8 @@ def prepare(
             states[m].move_to_gpu()
     labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])
     pristine = {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()}
-    return Material(name, corpus, labels, raw, states, upstreams, pristine, identity)
+    digest = data.digest([[u.id, u.emotion, u.text] for u in corpus])
+    return Material(name, corpus, labels, raw, states, upstreams, pristine, identity, digest)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -595,7 +604,8 @@ def share(runs: list[tuple], shard: str) -> list[tuple]:
 
     Shares cost about the same: the dearest unit goes to whoever has least to do. A unit is a
     frozen run and its fine-tuned twin, which share their frozen epochs. Shares depend on nothing
-    but the runs asked for, so N processes that do not know of each other do all of it, once.
+    but the runs asked for, so N processes that do not know of each other do all of it, once. Of
+    Sys. 17 and 18 on folds 1 and 2, share 1/2 is fold 1 and share 2/2 is fold 2.
     """
     # A batch of 32 clips costs WavLM-Large about six times what its 200 sentences cost BERT-base;
     # a frozen epoch reads the cache, and costs next to nothing.
@@ -678,6 +688,45 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def settings_of(
+    args: argparse.Namespace, material: Material, fusion: str, frozen: bool, fold: int, seed: int
+) -> dict:
+    """What makes a run this one and no other: nothing else may train into its folder."""
+    used = {m: material.upstreams[m] for m in Config(fusion).modalities}
+    config = Config(
+        fusion, n_context=args.context, dropout=args.dropout, condense=args.condense,
+        text_mask=args.text_mask, cma_residual=args.cma_residual,
+        **{f"{m}_layers": u.n_layers for m, u in used.items()},
+        **{f"{m}_dim": u.dim for m, u in used.items()},
+    )  # fmt: skip
+    return {
+        "corpus": material.name, "frozen": frozen, "fold": fold, "seed": seed, **asdict(config),
+        # Constants too: who changes one in this file gets a run of another name, not an old result.
+        "lr": [LR_FROZEN, LR_FINETUNE], "weight_decay": WEIGHT_DECAY, "batch": BATCH,
+        "triggers": [FINETUNE_AFTER, STOP_AFTER], "reset_patience": args.reset_patience,
+        "select": args.select, "precision": args.precision, "wavlm": args.wavlm, "bert": args.bert,
+        "utterances": material.digest,
+        "upstreams": {m: material.identity[m] for m in used},
+    }  # fmt: skip
+
+
+def means_of(args: argparse.Namespace, material: Material, device: str) -> dict:
+    """With what a run is made: noted in config.json, but a run may go on with others."""
+    return {
+        "folders": {
+            m: os.path.abspath(u.name) if os.path.isdir(u.name) else u.name
+            for m, u in material.upstreams.items()
+        },
+        "device": device, "micro_batch": args.micro_batch, "grad_checkpoint": args.grad_checkpoint,
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        # Of what the code does: comments and line breaks may change.
+        "code": {
+            file: data.digest(ast.dump(ast.parse(Path(__file__).with_name(file).read_bytes())))
+            for file in ("model.py", "data.py", "train.py")
+        },
+    }  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -688,6 +737,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.system:
         table_1 = [(fusion, frozen) for fusion in FUSIONS for frozen in (True, False)]  # Sys. 1-18
         systems = [table_1[n - 1] for n in sorted(set(map(int, args.system)))]
+
+    # What all runs start from. One process at a time: the others find the cache filled.
     with data.exclusive(Path("cache")):
         name, corpus = read_corpus(args)
         runs = itertools.product(systems, folds(args, corpus), dict.fromkeys(args.seed))
@@ -698,28 +749,11 @@ def main(arguments: list[str] | None = None) -> None:
             data.split(corpus, fold, seed)  # raises before hours of caching, not after
         modalities = sorted({m for fusion, *_ in runs for m in Config(fusion).modalities})
         material = prepare(args, name, corpus, modalities, device)
-    utterances = data.digest([[u.id, u.emotion, u.text] for u in corpus])
+
+    # The runs, one after the other, each in a folder that no other process works in.
+    means = means_of(args, material, device)
     for fusion, frozen, fold, seed in runs:
-        used = {m: material.upstreams[m] for m in Config(fusion).modalities}
-        config = Config(
-            fusion, n_context=args.context, dropout=args.dropout, condense=args.condense,
-            text_mask=args.text_mask, cma_residual=args.cma_residual,
-            **{f"{m}_layers": u.n_layers for m, u in used.items()},
-            **{f"{m}_dim": u.dim for m, u in used.items()},
-        )  # fmt: skip
-        settings = {
-            "corpus": material.name, "frozen": frozen, "fold": fold, "seed": seed,
-            **asdict(config), "reset_patience": args.reset_patience, "select": args.select,
-            "precision": args.precision, "wavlm": args.wavlm, "bert": args.bert,
-            "utterances": utterances,
-            "upstreams": {m: material.identity[m] for m in used},
-        }  # fmt: skip
-        means = {
-            "folders": {m: os.path.abspath(u.name) if os.path.isdir(u.name) else u.name
-                        for m, u in used.items()}, "device": device,
-            "micro_batch": args.micro_batch, "grad_checkpoint": args.grad_checkpoint,
-            "torch": torch.__version__, "transformers": transformers.__version__,
-        }  # fmt: skip
+        settings = settings_of(args, material, fusion, frozen, fold, seed)
         folder = args.out / material.name / run_name(fusion, frozen) / f"fold{fold}-seed{seed}"
         with data.exclusive(folder, wait=False):
             train(settings, means, material, folder, device)

@@ -295,6 +295,26 @@ def test_the_papers_numbers_are_the_defaults(capsys):
     assert (args.dropout, args.context, args.select, args.fold) == (0.5, 9, "last", ["5"])
     assert (train.LR_FROZEN, train.LR_FINETUNE, train.WEIGHT_DECAY) == (1e-3, 1e-5, 1e-3)
     assert (train.BATCH, train.FINETUNE_AFTER, train.STOP_AFTER) == (32, 5, 10)
+    # Reports name what differs from these: they must hold the same.
+    known = evaluate.SWITCHES
+    assert (known["lr"], known["weight_decay"], known["batch"]) == ([1e-3, 1e-5], 1e-3, 32)
+    assert known["triggers"] == [train.FINETUNE_AFTER, train.STOP_AFTER]
+
+
+def test_a_changed_constant_is_another_run_and_changed_code_is_said(go, monkeypatch, capsys):
+    command = ("--fusion", "text-fc", "--frozen")
+    folder = go("constants", *command)
+    (run,), _ = evaluate.find_runs(folder)
+    assert run.title.startswith("small-partial, triggers [2, 4], wavlm ")
+    monkeypatch.setattr(train, "STOP_AFTER", 3)
+    with pytest.raises(train.RunError, match=r"another triggers \[2, 4\] \(now \[2, 3\]\)"):
+        go("constants", *command)
+    monkeypatch.setattr(train, "STOP_AFTER", 4)
+    config = json.loads((folder / "config.json").read_text())
+    config["code"]["model.py"] = "0"
+    (folder / "config.json").write_text(json.dumps(config))
+    go("constants", *command)
+    assert "was begun before model.py changed" in capsys.readouterr().out
 
 
 def test_every_epoch_sees_each_training_utterance_once_in_another_order(go, monkeypatch):
@@ -373,7 +393,7 @@ def test_one_step_at_full_size(fusion, full_size_upstreams):
     labels = torch.tensor([2, 1])
     material = train.Material(
         "random", [], labels, {"audio": clips, "text": texts}, {}, upstreams,
-        {m: {k: v.clone() for k, v in u.finetunable().state_dict().items()} for m, u in upstreams.items()}, {},
+        {m: {k: v.clone() for k, v in u.finetunable().state_dict().items()} for m, u in upstreams.items()}, {}, "",
     )  # fmt: skip
     for m in upstreams:
         with torch.no_grad():
