@@ -610,22 +610,19 @@ def draw_curves(runs: list[Run], path: Path) -> None:
                 [row[key] for row in log] for key in ("epoch", "train_loss", "dev_loss", "dev_ua")
             )
             trigger = run.result["finetune_epoch"]
-            style = {"color": f"C{k}", "linewidth": 0.8}
+            color = f"C{k}"
             label = f"fold {run.fold}" + (f" seed {run.seed}" if run.seed else "")
-            loss.plot(epochs, train, linestyle=":", **style)
-            loss.plot(epochs, dev, label=label, **style)
-            ua.plot(epochs, [100 * x for x in dev_ua], **style)
-            for ax, values, scale in ((loss, dev, 1), (ua, dev_ua, 100)):
+            loss.plot(epochs, train, ":", color=color, linewidth=0.8)
+            for ax, values in ((loss, dev), (ua, [100 * x for x in dev_ua])):
+                ax.plot(epochs, values, color=color, linewidth=0.8, label=label)
+                ax.plot(epochs[-1], values[-1], "s", color=color, markersize=3)
                 if trigger:
-                    ax.plot(trigger, scale * values[trigger - 1], "v", color=f"C{k}", markersize=4)
-                ax.plot(epochs[-1], scale * values[-1], "s", color=f"C{k}", markersize=3)
+                    ax.plot(trigger, values[trigger - 1], "v", color=color, markersize=4)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise RunError(f"{path_of_log}: {error!r}") from None
     # A legend for the marks that does not repeat for each fold.
-    loss.plot([], [], "k-", linewidth=0.8, label="development")
-    loss.plot([], [], "k:", linewidth=0.8, label="training")
-    loss.plot([], [], "kv", markersize=4, linestyle="", label="trigger")
-    loss.plot([], [], "ks", markersize=3, linestyle="", label="stop")
+    for mark, label in (("-", "development"), (":", "training"), ("v", "trigger"), ("s", "stop")):
+        loss.plot([], [], f"k{mark}", linewidth=0.8, markersize=3, label=label)
     loss.legend(ncols=3, fontsize=6, frameon=False)
     loss.set_ylabel("cross-entropy")
     ua.set_ylabel("development UA in %")
