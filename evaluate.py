@@ -282,12 +282,20 @@ TABLE_2 = {15: (78.32, 80.56), 17: (78.32, 80.56), 18: (84.45, 84.39)}
 
 
 def system_number(fusion: str, frozen: bool) -> int:
-    """Table 1's number: 1 to 18, odd = frozen, even = fine-tuned."""
+    """Table 1's number: 1 to 18, odd = frozen, even = fine-tuned.
+
+    >>> system_number("audio-fc", frozen=True), system_number("mmt", frozen=False)
+    (1, 18)
+    """
     return 2 * list(FUSIONS).index(fusion) + (1 if frozen else 2)
 
 
 def normalized(counts: np.ndarray) -> np.ndarray:
-    """Fig. 4: confusion counts (4, 4) as shares of the true class, the row; 0 in an empty row."""
+    """Fig. 4: confusion counts (4, 4) as shares of the true class, the row; 0 in an empty row.
+
+    >>> normalized(np.array([[3, 1], [0, 0]])).tolist()
+    [[0.75, 0.25], [0.0, 0.0]]
+    """
     return counts / counts.sum(axis=1, keepdims=True).clip(min=1)
 
 
@@ -384,7 +392,12 @@ def table_1(runs: list[Run]) -> Table:
 
 
 def grouped(results: list[dict], key: str, metric: str) -> list[float]:
-    """The mean of the metric for each value of the key, in the order of the values."""
+    """The mean of the metric for each value of the key, in the order of the values.
+
+    >>> runs = [{"fold": 1, "wa": 0.5}, {"fold": 1, "wa": 0.75}, {"fold": 2, "wa": 0.25}]
+    >>> grouped(runs, "fold", "wa")
+    [0.625, 0.25]
+    """
     values = sorted({r[key] for r in results})
     return [statistics.fmean(r[metric] for r in results if r[key] == v) for v in values]
 
@@ -637,7 +650,11 @@ def draw_curves(runs: list[Run], path: Path) -> None:
 
 
 def turns(words: str | Sequence[str]) -> list[str]:
-    """The turns before or after an utterance; a single string is one turn, not its letters."""
+    """The turns before or after an utterance; a single string is one turn, not its letters.
+
+    >>> turns("oh no"), turns(("oh", "no"))
+    (['oh no'], ['oh', 'no'])
+    """
     return [words] if isinstance(words, str) else list(words)
 
 
