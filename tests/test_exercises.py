@@ -9,11 +9,13 @@ test holds that each is turned away with the right question.
 """
 
 import os
+import random
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,17 @@ def check_1(masked_mean):
          "0 * NaN? It is NaN: replace the padding (masked_fill), do not multiply it")  # fmt: skip
     nothing = masked_mean(x, torch.zeros(2, 3, dtype=torch.bool))
     same(nothing, torch.zeros(2, 2), "no real step: 0 / 0? At a dialogue's edge that happens")
+    assert x[0, 2].isnan().all(), "x itself was changed: masked_fill makes a copy, masked_fill_ does not"
+    x[0, 0, 0] = float("nan")
+    assert masked_mean(x, mask)[0, 0].isnan(), "a NaN in a *real* step is hidden: it is a bug that should show"
+    hole = masked_mean(torch.tensor([[[1.0], [9.0], [3.0]]]), torch.tensor([[True, False, True]]))
+    same(hole, [[2.0]], "real steps need not be the first ones: count where the mask is")
+    x = torch.ones(1, 3, 1, requires_grad=True)
+    found = masked_mean(x, torch.tensor([[True, False, True]]))
+    assert found.requires_grad, "no gradient comes back: was x copied, detached or made a number?"
+    assert found.dtype == x.dtype, f"float32 goes in, {found.dtype} comes out"
+    found.sum().backward()
+    same(x.grad, [[[0.5], [0.0], [0.5]]], "the gradient of a mean is 1 / number of real steps, 0 on padding")
 
 
 WRONG_1 = [
@@ -63,6 +76,10 @@ WRONG_1 = [
     (lambda x, m: x.masked_fill(~m[..., None], 0).sum(1) / m.sum(1, keepdim=True), "0 / 0"),
     (lambda x, m: (x * m[..., None]).sum(1) / m.sum(1, keepdim=True).clamp(min=1), "0 . NaN"),
     (lambda x, m: None, "nothing comes back"),
+    (lambda x, m: x.masked_fill_(~m[..., None], 0).sum(1) / m.sum(1, keepdim=True).clamp(min=1), "x itself"),
+    (lambda x, m: (x.nan_to_num() * m[..., None]).sum(1) / m.sum(1, keepdim=True).clamp(min=1), "is hidden"),
+    (lambda x, m: torch.stack([r[:n].sum(0) / max(1, n) for r, n in zip(x, m.sum(1).tolist())]), "need not be the first"),
+    (lambda x, m: x.detach().masked_fill(~m[..., None], 0).sum(1) / m.sum(1, keepdim=True).clamp(min=1), "no gradient"),
 ]
 
 
@@ -93,21 +110,40 @@ def check_2(attention):
     w_q.requires_grad_(True)
     out, weights = attention(x_t, x_s, w_q, w_k, w_v, torch.tensor([[False, False]]))
     same(weights.detach(), torch.zeros(1, 2, 2), "no real step: NaN, or weights on padding? The docstring says zero")
+    if out.requires_grad:
+        out.sum().backward()
+        assert w_q.grad is None or w_q.grad.isfinite().all(), (
+            "a row of nothing but -inf: the answer is zero, its gradient NaN"
+        )
+    far = attention(300 * x_t, x_s, w_q.detach(), w_k, w_v)[1]
+    same(far[:, :1], [[[1.0, 0.0]]], "exp(659) is infinite: a softmax takes the highest score off first")
+    far = attention(300 * x_t, -x_s, w_q.detach(), w_k, w_v, torch.tensor([[True, False]]))[1]
+    same(far[:, :1], [[[1.0, 0.0]]], "the only real step has a score of -659: is the padding's lower? Fill with the lowest number")
+    two = torch.tensor([[False, False], [True, False]])
+    both = attention(x_t.repeat(2, 1, 1), x_s.repeat(2, 1, 1), w_q.detach(), w_k, w_v, two)[1]
+    same(both, [[[0.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]],
+         "one utterance without a real step, one with: each has its own mask")  # fmt: skip
+    w_q.grad = None
+    out, _ = attention(x_t, x_s, w_q, w_k, w_v)
+    assert out.requires_grad, "no gradient reaches W_Q: are the weights detached?"
     out.sum().backward()
-    assert w_q.grad.isfinite().all(), "a row of nothing but -inf: the answer is zero, its gradient NaN"
+    assert w_q.grad is not None and w_q.grad.abs().max() > 0, "no gradient reaches W_Q: are the weights detached?"
 
 
-def eq1(scale=lambda q, k: k.shape[-1] ** 0.5, dim=-1, late=False):
+def eq1(scale=lambda q, k: k.shape[-1] ** 0.5, dim=-1, late=False, fill=-1e30, every=False, raw=False, dead=False):
     def attention(x_t, x_s, w_q, w_k, w_v, mask=None):
         q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v
         scores = q @ k.transpose(1, 2) / scale(x_t, k)
         if mask is not None and late is False:
-            scores = scores.masked_fill(~mask[:, None], -1e30)
+            scores = scores.masked_fill(~mask[:, None], fill)
         if mask is not None and late == float("-inf"):
             scores = scores + mask[:, None].float().log()
-        weights = scores.softmax(dim)
-        if mask is not None and late is True:
-            weights = weights * mask[:, None]
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True) if raw else scores.softmax(dim)
+        if mask is not None and (late is True or every):
+            weights = weights * (mask.any() if every else mask[:, None])
+        if fill != -1e30 and mask is not None:
+            weights = weights.masked_fill(~mask[:, None], 0)
+        weights = weights.detach() if dead else weights
         if late == float("-inf"):
             weights = weights.nan_to_num()
         return weights @ v, weights
@@ -124,6 +160,10 @@ WRONG_2 = [
     (eq1(late=None), "where is mask_s"),
     (eq1(late=False), "weights on padding"),
     (eq1(late=float("-inf")), "its gradient NaN"),
+    (eq1(fill=-100), "is the padding's lower"),
+    (eq1(fill=-1e29, raw=True), "takes the highest score off"),
+    (eq1(every=True), "each has its own mask"),
+    (eq1(fill=-1e29, dead=True), "weights detached"),
 ]
 
 
@@ -151,14 +191,25 @@ def check_3(gates):
     linear = torch.sigmoid(torch.tensor([0.5, 1.5]))
     assert se.fired, "is self.fired set? The training loop warns of a dead unit by it"
     same(found, linear[None], "squeeze 0.3 and 0.1; 0.3 + 2 * 0.1 = 0.5; ReLU; gates sigmoid(0.5), sigmoid(2 - 0.5)")
+    pair = torch.cat([x, 10 * x])
+    found = gates(se, pair, torch.tensor([[True, False], [True, False]]))
+    same(found[:1], linear[None], "the gates of one utterance depend on the other: keep the batch apart")
+    same(found[1], torch.sigmoid(torch.tensor([5.0, -3.0])), "squeeze 3 and 1; 3 + 2 * 1 = 5; sigmoid(5), sigmoid(2 - 5)")
     x = -x
     same(gates(se, x, torch.tensor([[True, False]])), unmasked[None],
          "where is the ReLU? A bottleneck below 0 says 0: sigmoid of the bias is left")  # fmt: skip
+    assert se.fired, "fired is forgotten: it stays set until the training loop has looked"
+    se.fired = False
+    gates(se, x, torch.tensor([[True, False]]))
+    assert not se.fired, "fired, though the ReLU gave 0?"
+    gates(se, torch.cat([-x, x]), torch.tensor([[True, False], [True, False]]))
+    assert se.fired, "one of two utterances woke the unit: any, not all or the last"
 
 
-def se(squeeze=lambda x, m: model.masked_mean(x.mean(-1), m), middle=torch.relu, end=torch.sigmoid):
+def se(squeeze=lambda x, m: model.masked_mean(x.mean(-1), m), middle=torch.relu, end=torch.sigmoid,
+       fire=lambda was, h: was | (h > 0).any()):  # fmt: skip
     def gates(self, x, m):
-        self.fired = True
+        self.fired = fire(self.fired, torch.relu(self.reduce(squeeze(x, m)))) if fire else True
         return end(self.expand(middle(self.reduce(squeeze(x, m)))))
 
     return gates
@@ -171,6 +222,11 @@ WRONG_3 = [
     (se(end=lambda z: z), "no sigmoid"),
     (lambda self, x, m: torch.sigmoid(self.expand(torch.relu(self.reduce(model.masked_mean(x.mean(-1), m))))), "fired"),
     (se(squeeze=lambda x, m: x.mean(-1)), "one gate a layer and utterance"),
+    (se(squeeze=lambda x, m: model.masked_mean(x.mean(-1), m).mean(0, keepdim=True).expand(len(x), -1)), "keep the batch apart"),
+    (se(fire=lambda was, h: (h > 0).any()), "fired is forgotten"),
+    (se(fire=lambda was, h: was | (h > 0).all()), "any, not all"),
+    (se(fire=lambda was, h: was | (h >= 0).any()), "though the ReLU gave 0"),
+    (se(fire=None), "though the ReLU gave 0"),
 ]
 
 
@@ -262,8 +318,22 @@ def check_5(forward):
         torch.manual_seed(0)
         wet = model.TransformerBlock(8, dropout=0.5, residual=True).train()
         assert not torch.equal(forward(wet, x_t, x_t), forward(wet, x_t, x_t)), "where is the dropout?"
-        masked = forward(cross, x_t, x_s, torch.tensor([[True, True, False, False, False]]))
+        # A "dropout" that doubles instead of dropping shows where it stands.
+        block.dropout = Doubling()
+        h = block.norm1(x_t + 2 * block.attend(x_t, x_t)[0])
+        same(forward(block, x_t, x_t), block.norm2(h + 2 * block.feed_forward(h)),
+             "dropout stands behind each of the two sublayers, before its add: x + dropout(sublayer(x))")  # fmt: skip
+        mask = torch.tensor([[True, True, False, False, False]])
+        masked = forward(cross, x_t, x_s, mask)
         same(masked, forward(cross, x_t, x_s[:, :2]), "does mask_s reach Eq. (1)?")
+        long = torch.randn(1, 5, 8)  # as long as the source
+        same(forward(cross, long, x_s, mask), forward(cross, long, x_s[:, :2]),
+             "mask_s is the source's: it says nothing of the target's steps")  # fmt: skip
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return 2 * x
 
 
 def forward_parts(block, x):
@@ -271,15 +341,20 @@ def forward_parts(block, x):
     return block.attend(y, y)[0]
 
 
-def block(always=False, swap=False, mask=True, pre=False, drop=lambda d, x: d(x), norm=lambda s: s.norm2):
+def block(always=False, swap=False, mask=True, pre=False, drop=lambda d, x: d(x), norm=lambda s: s.norm2,
+          second=lambda d, x: d(x), late=False, own=False):  # fmt: skip
     def forward(self, x_t, x_s, mask_s=None):
         if pre:
             h = x_t + self.attend(self.norm1(x_t), self.norm1(x_s), mask_s)[0]
             return h + self.feed_forward(self.norm2(h))
         q, s = (x_s, x_t) if swap else (x_t, x_s)
         y = drop(self.dropout, self.attend(q, s, mask_s if mask and not swap else None)[0])
+        if own and mask_s is not None and mask_s.shape[1] == x_t.shape[1]:
+            y = y * mask_s[..., None]
         y = self.norm1(y + x_t if (always or self.residual) and y.shape == x_t.shape else y)
-        return norm(self)(y + drop(self.dropout, self.feed_forward(y)))
+        if late:
+            return norm(self)(self.dropout(y + self.feed_forward(y)))
+        return norm(self)(y + second(self.dropout, self.feed_forward(y)))
 
     return forward
 
@@ -289,7 +364,11 @@ WRONG_5 = [
     (block(always=True), "do the queries come through"),
     (block(swap=True), "as long as the target"),
     (block(mask=False), "does mask_s reach"),
-    (block(drop=lambda d, x: x), "where is the dropout"),
+    (block(drop=lambda d, x: x, second=lambda d, x: x), "where is the dropout"),
+    (block(drop=lambda d, x: x), "behind each of the two sublayers"),
+    (block(second=lambda d, x: x), "behind each of the two sublayers"),
+    (block(late=True), "behind each of the two sublayers"),
+    (block(own=True), "it says nothing of the target"),
     (block(norm=lambda s: s.norm1), "norm2 after the feed-forward"),
 ]
 
@@ -349,24 +428,68 @@ def check_7(split):
         assert [[u.id for u in part] for part in split(corpus, 2, seed)] == parts, "the same seed, another split"
         devs |= who[1]
     assert len(devs) > 2, "does the seed draw the speaker? Twelve seeds drew the same"
-    for part in (corpus_of(1), [u for u in corpus if u.session != 2]):
+    states = random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+    split(corpus, 2, 0)
+    assert states == (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()), (
+        "the global random numbers moved on: draw from a generator of your own, random.Random(...)"
+    )
+    places = [
+        [sorted({u.speaker for u in corpus if u.session != fold}).index(split(corpus, fold, seed)[1][0].speaker)
+         for seed in range(12)] for fold in (2, 3)
+    ]  # fmt: skip
+    assert places[0] != places[1], "does the fold draw, too? Else all folds of a seed share their luck"
+    salted = [
+        [split([SimpleNamespace(**{**vars(u), "speaker": Salted(u.speaker, salt)}) for u in corpus], 2, seed)[1][0].speaker
+         for seed in range(12)] for salt in range(6)
+    ]  # fmt: skip
+    assert all(drawn == salted[0] for drawn in salted), (
+        "a set has another order in every process, so the same seed draws another speaker: sort them"
+    )
+    quiet = [u for u in corpus if u.label is not None or u.speaker not in ("Ses01F", "Ses03M")]
+    for u in quiet:
+        u.label = None if u.speaker in ("Ses01F", "Ses03M") else u.label
+    assert all(split(quiet, 2, seed)[1] for seed in range(12)), (
+        "a speaker who has no utterance of the four classes was drawn: development is empty"
+    )
+    corpus = corpus_of()
+    for part in (
+        corpus_of(1), [u for u in corpus if u.session != 2],
+        [u for u in corpus if u.session == 2 or u.speaker == "Ses01F"],  # none is left for training
+    ):  # fmt: skip
         try:
             split(part, 2, 0)
-        except data.CorpusError:
+        except data.CorpusError as error:
+            assert isinstance(error.problems, list), "CorpusError takes a list of problems, not a string"
             continue
         raise AssertionError("an empty part goes unsaid: raise CorpusError")
 
 
-def splitter(dev_of=None, keep=False, label=True, by_seed=True, silent=False):
-    def split(corpus, fold, seed):
-        import random
+class Salted(str):
+    """A string whose place in a set depends on `salt`, as those of a new process do."""
 
-        rng = random.Random(seed if by_seed else 0)
+    def __new__(cls, text, salt):
+        s = super().__new__(cls, text)
+        s.salt = salt
+        return s
+
+    def __hash__(self):
+        return hash((self.salt, str(self))) if self.salt else 0
+
+
+def splitter(dev_of=None, keep=False, label=True, by_seed=True, silent=False, by_fold=True, order=sorted,
+             own=True, problems=list):  # fmt: skip
+    def split(corpus, fold, seed):
+        rng = random.Random(f"{fold if by_fold else 0} {seed}" if by_seed else 0)
+        if not own:
+            rng = random
+            random.seed(f"{fold} {seed}")
         four = [u for u in corpus if u.label is not None or not label]
         rest = [u for u in four if u.session != fold]
-        speakers = sorted({u.speaker for u in (four if dev_of == "any" else rest)})
-        if not silent and (len(speakers) < 2 or len(rest) == len(four)):
-            raise data.CorpusError(["too few"])
+        speakers = order({u.speaker for u in (four if dev_of == "any" else rest)})
+        if dev_of == "all":
+            speakers = order({u.speaker for u in corpus if u.session != fold})
+        if not silent and (len(speakers) < 2 and silent is not None or len(rest) == len(four) or not rest):
+            raise data.CorpusError(problems(["too few"]))
         speaker = rng.choice(speakers)
         if dev_of == "utterances":
             dev = rng.sample(rest, 4)
@@ -384,6 +507,12 @@ WRONG_7 = [
     (splitter(label=False), "only the four classes"),
     (splitter(by_seed=False), "does the seed draw"),
     (splitter(silent=True), "goes unsaid"),
+    (splitter(silent=None), "goes unsaid"),
+    (splitter(by_fold=False), "does the fold draw"),
+    (splitter(order=list), "a set has another order"),
+    (splitter(own=False), "global random numbers"),
+    (splitter(dev_of="all"), "no utterance of the four classes"),
+    (splitter(problems=" ".join), "a list of problems"),
 ]
 
 
@@ -418,11 +547,13 @@ def check_8(step):
     late = said([1.0] + [2.0] * 15, reset_at_finetune=True)
     assert late == "cccccf" + "c" * 9 + "s", "is trigger() called? It sets the count back [A9]"
     assert said([1.0] + [float("nan")] * 10)[-1] == "s", "NaN is not lower than anything"
+    slow = said([1.0 - 1e-6 * k for k in range(20)])
+    assert slow == "c" * 20, "however little lower is lower: §3.2 knows no tolerance"
 
 
-def stepper(equal=False, again=False, reset=False, frozen=True, previous=False, late=0, call=True):
+def stepper(equal=False, again=False, reset=False, frozen=True, previous=False, late=0, call=True, least=0):
     def step(self, loss):
-        if loss < self.best or (equal and loss == self.best):
+        if loss < self.best - least or (equal and loss == self.best):
             self.best, self.since_best = loss, 0
         else:
             self.since_best += 1
@@ -448,6 +579,7 @@ WRONG_8 = [
     (stepper(previous=True), "lower than the epoch before"),
     (stepper(late=1), "too early or too late"),
     (stepper(call=False), "trigger.. called"),
+    (stepper(least=1e-4), "knows no tolerance"),
 ]
 
 
@@ -478,8 +610,21 @@ def check_9(batch):
     found = windows_seen([2, 3])  # no edge in it
     assert found != [[-1, 10, 20], [10, 20, 30]], "one too low: -1 is not always among the distinct ones"
     assert found == [[10, 20, 30], [20, 30, 40]], f"windows of the wrong utterances: {found}"
+    assert windows[0].tolist() == [-1, 0, 1], "`windows` itself was changed: the next batch needs it"
     found = windows_seen([4, 0])  # edges on both sides, and not in the order of the corpus
     assert found == [[30, 40, -1], [-1, 0, 10]], f"windows of the wrong utterances: {found}"
+    assert sorted(asked[-1]) == [0, 1, 3, 4], "row 2 is in no window of these two, and was asked for"
+    live = torch.tensor([1.0], requires_grad=True)
+
+    def living(rows):
+        return live.half() * rows[:, None], rows[:, None] >= 0
+
+    states = batch(torch.tensor([1]), windows, {"text": living}, "cpu")["text"][0]
+    assert states.requires_grad, "no gradient reaches the live upstream: fine-tuning would change nothing"
+    assert states.dtype == torch.float16, f"the source gave 16 bits, {states.dtype} came out: the model casts"
+    moved = batch(torch.tensor([1]), windows, {"text": living}, "meta")["text"]
+    where = [x.device.type for x in moved]
+    assert where == ["meta"] * 3, f"where is `device`? States, mask and context are on {where}"
     seen = []
 
     def audio(rows):
@@ -491,7 +636,8 @@ def check_9(batch):
     assert answer["audio"][0].device.type == "meta", "where is `device`? All that comes back must be on it"
 
 
-def batcher(always=False, edge=True, unique=True, corpus_rows=False, greedy=False, to=True):
+def batcher(always=False, edge=True, unique=True, corpus_rows=False, greedy=False, to=True, span=False,
+            inplace=False, detach=False, cast=False, some=False):  # fmt: skip
     def batch(rows, windows, sources, device):
         if "audio" in sources or greedy:
             return {"audio": tuple(t.to(device if to else "cpu") for t in sources["audio"](rows))}
@@ -506,7 +652,14 @@ def batcher(always=False, edge=True, unique=True, corpus_rows=False, greedy=Fals
             distinct, context = distinct[distinct >= 0], context - 1
         if corpus_rows:
             context = w
-        return {"text": (*sources["text"](distinct), context)}
+        if span:
+            distinct = torch.arange(w[w >= 0].min(), w.max() + 1)
+            context = torch.where(w < 0, -1, w - distinct[0])
+        if inplace:
+            windows[windows < 0] = 0
+        states, mask = sources["text"](distinct)
+        states = states.detach() if detach else states.float() if cast else states
+        return {"text": (states.to(device), mask if some else mask.to(device), context.to(device))}
 
     return batch
 
@@ -518,6 +671,11 @@ WRONG_9 = [
     (batcher(corpus_rows=True), "name rows of the batch"),
     (batcher(greedy=True), "no audio source"),
     (batcher(to=False), "where is .device"),
+    (batcher(some=True), "States, mask and context are on"),
+    (batcher(span=True), "in no window of these two"),
+    (batcher(inplace=True), "itself was changed"),
+    (batcher(detach=True), "no gradient reaches the live"),
+    (batcher(cast=True), "the model casts"),
 ]
 
 

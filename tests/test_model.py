@@ -97,6 +97,36 @@ def test_equation_1_without_any_real_source_is_zero_and_has_a_gradient():
     assert (out == 0).all() and (x_s.grad == 0).all()
 
 
+def test_equation_1_stands_high_scores_and_its_weights_learn():
+    x_t, x_s = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    w_q, w_k, w_v = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    for scale in (1.0, 1e4):
+        out, weights = model.cross_modal_attention(scale * x_t, scale * x_s, w_q, w_k, w_v, mask)
+        assert out.isfinite().all()
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
+        assert (weights[1, :, 2:] == 0).all()
+    out, _ = model.cross_modal_attention(x_t, x_s, w_q, w_k, w_v, mask)
+    out.square().sum().backward()
+    assert all(w.grad.abs().max() > 1e-3 for w in (w_q, w_k, w_v))
+
+
+def test_dropout_stands_behind_each_sublayer_of_a_block():
+    class Doubling(nn.Module):  # in dropout's place it shows where that is
+        def forward(self, x):
+            return 2 * x
+
+    for residual in (True, False):
+        block = TransformerBlock(8, residual=residual).eval()
+        block.dropout = Doubling()
+        x_t, x_s = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+        attended = 2 * block.attend(x_t, x_s)[0]
+        h = block.norm1(x_t + attended if residual else attended)
+        torch.testing.assert_close(
+            block(x_t, x_s), block.norm2(h + 2 * block.feed_forward(h)), rtol=1e-5, atol=1e-6
+        )
+
+
 # --- blocks
 
 
@@ -131,10 +161,16 @@ def test_squeeze_excitation_starts_alive_and_says_so():
         se = model.SqueezeExcitation(25)
         se(0.1 * torch.randn(8, 10, 25, 16), torch.ones(8, 10, dtype=torch.bool))
         assert se.fired
+    x, mask = torch.randn(8, 10, 25, 16), torch.ones(8, 10, dtype=torch.bool)
     nn.init.constant_(se.reduce.bias, -100.0)
+    se(x, mask)
+    assert se.fired  # until the training loop has looked
     se.fired = False
-    se(torch.randn(8, 10, 25, 16), torch.ones(8, 10, dtype=torch.bool))
+    se(x, mask)
     assert not se.fired
+    x[3] = 1000.0 * se.reduce.weight[0, :, None].sign()  # one utterance of eight is enough
+    se(x, mask)
+    assert se.fired
 
 
 def test_context_convolution_against_loops():
