@@ -383,8 +383,11 @@ def check_6(unweighted_accuracy):
     assert abs(found - 0.9) > 1e-3, "9 of 10 are right: that is WA. Each class must weigh the same"
     assert abs(found - (8 / 9 + 1) / 2) > 1e-3, "the mean precision? Divide by how many *are* of the class"
     assert abs(found - 1.5 / 4) > 1e-3, "classes that do not occur count as wrong?"
+    assert abs(found - 75) > 1e-3, "a percentage? Everywhere in the code accuracies are fractions of 1"
     same(found, 0.75, "recall 8/8 and 1/2: (1 + 0.5) / 2")
     same(unweighted_accuracy([2, 2, 3], [1, 2, 0]), 0.25, "recall 1/2 and 0/1")
+    found = unweighted_accuracy(torch.tensor(truth), torch.tensor(guess))
+    same(found, 0.75, "as lists they gave 0.75, as tensors not: elements of tensors are no numbers to a dict or set")
 
 
 def recalls(y, p):
@@ -395,6 +398,9 @@ WRONG_6 = [
     (lambda y, p: sum(a == b for a, b in zip(y, p)) / len(y), "that is WA"),
     (lambda y, p: recalls(p, y)[0] / 2 + recalls(p, y)[1] / 2, "mean precision"),
     (lambda y, p: sum(recalls(y, p)) / 4, "do not occur"),
+    (lambda y, p: 100 * evaluate.unweighted_accuracy(y, p), "a percentage"),
+    (lambda y, p: sum(sum(a == b == c for a, b in zip(y, p)) / max(1, sum(a == c for a in y)) for c in set(y)) / len(set(y)),
+     "as tensors not"),
 ]
 
 
