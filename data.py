@@ -309,7 +309,8 @@ def split(
     """Leave-one-session-out (§3.1): the four-class utterances as (train, dev, test).
 
     Test is session `fold`; dev is one speaker of the rest, drawn by fold and seed (§3.2); train is
-    all others. Raises CorpusError where one of the three would be empty.
+    all others. Raises CorpusError (a list of one line) where one of the three would be empty. Which
+    generator draws is free, but with another the README's numbers are others.
     """
     targets = [u for u in corpus if u.label is not None]
     rest = [u for u in targets if u.session != fold]
@@ -503,12 +504,14 @@ def live(upstream: Callable, raw: Sequence) -> Callable:
 def batch(
     rows: Tensor, windows: Tensor, sources: dict[str, Callable], device: str
 ) -> dict[str, tuple]:
-    """The keyword arguments of EmotionRecognizer for the utterances at `rows` (B,) of the corpus.
+    """The keyword arguments of EmotionRecognizer for the utterances at `rows` (B,) of the corpus:
 
-    sources: by modality a Ragged or `live`; which of the two, the model never knows, and one of
-    the modalities may be missing. Neighbours overlap: 32 windows of 9 hold fewer than 288
-    utterances, and each is asked for once. With windows [[-1, 5, 6], [5, 6, 7]] the texts asked for
-    are those of rows [5, 6, 7], and the context that the model gets is [[-1, 0, 1], [0, 1, 2]].
+        {"audio": (states, mask), "text": (states, mask, context)}, on `device`
+
+    sources: by modality a Ragged or `live`; which of the two, the model never knows, and a modality
+    without a source is left out. Audio is asked for `rows` as they come, text for the rows in their
+    windows, each once: 32 windows of 9 overlap, and hold fewer than 288. With the windows
+    [[-1, 5, 6], [5, 6, 7]] text is asked for rows [5, 6, 7], and context is [[-1, 0, 1], [0, 1, 2]].
     """
     arguments = {}
     if "audio" in sources:

@@ -62,7 +62,8 @@ def weighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
 def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     """UA: the mean over the classes of the share that is right, alias macro-averaged recall.
 
-    Classes of which y_true has no utterance do not count.
+    y_true, y_pred: lists, arrays or tensors of N class numbers. Classes of which y_true has no
+    utterance do not count.
 
     >>> round(unweighted_accuracy([0, 0, 0, 1], [0, 0, 2, 1]), 4)  # (2/3 + 1/1) / 2
     0.8333

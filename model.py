@@ -115,7 +115,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     x (B, T, D) of any width D, mask (B, T) -> (B, D): with x [[1], [3], [9]] and mask
     [True, True, False] it is [2]. Where no step is real (an utterance that a
     dialogue's edge cut off) the result is zero, never 0/0 = NaN. What stands in the padding may be
-    anything, NaN included.
+    anything, NaN included; a NaN in a real step comes out, for training stops on it.
     """
     steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
@@ -175,7 +175,7 @@ class SqueezeExcitation(nn.Module):
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
         """One gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L).
 
-        Sets `fired` where the ReLU is above 0 for any of them.
+        Sets `fired` where the ReLU is above 0 for any of them, and never takes it back.
         """
         # Squeeze. The mask is the "padding mask" arrow of Fig. 2: an upstream's padded rows are not
         # zero, and would count.

@@ -74,7 +74,10 @@ class Patience:
 
     # EXERCISE 8 (20 min): delete the body, write it again; pytest -m ex8
     def step(self, dev_loss: float) -> str:
-        """After an epoch: "continue", "finetune" (once, through trigger) or "stop"."""
+        """After an epoch: "continue", "finetune" (once, through trigger) or "stop".
+
+        Counts in `best` and `since_best`, which the checkpoint keeps; where both are due, "stop".
+        """
         if dev_loss < self.best:
             self.best, self.since_best = dev_loss, 0
         else:
