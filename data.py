@@ -510,8 +510,8 @@ def batch(
 
     sources: by modality a Ragged or `live`; which of the two, the model never knows, and a modality
     without a source is left out. Audio is asked for `rows` as they come, text for the rows in their
-    windows, each once: 32 windows of 9 overlap, and hold fewer than 288. With the windows
-    [[-1, 5, 6], [5, 6, 7]] text is asked for rows [5, 6, 7], and context is [[-1, 0, 1], [0, 1, 2]].
+    windows, each once: 32 windows of 9 overlap, and hold fewer than 288. With windows
+    [[-1, 5, 6], [5, 6, 7]] text is asked for rows [5, 6, 7]; context is [[-1, 0, 1], [0, 1, 2]].
     """
     arguments = {}
     if "audio" in sources:
