@@ -228,7 +228,11 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def find_runs(root: Path) -> tuple[list[Run], list[str]]:
-    """(runs, what was left out and why) of all run folders below `root`."""
+    """(runs, what was left out and why) of all run folders below `root`.
+
+    A run is known by its title, system, fold and seed: of two alike the second is left out, since
+    a mean over both would count it double.
+    """
     runs: dict[tuple, Run] = {}
     left_out = []
     for config in sorted(root.rglob("config.json")):
@@ -704,7 +708,9 @@ class Recognizer:
         """The model's keyword arguments for one utterance, a batch of 1.
 
         wav: a file as load_wav reads it; text: its words; before, after: the words of the turns
-        around it, in their order. What the system has no ear or eye for is left out.
+        around it, in their order. What the system has no ear or eye for is left out. With one turn
+        before and none after, BERT reads two texts, 0 and 1, and the context of C = 9 is
+        [[-1, -1, -1, 0, 1, -1, -1, -1, -1]]: the utterance itself, 1, stands in the middle.
         """
         arguments = {}
         if "audio" in self.upstreams:

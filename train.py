@@ -401,12 +401,14 @@ class Training:
 
 
 def run_name(fusion: str, frozen: bool) -> str:
-    """The run's folder below its corpus: mmt-finetuned is Sys. 18."""
+    """The folder of a system's runs below that of their corpus: mmt-finetuned is Sys. 18."""
     return f"{fusion}-{'frozen' if frozen else 'finetuned'}"
 
 
 def claim(folder: Path, settings: dict, means: dict) -> None:
-    """Write config.json, or raise RunError naming what differs from the run that is there.
+    """Write config.json, or raise RunError naming what differs from the run that is there:
+
+        runs/toy/mmt-frozen/fold5-seed0 holds a run with another dropout 0.5 (now 0.1); take ...
 
     Other code than that run's is not refused, for it may be a mended print; but it is said.
     """
@@ -434,7 +436,10 @@ def resume(run: Training, folder: Path) -> None:
 
     A frozen system and its fine-tuned twin (Sys. 1 and 2, 3 and 4 ...) are the same run until the
     trigger first fires. Whichever gets there first leaves trigger.pt, and the other starts from it:
-    its result is what it would be alone.
+    its result is what it would be alone. In the toy run at the head of this file
+
+        Sys. 17   epochs 1 ... 34, trigger.pt, 35 ... 39   cached states and 1e-3 throughout
+        Sys. 18                    trigger.pt, 35 ... 39   live upstreams and 1e-5
     """
     path = folder / "checkpoint.pt"
     if path.exists():
@@ -572,6 +577,7 @@ def prepare(
         names = {m: str(folder / m) for m in names}
         name += "" if toy else "-tiny"
     names = {"audio": args.wavlm or names["audio"], "text": args.bert or names["text"]}
+    # Their layers and widths are read off the models, so those of any size fit (settings_of).
     upstreams = {
         m: Upstream(names[m], m, args.precision, args.grad_checkpoint).to(device)
         for m in modalities
@@ -580,6 +586,8 @@ def prepare(
     raw: dict[str, Sequence] = {"text": texts}
     if "audio" in modalities:
         raw["audio"] = data.cache_clips(cache / "clips", corpus)
+    # What states depend on is noted with them, and in the settings of every run that reads them: of
+    # other weights or other clips they are made anew, and a run on them is another run.
     states, identity = {}, {}
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     for m, upstream in upstreams.items():
@@ -592,6 +600,7 @@ def prepare(
         if device == "cuda":
             states[m].move_to_gpu()
     labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])
+    # Fine-tuning writes into the upstreams, which the next run of this command wants as they were.
     pristine = {m: copy.deepcopy(u.finetunable().state_dict()) for m, u in upstreams.items()}
     digest = data.digest([[u.id, u.emotion, u.text] for u in corpus])
     return Material(name, corpus, labels, raw, states, upstreams, pristine, identity, digest)
