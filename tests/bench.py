@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import model
 from train import BATCH, LR_FROZEN, WEIGHT_DECAY
+
+warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # as Upstream does
 
 WORDS = [f"word{i}" for i in range(200)]
 
