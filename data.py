@@ -22,15 +22,18 @@ One utterance on its way from the disk to a tensor, by example:
 """
 
 import argparse
+import ast
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import random
 import re
 import shutil
 import sys
+import textwrap
 import wave
 import zlib
 from collections import Counter
@@ -563,7 +566,8 @@ def clip_key(corpus: list[Utterance]) -> dict:
     """What the clips depend on: the files, by size and time of change, and how they are cut."""
     files = [u.wav.stat() for u in corpus]
     wavs = digest([[u.id, u.label, f.st_size, f.st_mtime_ns] for u, f in zip(corpus, files)])
-    return {"wavs": wavs, "seconds": CLIP_SECONDS, "trim_db": TRIM_DB}
+    cut = {"seconds": CLIP_SECONDS, "trim_db": TRIM_DB, "code": code(clip, load_wav)}
+    return {"wavs": wavs, **cut}
 
 
 def cache_states(
@@ -683,6 +687,20 @@ def exclusive(folder: Path, wait: bool = True):
 def digest(value) -> str:
     """A short fingerprint of anything that JSON can hold."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
+def code(*things) -> str:
+    """A fingerprint of what functions, classes or modules do: comments and docstrings may change.
+
+    What was computed with other code than today's must not pass for today's.
+    """
+    trees = [ast.parse(textwrap.dedent(inspect.getsource(thing))) for thing in things]
+    for node in (n for tree in trees for n in ast.walk(tree)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):  # a docstring
+                body[0] = ast.Pass()
+    return digest([ast.dump(tree) for tree in trees])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -921,6 +939,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.command == "toy":
             write_toy(args.dir, args.full_size, args.shorten)
+            print(f"the toy corpus stands in {args.dir}; read back:")
             args.partial = not args.full_size
         corpus = read_iemocap(args.dir, full=not args.partial)
     except CorpusError as error:

@@ -116,7 +116,7 @@ SWITCHES = {  # of train.py, and its constants (§3.2), as the paper's systems h
     "lr": [1e-3, 1e-5], "weight_decay": 1e-3, "batch": 32, "triggers": [5, 10],
     "n_context": 9, "dropout": 0.5, "condense": "sum", "text_mask": "union",
     "cma_residual": False, "reset_patience": False, "select": "last", "precision": "fp32",
-    "wavlm": None, "bert": None,
+    "wavlm": None, "bert": None, "code_changed": [],
 }  # fmt: skip
 
 
@@ -507,7 +507,10 @@ def compare(runs: list[Run], a: int, b: int) -> str:
     for key in sorted(first.keys() & second.keys()):
         pairs.setdefault(key[0], (first[key], second[key]))
     if not pairs:
-        raise RunError(f"{runs[0].title}: no fold on which both Sys. {a} and Sys. {b} were run")
+        raise RunError(
+            f"{runs[0].title}: no fold on which both Sys. {a} and Sys. {b} were run; train.py "
+            f"--system {a} {b} --fold all runs them"
+        )
     for fold, (one, other) in pairs.items():
         if one.ids != other.ids or (one.truth != other.truth).any():
             raise RunError(f"fold {fold}: Sys. {a} and {b} were tested on different utterances")

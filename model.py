@@ -695,7 +695,8 @@ def main() -> None:
 
     def report(module: nn.Module, args: tuple, out) -> None:
         name = names[module]
-        title = "  " * name.count(".") + f"{name.rpartition('.')[2]} ({type(module).__name__})"
+        depth = name.removeprefix("extractor.").replace("blocks.", "").count(".")
+        title = "  " * depth + f"{name.rpartition('.')[2]} ({type(module).__name__})"
         rows[module] = width(title, shapes(args), shapes(out), f"{count(module):,}")
 
     for module in names:
@@ -802,6 +803,9 @@ def trace() -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if arguments not in ([], ["--trace"]):
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__.split("\nRead")[0])
+    elif arguments not in ([], ["--trace"]):
         sys.exit("usage: python model.py [--trace]")
-    trace() if arguments else main()
+    else:
+        trace() if arguments else main()

@@ -17,7 +17,6 @@ explains the run's twin, the frozen or fine-tuned run that shares its frozen epo
 """
 
 import argparse
-import ast
 import copy
 import errno
 import io
@@ -408,9 +407,10 @@ def run_name(fusion: str, frozen: bool) -> str:
 def claim(folder: Path, settings: dict, means: dict) -> None:
     """Write config.json, or raise RunError naming what differs from the run that is there:
 
-        runs/toy/mmt-frozen/fold5-seed0 holds a run with another dropout 0.5 (now 0.1); take ...
+        runs/toy/mmt-frozen/fold5-seed0 holds a run with dropout 0.5, not 0.1; take another ...
 
-    Other code than that run's is not refused, for it may be a mended print; but it is said.
+    Other code than that run's is not refused, for it may be a mended print. But it is said, and a
+    run that goes on with it is marked, so that no table mixes it with others.
     """
     path = folder / "config.json"
     if path.exists():
@@ -418,15 +418,16 @@ def claim(folder: Path, settings: dict, means: dict) -> None:
             old = json.loads(path.read_text())
             changed = [k for k in settings if old.get(k) != settings[k]]
             files = [f for f, code in means["code"].items() if old.get("code", {}).get(f) != code]
-        except (ValueError, AttributeError) as error:
+            begun = (folder / "checkpoint.pt").exists()
+            mixed = sorted({*old.get("code_changed", []), *(files if begun else [])})
+        except (ValueError, AttributeError, TypeError) as error:
             raise RunError(f"{path}: damaged ({error}); delete {folder} to start anew") from None
         if changed:
-            was = ", ".join(f"{k} {old.get(k)!r} (now {settings[k]!r})" for k in changed)
-            raise RunError(
-                f"{folder} holds a run with another {was}; take another --out, or delete it"
-            )
-        if files:
+            was = ", ".join(f"{k} {old.get(k)!r}, not {settings[k]!r}" for k in changed)
+            raise RunError(f"{folder} holds a run with {was}; take another --out, or delete it")
+        if files and begun:
             print(f"warning: {folder} was begun before {', '.join(files)} changed")
+        means = {**means, "code_changed": mixed}
     if not (folder / "result.json").exists():  # a finished run keeps the means that made it
         write_json(path, {**settings, **means})
 
@@ -453,7 +454,7 @@ def resume(run: Training, folder: Path) -> None:
     # folder is <out>/<corpus>/<fusion>-<frozen|finetuned>/fold<k>-seed<n>
     twin = folder.parent.with_name(run_name(run.settings["fusion"], not frozen)) / folder.name
     path = twin / "trigger.pt"
-    if path.exists():
+    if path.exists() and code_of(twin) == code_of(folder):
         state = evaluate.load_checkpoint(path)
         if state.get("settings") == {**run.settings, "frozen": not frozen}:
             load_into(run, state, path)
@@ -462,6 +463,15 @@ def resume(run: Training, folder: Path) -> None:
             if not frozen:
                 run.patience.trigger()
                 run.start_finetuning()
+
+
+def code_of(folder: Path) -> tuple | None:
+    """With what code a run was made, by its config.json; None where that does not tell."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return config["code"], config.get("code_changed", [])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def load_into(run: Training, state: dict, path: Path) -> None:
@@ -569,7 +579,8 @@ def prepare(
         # Tensors this small gain nothing from a second thread; and with one the sums, and all that
         # follows from their rounding, are the same whatever the number of cores.
         torch.set_num_threads(1)
-        folder = cache / f"tiny-{data.digest([texts, torch.__version__])}"
+        made = data.digest([texts, torch.__version__, data.code(make_tiny_upstreams)])
+        folder = cache / f"tiny-{made}"
         if not folder.exists():  # renamed when complete: a kill leaves no half of it
             part = folder.with_name(folder.name + ".part")
             make_tiny_upstreams(str(part), texts)
@@ -587,12 +598,13 @@ def prepare(
     if "audio" in modalities:
         raw["audio"] = data.cache_clips(cache / "clips", corpus)
     # What states depend on is noted with them, and in the settings of every run that reads them: of
-    # other weights or other clips they are made anew, and a run on them is another run.
+    # other weights, clips or code they are made anew, and a run on them is another run.
     states, identity = {}, {}
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     for m, upstream in upstreams.items():
         fed = data.digest(texts) if m == "text" else raw["audio"].fingerprint
-        identity[m] = {"weights": upstream.fingerprint, "inputs": fed, "precision": args.precision}
+        identity[m] = {"weights": upstream.fingerprint, "inputs": fed, "precision": args.precision,
+                       "code": data.code(Upstream)}  # fmt: skip
         states[m] = data.cache_states(
             cache / f"{m}-{data.digest([names[m], args.precision])}", upstream, raw[m],
             upstream.steps(raw[m]), {**identity[m], "libraries": libraries},
@@ -648,14 +660,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--system", nargs="+", metavar="N", help="Table 1's numbers, 1 to 18, or all")
     add("--frozen", action="store_true", help="no fine-tuning: Table 1's odd numbers")
     add("--fold", nargs="+", default=["5"], metavar="K", help="test session, 1 to 5, or all")
-    add("--seed", "--seeds", nargs="+", type=int, default=[0], metavar="N")
+    add("--seed", "--seeds", nargs="+", type=int, default=[0], metavar="N",
+        help="of weights, order, dropout and development speaker; default 0")  # fmt: skip
     add("--shard", default="1/1", metavar="I/N", help="the I-th of N shares of the runs")
-    add("--out", type=Path, default=Path("runs"), metavar="DIR")
+    add("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     add("--upstream", choices=("paper", "tiny"), help="tiny: a few random layers, for a dry run")
     add("--wavlm", metavar="NAME", help="any WavLM, HuBERT or wav2vec 2.0, or its folder")
     add("--bert", metavar="NAME", help="any BERT or RoBERTa, or its folder")
-    memory = p.add_argument_group("where memory or time is short; the paper's numbers stay")
+    memory = p.add_argument_group("where memory or time is short; the hyper-parameters stay")
     memory.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="upstreams'")
     memory.add_argument("--grad-checkpoint", action="store_true",
                         help="compute activations twice instead of keeping them")  # fmt: skip
@@ -731,10 +744,9 @@ def means_of(args: argparse.Namespace, material: Material, device: str) -> dict:
         },
         "device": device, "micro_batch": args.micro_batch, "grad_checkpoint": args.grad_checkpoint,
         "torch": torch.__version__, "transformers": transformers.__version__,
-        # Of what the code does: comments and line breaks may change.
         "code": {
-            file: data.digest(ast.dump(ast.parse(Path(__file__).with_name(file).read_bytes())))
-            for file in ("model.py", "data.py", "train.py")
+            f"{name}.py": data.code(sys.modules[module])
+            for name, module in (("model", "model"), ("data", "data"), ("train", __name__))
         },
     }  # fmt: skip
 

@@ -73,7 +73,7 @@ def main():
     elif command == ["reveal"]:
         for what in hidden() or sys.exit("No bug of ours is in the code."):
             swap(BUGS[what], back=True)
-            print(f"It was: {what}. The code is whole again.")
+            print(f"It was: {what}. The code is whole again; what you trained meanwhile is not.")
     else:
         sys.exit(__doc__)
 

@@ -1,6 +1,7 @@
 """train.py: the triggers on written-out losses, and whole runs on a small corpus."""
 
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -305,7 +306,7 @@ def test_a_changed_constant_is_another_run_and_changed_code_is_said(go, monkeypa
     (run,), _ = evaluate.find_runs(folder)
     assert run.title.startswith("small-partial, triggers [2, 4], wavlm ")
     monkeypatch.setattr(train, "STOP_AFTER", 3)
-    with pytest.raises(train.RunError, match=r"another triggers \[2, 4\] \(now \[2, 3\]\)"):
+    with pytest.raises(train.RunError, match=r"with triggers \[2, 4\], not \[2, 3\]"):
         go("constants", *command)
     monkeypatch.setattr(train, "STOP_AFTER", 4)
     config = json.loads((folder / "config.json").read_text())
@@ -313,6 +314,49 @@ def test_a_changed_constant_is_another_run_and_changed_code_is_said(go, monkeypa
     (folder / "config.json").write_text(json.dumps(config))
     go("constants", *command)
     assert "was begun before model.py changed" in capsys.readouterr().out
+    # Unfinished, it goes on with the new code, and is marked for good.
+    (folder / "result.json").unlink()
+    for _ in range(2):
+        go("constants", *command)
+        (run,), _ = evaluate.find_runs(folder)
+        assert run.title.endswith("code_changed ['model.py']")
+
+
+def test_a_twin_of_other_code_is_no_twin(go, workplace, capsys):
+    go("coded-twins", "--system", "13")
+    config = workplace / "coded-twins" / "small-partial" / "ef-frozen" / "fold5-seed0" / "config.json"
+    found = json.loads(config.read_text())
+    found["code"]["model.py"] = "0"
+    config.write_text(json.dumps(found))
+    capsys.readouterr()
+    go("coded-twins", "--system", "14")
+    assert "epochs to the trigger" not in capsys.readouterr().out
+
+
+def test_states_of_other_code_are_made_anew(go, monkeypatch, capsys):
+    go("code-1", "--fusion", "text-fc", "--frozen")
+    capsys.readouterr()
+    go("code-2", "--fusion", "text-fc", "--frozen")
+    assert "layer states" not in capsys.readouterr().out
+    code = data.code
+    monkeypatch.setattr(data, "code", lambda *things: code(*things) + "x")
+    go("code-3", "--fusion", "text-fc", "--frozen")
+    assert "made with another code" in capsys.readouterr().out
+
+
+def test_the_fingerprint_of_code_sees_what_it_does_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    prints = []
+    for k, text in enumerate((
+        'def f(x):\n    """Doc."""\n    return x + 1\n',
+        'def f(x):\n    """Another."""\n\n    # why\n    return x + 1  # so\n',
+        'def f(x):\n    """Doc."""\n    return x + 2\n',
+    )):  # fmt: skip
+        (tmp_path / f"coded{k}.py").write_text(text)
+        module = importlib.import_module(f"coded{k}")
+        prints.append((data.code(module), data.code(module.f)))
+    assert prints[0] == prints[1]
+    assert prints[0][0] != prints[2][0] and prints[0][1] != prints[2][1]
 
 
 def test_every_epoch_sees_each_training_utterance_once_in_another_order(go, monkeypatch):
@@ -340,7 +384,7 @@ def test_a_damaged_checkpoint_is_one_sentence(go):
 
 def test_other_settings_on_the_same_folder_are_refused_by_name(go):
     go("settings", "--fusion", "text-fc", "--frozen")
-    with pytest.raises(train.RunError, match="dropout 0.5 .now 0.1."):
+    with pytest.raises(train.RunError, match="with dropout 0.5, not 0.1"):
         go("settings", "--fusion", "text-fc", "--frozen", "--dropout", "0.1")
 
 
