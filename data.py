@@ -700,7 +700,7 @@ def code(*things) -> str:
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(body[0].value, ast.Constant):  # a docstring
                 body[0] = ast.Pass()
-    return digest([ast.dump(tree) for tree in trees])
+    return digest([ast.unparse(tree) for tree in trees])
 
 
 # ------------------------------------------------------------------------------------------------
