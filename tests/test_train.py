@@ -334,13 +334,13 @@ def test_a_twin_of_other_code_is_no_twin(go, workplace, capsys):
 
 
 def test_states_of_other_code_are_made_anew(go, monkeypatch, capsys):
-    go("code-1", "--fusion", "text-fc", "--frozen")
-    capsys.readouterr()
-    go("code-2", "--fusion", "text-fc", "--frozen")
-    assert "layer states" not in capsys.readouterr().out
+    go("code", "--fusion", "text-fc", "--frozen")
+    go("code", "--fusion", "text-fc", "--frozen")
+    assert "made with another" not in capsys.readouterr().out
     code = data.code
     monkeypatch.setattr(data, "code", lambda *things: code(*things) + "x")
-    go("code-3", "--fusion", "text-fc", "--frozen")
+    with pytest.raises(train.RunError, match="holds a run with upstreams"):
+        go("code", "--fusion", "text-fc", "--frozen")
     assert "made with another code" in capsys.readouterr().out
 
 
