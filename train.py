@@ -599,12 +599,12 @@ def prepare(
         raw["audio"] = data.cache_clips(cache / "clips", corpus)
     # What states depend on is noted with them, and in the settings of every run that reads them: of
     # other weights, clips or code they are made anew, and a run on them is another run.
-    states, identity = {}, {}
+    states, identity, code = {}, {}, data.code(Upstream)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     for m, upstream in upstreams.items():
         fed = data.digest(texts) if m == "text" else raw["audio"].fingerprint
         identity[m] = {"weights": upstream.fingerprint, "inputs": fed, "precision": args.precision,
-                       "code": data.code(Upstream)}  # fmt: skip
+                       "code": code}  # fmt: skip
         states[m] = data.cache_states(
             cache / f"{m}-{data.digest([names[m], args.precision])}", upstream, raw[m],
             upstream.steps(raw[m]), {**identity[m], "libraries": libraries},

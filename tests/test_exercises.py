@@ -132,22 +132,23 @@ def check_2(attention):
     assert w_q.grad is not None and w_q.grad.abs().max() > 0, "no gradient reaches W_Q: are the weights detached?"
 
 
-def eq1(scale=lambda q, k: k.shape[-1] ** 0.5, dim=-1, late=False, fill=-1e30, every=False, raw=False, dead=False):
+def filled(lowest):
+    return lambda scores, mask: scores.masked_fill(~mask[:, None], lowest)
+
+
+def zeroed(weights, mask):
+    return weights.masked_fill(~mask[:, None], 0)
+
+
+def eq1(scale=lambda q, k: k.shape[-1] ** 0.5, dim=-1, before=filled(-1e30), after=lambda w, m: w,
+        normalise=torch.softmax):  # fmt: skip
+    """before and after: what is done with the mask to the scores, to the weights."""
+
     def attention(x_t, x_s, w_q, w_k, w_v, mask=None):
         q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v
         scores = q @ k.transpose(1, 2) / scale(x_t, k)
-        if mask is not None and late is False:
-            scores = scores.masked_fill(~mask[:, None], fill)
-        if mask is not None and late == float("-inf"):
-            scores = scores + mask[:, None].float().log()
-        weights = scores.exp() / scores.exp().sum(-1, keepdim=True) if raw else scores.softmax(dim)
-        if mask is not None and (late is True or every):
-            weights = weights * (mask.any() if every else mask[:, None])
-        if fill != -1e30 and mask is not None:
-            weights = weights.masked_fill(~mask[:, None], 0)
-        weights = weights.detach() if dead else weights
-        if late == float("-inf"):
-            weights = weights.nan_to_num()
+        weights = normalise(scores if mask is None else before(scores, mask), dim)
+        weights = weights if mask is None else after(weights, mask)
         return weights @ v, weights
 
     return attention
@@ -159,14 +160,14 @@ WRONG_2 = [
     (eq1(scale=lambda q, k: q.shape[-1] ** 0.5), "d_t, or d_v, taken for d_k"),
     (eq1(scale=lambda q, k: k.shape[-1]), "not by its root"),
     (eq1(scale=lambda q, k: 2**0.5), "of d_s or T_s"),
-    (eq1(late=True), "sum to 1 again"),
-    (eq1(late=None), "where is mask_s"),
-    (eq1(late=False), "weights on padding"),
-    (eq1(late=float("-inf")), "its gradient NaN"),
-    (eq1(fill=-100), "is the padding's lower"),
-    (eq1(fill=-1e29, raw=True), "takes the highest score off"),
-    (eq1(every=True), "each has its own mask"),
-    (eq1(fill=-1e29, dead=True), "weights detached"),
+    (eq1(before=lambda s, m: s, after=zeroed), "sum to 1 again"),
+    (eq1(before=lambda s, m: s), "where is mask_s"),
+    (eq1(), "weights on padding"),
+    (eq1(before=lambda s, m: s + m[:, None].float().log(), after=lambda w, m: w.nan_to_num()), "its gradient NaN"),
+    (eq1(before=filled(-100), after=zeroed), "is the padding's lower"),
+    (eq1(after=zeroed, normalise=lambda s, d: s.exp() / s.exp().sum(d, keepdim=True)), "takes the highest score off"),
+    (eq1(after=lambda w, m: w * m.any()), "each has its own mask"),
+    (eq1(after=zeroed, normalise=lambda s, d: s.softmax(d).detach()), "weights detached"),
 ]
 
 
@@ -533,7 +534,8 @@ class Salted(str):
         return hash((self.salt, str(self))) if self.salt else 0
 
 
-def splitter(dev_of=None, keep=False, label=True, by_seed=True, silent=False, by_fold=True, order=sorted,
+def splitter(dev_of=None, keep=False, label=True, by_seed=True, by_fold=True, order=sorted,
+             enough=lambda speakers, rest, four: len(speakers) > 1 and len(rest) < len(four),
              own=True, problems=list, skip=False):  # fmt: skip
     def split(corpus, fold, seed):
         rng = random.Random(f"{fold if by_fold else 0} {seed}" if by_seed else 0)
@@ -545,8 +547,7 @@ def splitter(dev_of=None, keep=False, label=True, by_seed=True, silent=False, by
         speakers = order({u.speaker for u in (four if dev_of == "any" else rest)})
         if dev_of == "all":
             speakers = order({u.speaker for u in corpus if u.session != fold})
-        few = len(speakers) < 2 if silent is False else len(speakers) == 1 if silent == 0 else not rest
-        if silent is not True and (few or len(rest) == len(four)):
+        if not enough(speakers, rest, four):
             raise data.CorpusError(problems(["too few"]))
         speaker = rng.choice(speakers[:-1] if skip and len(speakers) > 1 else speakers)
         if dev_of == "utterances":
@@ -564,10 +565,10 @@ WRONG_7 = [
     (splitter(keep=True), "left in training"),
     (splitter(label=False), "only the four classes"),
     (splitter(by_seed=False), "does the seed draw"),
-    (splitter(silent=True), "test is empty, and it goes unsaid"),
-    (splitter(silent=None), "training is empty, and it goes unsaid"),
+    (splitter(enough=lambda s, r, f: True), "test is empty, and it goes unsaid"),
+    (splitter(enough=lambda s, r, f: 0 < len(r) < len(f)), "training is empty, and it goes unsaid"),
     (splitter(skip=True), "is one out of reach"),
-    (splitter(silent=0), "not IndexError"),
+    (splitter(enough=lambda s, r, f: len(s) != 1 and len(r) < len(f)), "not IndexError"),
     (splitter(by_fold=False), "does the fold draw"),
     (splitter(order=list), "a set has another order"),
     (splitter(own=False), "global random numbers"),
