@@ -1,24 +1,21 @@
 """The model of "Context-aware Multimodal Fusion for Emotion Recognition" (Li et al., 2022).
 
-    python model.py           every block of the MMT system, its shapes and parameters, at full size
-    python model.py --trace   one utterance through every block, in numbers to check by hand
+    python model.py     every block of the MMT system, with shapes and parameters at full size
 
 Read this file with §2 of the paper and its Figures 1-3 open. It goes from the equations to the
 blocks (Fig. 2), to the fusions (Fig. 3), to the whole (Fig. 1), to the pre-trained upstreams.
 
 Symbol      meaning                                                      in the paper
-------      ----------------------------------------------------------   ---------------------
+------      ----------------------------------------------------------   --------------------------
 B           utterances in a batch                                        32 (§3.2)
-T           time steps: T_A frames of 20 ms, T_T word pieces; of a       T_s, T_t (§2.2)
-            path of attention: T_s of its source, T_t of its target
-L           states of an upstream: the input of its first Transformer    25, 13 (§2.1; "H+1"
-            layer, then the output of each layer                         in Fig. 2)
+T           time steps: T_A frames of 20 ms, T_T word pieces             T_s, T_t (§2.2)
+L           states of an upstream: the input of its first Transformer    25, 13 (§2.1; Fig. 2
+            layer, then the output of each layer                         prints "H+1")
 D           width of an upstream                                         1024, 768 (§2.1)
-d           width after the projector, here `dim`                        16 (§2.1)
+d           width after the projector, `dim` in the code                 16 (§2.1)
 C           utterances in the context: 4 before, the target, 4 after     9 (§3.2)
 X_A, X_T    acoustic and textual features, (B, T_A, d) and (B, T_T, d)   Fig. 2a, 2b
-x_t, x_s    a path's target, which asks the queries, and its source,     X_t, X_s (§2.2),
-            which gives keys and values                                  s -> t in Eq. (1)
+x_t, x_s    target (gives the queries), source (gives keys, values)      X_t, X_s; s -> t in Eq. (1)
 
 Masks are bool, True = real, False = padding. The data flow of the main system (MMT), one batch:
 
@@ -26,80 +23,81 @@ Masks are bool, True = real, False = padding. The data flow of the main system (
   9 texts each -- BERT --> (B, 9, T_T, 13, 768) -- S&E, project --> (B, 9, T_T, 16)
                                                 -- context conv --> X_T (B, T_T, 16)
 
-  X_T asks, X_A answers -- CMT A->T --> (B, T_T, 16) -- mean over time --> (B, 16) --+
-  X_A asks, X_T answers -- CMT T->A --> (B, T_A, 16) -- mean over time --> (B, 16) --+
+  queries X_T, keys X_A -- CMT A->T --> (B, T_T, 16) -- mean over time --> (B, 16) --+
+  queries X_A, keys X_T -- CMT T->A --> (B, T_A, 16) -- mean over time --> (B, 16) --+
                                                                                      |
                                             logits (B, 4) <-- MLP -- (B, 32) <-------+
 """
 
+import argparse
+import contextlib
 import math
 import os
-import sys
 import warnings
 import zlib
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-# Fig. 3 and Table 1 in one table. A system is a list of paths (target, source), as Eq. (1) takes
-# its arguments, whose pooled outputs are concatenated:  source None: the features as they are;
-# source = target: a vanilla Transformer;  source != target: CMT (source -> target), so "cmt-a2t" is
-# ("text", "audio"). Then "a ⊕ b" of Table 1 is literally a + b. Of the two numbers of an entry the
-# odd one is the frozen system, the even one the fine-tuned.
+# Fig. 3 and Table 1 in one table. A system is a list of paths (target, source). The pooled outputs
+# of its paths are concatenated.
+#     source None        the features as they are
+#     source = target    a vanilla Transformer
+#     source != target   CMT (source -> target): the target gives the queries
+# "a ⊕ b" of Table 1 is then literally a + b. Odd numbers are frozen, even numbers fine-tuned.
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
     "text-fc": [("text", None)],  # Sys. 5, 6
     "text-te": [("text", "text")],  # Sys. 7, 8
-    "cmt-a2t": [("text", "audio")],  # Sys. 9, 10: text asks, audio answers
+    "cmt-a2t": [("text", "audio")],  # Sys. 9, 10: queries from the text
     "cmt-t2a": [("audio", "text")],  # Sys. 11, 12: Fig. 3c
 }
 FUSIONS["ef"] = FUSIONS["audio-fc"] + FUSIONS["text-fc"]  # Sys. 13, 14: Fig. 3a
 FUSIONS["lf"] = FUSIONS["audio-te"] + FUSIONS["text-te"]  # Sys. 15, 16: Fig. 3b
 FUSIONS["mmt"] = FUSIONS["cmt-a2t"] + FUSIONS["cmt-t2a"]  # Sys. 17, 18: Fig. 3d
 
+CHOICES = {  # the values that these fields of Config, and the flags of train.py, may have
+    "fusion": tuple(FUSIONS),
+    "condense": ("sum", "concat"),
+    "text_mask": ("union", "target"),
+    "head": ("mlp", "linear"),
+    "dropout_at": ("modules", "projector", "both"),
+}
+
 
 @dataclass
 class Config:
-    """What the trainable part is built from; by default the paper's main system at full size.
+    """Describe the trained part. The defaults are the paper's main system at full size.
 
-    Raises ValueError for a fusion, condense or text_mask that there is not.
+    Raises ValueError for a value that is not in CHOICES.
     """
 
-    fusion: str = "mmt"  # a key of FUSIONS
+    fusion: str = "mmt"
     audio_layers: int = 25  # L of WavLM-Large
     audio_dim: int = 1024  # D of WavLM-Large
     text_layers: int = 13  # L of BERT-base
     text_dim: int = 768  # D of BERT-base
     dim: int = 16  # d, §2.1
     n_classes: int = 4  # §3.1
-    n_context: int = 9  # C, §3.2; 1 = the target alone
-    dropout: float = 0.5  # "between every two modules", §3.2
-    condense: str = "sum"  # [A1] "sum" or "concat"
-    text_mask: str = "union"  # [A5] "union" or "target"
+    n_context: int = 9  # C, §3.2. With 1 there is no context.
+    dropout: float = 0.5  # §3.2
+    condense: str = "sum"  # [A1]
+    text_mask: str = "union"  # [A5]
     cma_residual: bool = False  # [A7]
+    head: str = "mlp"  # [A15]
+    dropout_at: str = "modules"  # [A16]
 
     def __post_init__(self):
-        for name, known in (
-            ("fusion", FUSIONS),
-            ("condense", ("sum", "concat")),
-            ("text_mask", ("union", "target")),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: take one of {', '.join(known)}")
-
-    @classmethod
-    def of(cls, settings: dict) -> "Config":
-        """The Config in a run's settings (config.json), which hold more than that."""
-        return cls(**{name: settings[name] for name in cls.__dataclass_fields__})
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: use {', '.join(known)}")
 
     @property
     def modalities(self) -> list[str]:
-        """The modalities that the fusion uses, in the order audio, text."""
+        """List the modalities that the fusion uses, audio first."""
         return [m for m in ("audio", "text") if any(m in path for path in FUSIONS[self.fusion])]
 
 
@@ -112,10 +110,9 @@ class Config:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
 
-    x (B, T, D) of any width D, mask (B, T) -> (B, D): with x [[1], [3], [9]] and mask
-    [True, True, False] it is [2]. Where no step is real (an utterance that a
-    dialogue's edge cut off) the result is zero, never 0/0 = NaN. What stands in the padding may be
-    anything, NaN included; a NaN in a real step comes out, for training stops on it.
+    x (B, T, D), mask (B, T) -> (B, D). Example: x [[1], [3], [9]] with mask [True, True, False]
+    gives [2]. An utterance without a real step gives zeros, so there is no 0/0 = NaN. Padding is
+    never read, so it may contain anything, even NaN. A NaN in a real step propagates.
     """
     steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
@@ -125,12 +122,12 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def cross_modal_attention(
     x_t: Tensor, x_s: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, mask_s: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (1): what the target's steps take from the source's.
+    """Compute Eq. (1): each step of the target takes a weighted mean of the source's values.
 
     x_t (B, T_t, d_t), x_s (B, T_s, d_s), w_q (d_t, d_k), w_k (d_s, d_k), w_v (d_s, d_v),
-    mask_s (B, T_s) or None -> (out (B, T_t, d_v), weights (B, T_t, T_s)). Rows of the weights sum
-    to 1 over the real steps of the source; with no real step they, and the output, are zero. The
-    source's padding may hold any number, but a number: 0 * NaN is NaN.
+    mask_s (B, T_s) or None -> (out (B, T_t, d_v), weights (B, T_t, T_s)). Each row of the weights
+    sums to 1 over the real steps of the source. Without a real step, weights and output are zero.
+    Padding of the source may contain any finite number (0 * NaN is NaN).
     """
     # Eq. (1), §2.2: softmax(Q_t K_s^T / sqrt(d_k)) V_s
     q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v  # (B, T_t, d_k), (B, T_s, d_k), (B, T_s, d_v)
@@ -138,8 +135,7 @@ def cross_modal_attention(
     if mask_s is None:
         weights = scores.softmax(dim=-1)
     else:
-        # The lowest finite number, not -inf: the softmax of nothing but -inf is NaN. masked_fill
-        # would hide that, but torch's anomaly detection would stop there.
+        # Subtle: fill with the lowest finite number. A row of -inf has the softmax NaN.
         padded = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
         weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(dim=-1)
         weights = weights.masked_fill(padded, 0.0)
@@ -152,9 +148,9 @@ def cross_modal_attention(
 
 
 class SqueezeExcitation(nn.Module):
-    """Squeeze-and-Excitation over the layers of an upstream: §2.1, Fig. 2, reference [27].
+    """Squeeze-and-Excitation (S&E) over the layers of an upstream: §2.1, Fig. 2, reference [27].
 
-    x (B, T, L, D), mask (B, T) -> (B, T, L, D), each layer scaled by its gate in (0, 1):
+    x (B, T, L, D), mask (B, T) -> (B, T, L, D). Each layer is scaled by its gate in (0, 1):
 
         z = mean of x over features and real steps        squeeze, (B, L)
         gates = sigmoid(W_2 ReLU(W_1 z + b_1) + b_2)      excitation, (B, L)
@@ -162,75 +158,95 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, n_layers: int):
         super().__init__()
-        # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
-        # take the layers for S&E's channels, so the bottleneck is L / L = 1 unit. That one ReLU
-        # can be born dead; then the gates are sigmoid(expand.bias), alike for every utterance. We
-        # start it alive, with reduce.bias 1, and train.log_epoch warns where it dies.
+        # UNSPECIFIED [A2]: the paper says "layer-wise" and "the reduction ratio is simply the
+        # number of layers". We use the layers as channels, so the bottleneck has L / L = 1 unit.
+        # Alternative: the features as channels. Careful: a single ReLU can die, and then all
+        # utterances get the same gates. We start it alive (bias 1), and train.py warns if it dies.
         self.reduce = nn.Linear(n_layers, 1)
         self.expand = nn.Linear(1, n_layers)
         nn.init.ones_(self.reduce.bias)
-        self.fired = False  # whether the ReLU was above 0 since train.log_epoch looked
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
-        """One gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L).
-
-        Sets `fired` where the ReLU is above 0 for any of them, and never takes it back.
-        """
-        # Squeeze. The mask is the "padding mask" arrow of Fig. 2: an upstream's padded rows are not
-        # zero, and would count.
+        """Compute one gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L)."""
+        # Squeeze. The mask is the "padding mask" arrow of Fig. 2: padded states are not zero.
         z = masked_mean(x.mean(dim=-1), mask)  # (B, L)
 
         # Excitation: down to the bottleneck and back.
         hidden = torch.relu(self.reduce(z))  # (B, 1)
-        self.fired = self.fired | (hidden > 0).any()
         return torch.sigmoid(self.expand(hidden))  # (B, L)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        gates = self.gates(x, mask)  # (B, L)
-        return x * gates[:, None, :, None]  # (B, T, L, D)
+        return x * self.gates(x, mask)[:, None, :, None]  # (B, T, L, D)
 
 
 class Projector(nn.Module):
-    """The layers of a step condensed to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
+    """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
 
-    (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat".
+    x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat".
+    gates (B, 1, L) or None: if given, each layer is scaled by its gate on the way. The result
+    equals a projection of S&E's output, without a scaled copy of the states.
     """
 
-    def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum"):
+    def __init__(
+        self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0.0
+    ):
         super().__init__()
         self.condense = condense
-        # UNSPECIFIED [A3]: "an MLP with Layer-Normalization" (§2.1) but "a Fully-Connected (FC)
-        # Layer and Layer Normalization" (§1). We take §1: one linear layer.
+        self.dropout = nn.Dropout(dropout)  # [A16]: 0 by default
+        # UNSPECIFIED [A3]: "an MLP with Layer-Normalization" (§2.1), but "a Fully-Connected (FC)
+        # Layer and Layer Normalization" (§1). We follow §1, as the author's other code does.
+        # Alternative: a hidden layer, whose width the paper does not give.
         self.linear = nn.Linear(in_dim, out_dim)
         self.norm = nn.LayerNorm(out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # UNSPECIFIED [A1]: the paper never says how L layers become one vector. We sum them, as
-        # every toolkit does that weights layers; alternative: --condense concat, L times as wide.
-        x = x.sum(dim=2) if self.condense == "sum" else x.flatten(2)  # (B, T, D) or (B, T, L * D)
-        return self.norm(self.linear(x))  # (B, T, d)
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        if gates is None:
+            gates = x.new_ones(x.shape[:-1])  # (B, T, L)
+        # UNSPECIFIED [A1]: the paper does not say how L layers become one vector. We sum them, as
+        # the author's other code, S3PRL and ESPnet do. Alternative: --condense concat, L times as
+        # wide. Effect: tests/COURSE.md.
+        if self.condense == "sum":
+            x = (gates.unsqueeze(-2) @ x).squeeze(-2)  # (B, T, D): the sum of gate * layer
+        else:
+            x = (gates.unsqueeze(-1) * x).flatten(-2)  # (B, T, L * D)
+        return self.norm(self.linear(self.dropout(x)))  # (B, T, d)
 
 
 class FeatureExtractor(nn.Module):
     """Fig. 2a without the upstream: states (B, T, L, D), mask (B, T) -> (X (B, T, d), mask).
 
-    The mask is handed through, because the extractor of Fig. 2b answers with another one.
+    The cache has no padding. It gives states (N, L, D): the N real steps of the B utterances, one
+    after another, which is less to read and to compute. `mask` tells where each step belongs.
     """
 
     def __init__(self, n_layers: int, in_dim: int, config: Config):
         super().__init__()
         self.se = SqueezeExcitation(n_layers)
         width = in_dim if config.condense == "sum" else n_layers * in_dim
-        self.projector = Projector(width, config.dim, config.condense)
+        dropout = 0.0 if config.dropout_at == "modules" else config.dropout  # [A16]
+        self.projector = Projector(width, config.dim, config.condense, dropout)
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         states = states.float()  # the cache stores 16 bits [D1], the weights have 32
-        return self.projector(self.se(states, mask)), mask
+        if states.ndim == 4:
+            gates = self.se.gates(states, mask)  # (B, L)
+            return self.projector(states, gates[:, None]), mask
+
+        # Without padding. Subtle: gates() averages over the features first, so it may be given
+        # these averages as states of width 1.
+        means = states.new_zeros(*mask.shape, states.shape[1], 1)  # (B, T, L, 1)
+        means[mask] = states.mean(dim=-1, keepdim=True)  # (N, L, 1)
+        gates = self.se.gates(means, mask)  # (B, L)
+        gates = gates.repeat_interleave(mask.sum(dim=1), dim=0)  # (N, L): of each step's utterance
+        projected = self.projector(states, gates)  # (N, d)
+        x = projected.new_zeros(*mask.shape, projected.shape[1])  # (B, T, d)
+        x[mask] = projected
+        return x, mask
 
 
 class ContextConv(nn.Module):
-    """The Conv2D of Fig. 2b: C feature maps of C utterances become one map of the target.
+    """The Conv2D of Fig. 2b: the feature maps of C utterances become one map of the target.
 
     x (B, C, T, d), mask (B, C, T) -> (X_T (B, T, d), mask (B, T)). The target is utterance C // 2.
     """
@@ -238,11 +254,10 @@ class ContextConv(nn.Module):
     def __init__(self, n_context: int = 9, text_mask: str = "union"):
         super().__init__()
         # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3"
-        # (§2.1). We take the utterances for the input channels and convolve over (token,
-        # feature), so that X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters. Token t of one
-        # utterance thus meets tokens t - 1 to t + 1 of the others: they share a position, no more.
-        # Neighbouring features mix as well, though their order means nothing before training: the
-        # price of taking "Conv2D" (Fig. 2b) at its word.
+        # (§2.1). We use the utterances as input channels and convolve over (token, feature), so
+        # X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters. Alternative: two such layers with
+        # LayerNorm between them, as in the author's other code. Careful: token t of one utterance
+        # meets tokens t - 1 to t + 1 of the others, which share a position and nothing more.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
         self.text_mask = text_mask
 
@@ -250,47 +265,44 @@ class ContextConv(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         C = x.shape[1]
 
-        # UNSPECIFIED [A6]: a window that reaches over a dialogue's edge. Who is missing there comes
-        # with a mask that is False throughout, and so is a map of zeros after this line. Padded
-        # tokens are zeroed too: the result must not depend on how far the batch was padded.
+        # UNSPECIFIED [A6]: the paper does not say what stands beyond a dialogue's edge. We put
+        # zeros, as implementations of [23] do. Alternative: repeat the edge. A missing neighbour
+        # has an all-False mask, so this line turns it into a map of zeros. It zeroes padding too,
+        # so the result does not depend on how far the batch was padded.
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # (B, C, T, d)
 
         x = self.conv(x).squeeze(1)  # (B, T, d)
 
-        # UNSPECIFIED [A5]: which cells of X_T are real. We take every position at which any of the
-        # C utterances has a token; alternative: --text-mask target, the target's own tokens.
+        # UNSPECIFIED [A5]: the paper does not say which steps of X_T are real. We take each
+        # position where any of the C utterances has a token. Alternative: --text-mask target, the
+        # target's own tokens. Effect: tests/COURSE.md.
         mask = mask.any(dim=1) if self.text_mask == "union" else mask[:, C // 2]  # (B, T)
         return x, mask
 
 
 class TextFeatureExtractor(nn.Module):
-    """Fig. 2b without BERT: the layer states of C utterances -> (X_T (B, T, d), mask (B, T)).
+    """Fig. 2b without BERT: the states of U utterances -> (X_T (B, T, d), mask (B, T)).
 
-    Either the window is spelled out, states (B, C, T, L, D) and mask (B, C, T), or neighbours share
-    their states: states (U, T, L, D) and mask (U, T) of the U distinct utterances of a batch, and
-    context (B, C), which names rows of `states`, -1 where there is no utterance. The second does
-    each utterance's work once (windows overlap), and is what training uses.
+    states (U, T, L, D) or (N, L, D), mask (U, T), and context (B, C): the numbers of the utterances
+    in each window, -1 for none. Windows overlap, so each distinct utterance is given once.
+    Without context each window is given in full: states (B, C, T, L, D), mask (B, C, T).
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.utterance = FeatureExtractor(config.text_layers, config.text_dim, config)
         self.context = ContextConv(config.n_context, config.text_mask)
-
-    @property
-    def se(self) -> SqueezeExcitation:
-        """The S&E block, under the name that it has in Fig. 2a's: extractor[m].se for both."""
-        return self.utterance.se
+        self.se = self.utterance.se  # the same block, under the name that Fig. 2a's has
 
     def forward(
         self, states: Tensor, mask: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if context is None:  # spelled out: utterance c of window b is row b * C + c, none is shared
-            B, C, _ = mask.shape
-            context = torch.arange(B * C, device=mask.device).view(B, C)
-            states, mask = states.flatten(0, 1), mask.flatten(0, 1)  # (B * C, T, L, D), (B * C, T)
+        if context is None:
+            context = torch.arange(mask[..., 0].numel(), device=mask.device).view(mask.shape[:2])
+            states, mask = states.flatten(0, 1), mask.flatten(0, 1)
         x, mask = self.utterance(states, mask)  # (U, T, d), (U, T)
-        # One empty utterance at the end: the row that index -1 means, in Python and here [A6].
+
+        # Append one empty utterance. In Python, index -1 is the last row: the missing neighbour.
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
         mask = torch.cat([mask, mask.new_zeros(1, mask.shape[1])])
         return self.context(x[context], mask[context])  # of (B, C, T, d), (B, C, T)
@@ -302,19 +314,19 @@ class TextFeatureExtractor(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One Transformer block around Eq. (1): with itself as source the vanilla encoder, else CMT.
+    """One Transformer block around Eq. (1). The source is the target itself, or the other modality.
 
-    x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). Twice: a sublayer,
-    dropout, add, norm; `residual` switches the first add alone. Padded steps of the target get
-    values too: mask them when pooling.
+    x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). There are two
+    sublayers, each followed by dropout, add and norm. `residual` switches the first add alone.
     """
 
     def __init__(self, dim: int = 16, dropout: float = 0.1, residual: bool = True):
         super().__init__()
-        # UNSPECIFIED [A8]: heads, depth, width, norm, positions. Eq. (1) has one head and no output
-        # matrix; "the same backbone as the vanilla Transformer" (§2.2) gives post-norm, a
-        # feed-forward of 4 d with ReLU, dropout 0.1. One block; no positions are added, because
-        # both upstreams have put theirs into the states.
+        # UNSPECIFIED [A8]: heads, depth, width, norm and positions. Eq. (1) has one head and no
+        # output matrix. "The same backbone as the vanilla Transformer" (§2.2) gives post-norm, a
+        # feed-forward of 4 d with ReLU, and dropout 0.1. We use one block and add no positions,
+        # because the upstreams already did. Alternative: the author's other code has 2 heads, a
+        # feed-forward of width 2 and dropout 0.5.
         self.w_q = nn.Parameter(torch.empty(dim, dim))
         self.w_k = nn.Parameter(torch.empty(dim, dim))
         self.w_v = nn.Parameter(torch.empty(dim, dim))
@@ -326,14 +338,16 @@ class TransformerBlock(nn.Module):
         )
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
-        # UNSPECIFIED [A7]: the vanilla Transformer adds the queries to what attention brings. With
-        # them CMT(A->T) would carry the text itself, but in Table 1 it is nearer to audio than to
-        # text (Sys. 9 and 10). So we add them in the encoder and not across modalities;
-        # alternative: --cma-residual.
+        # UNSPECIFIED [A7]: the vanilla Transformer adds the queries to the attention's output. Then
+        # CMT(A->T) would carry the text itself, but in Table 1 it scores nearer to audio than to
+        # text (Sys. 9, 10). We add them in the encoder, and not across modalities. Alternative:
+        # --cma-residual. Effect: tests/COURSE.md.
         self.residual = residual
 
-    def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None):
-        """Eq. (1) with this block's matrices -> (out (B, T_t, d), weights (B, T_t, T_s))."""
+    def attend(
+        self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute Eq. (1) with this block's matrices -> (out (B, T_t, d), weights (B, T_t, T_s))."""
         return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
 
     # EXERCISE 5 (20 min): delete the body, write it again; pytest -m ex5
@@ -346,7 +360,7 @@ class TransformerBlock(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Fig. 3: the paths of FUSIONS, each pooled over time (§2.2), concatenated.
+    """Fig. 3: run the paths of FUSIONS, pool each over time (§2.2), concatenate.
 
     x and mask are dicts by modality, (B, T_m, d) and (B, T_m) -> (B, d * number of paths).
     """
@@ -354,7 +368,6 @@ class Fusion(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.paths = FUSIONS[config.fusion]
-        # Inside the blocks dropout stays at the vanilla 0.1 [A8]; 0.5 is between modules [A16].
         self.blocks = nn.ModuleDict()
         for target, source in self.paths:
             if source is not None:
@@ -373,12 +386,12 @@ class Fusion(nn.Module):
 
 
 class EmotionRecognizer(nn.Module):
-    """Fig. 1: all that is trained from scratch. Layer states of a batch -> logits (B, 4).
+    """Fig. 1: everything that is trained from scratch. Layer states of a batch -> logits (B, 4).
 
-    audio  (states (B, T, L, D), mask (B, T)), or None for the text systems
-    text   (states, mask) or (states, mask, context) as in TextFeatureExtractor, or None
-    The order of the logits is that of Fig. 4: neu, hap, ang, sad (data.CLASSES). Raises ValueError
-    where a modality that the fusion needs is missing.
+    audio  (states, mask) as in FeatureExtractor, or None for the text systems
+    text   (states, mask, context) as in TextFeatureExtractor, or None for the audio systems
+    The classes are in the order of Fig. 4: neu, hap, ang, sad (data.CLASSES). Raises ValueError
+    if a modality that the fusion needs is missing.
     """
 
     def __init__(self, config: Config):
@@ -392,20 +405,27 @@ class EmotionRecognizer(nn.Module):
         if "text" in config.modalities:
             self.extractor["text"] = TextFeatureExtractor(config)
         self.fusion = Fusion(config)
-        # UNSPECIFIED [A16]: what counts as a module in "a dropout layer (0.5) between every two
-        # modules". We take the boxes of Fig. 1: extractor -> (fusion ->) classifier. A unimodal
-        # system has no fusion box, hence one dropout; its Transformer or pooling is "classifier".
-        self.dropout = nn.Dropout(config.dropout)
-        self.fusion_dropout = nn.Dropout(config.dropout if len(config.modalities) == 2 else 0.0)
-        # UNSPECIFIED [A15]: the width of the "simple MLP comprised of FC layers" (§2.3): one hidden
-        # layer of d. (Uncased BERT, no class weights, no epoch cap, no clipping: see train.py.)
+        # UNSPECIFIED [A16]: "a dropout layer (0.5) between every two modules" (§3.2). We take the
+        # boxes of Fig. 1 as modules: extractor -> fusion -> classifier. A unimodal system has no
+        # fusion box and so one dropout. Alternative: --dropout-at projector, between S&E and
+        # "Project & Norm", as in the author's other code, or both. Effect: tests/COURSE.md.
+        between = 0.0 if config.dropout_at == "projector" else config.dropout
+        self.dropout = nn.Dropout(between)
+        self.fusion_dropout = nn.Dropout(between if len(config.modalities) == 2 else 0.0)
+        # PAPER-ERROR [E10]: "an MLP comprised of FC layers" in §2.3, but "a fully-connected (FC)
+        # layer" in §2.2 and "+FC" in Table 1.
+        # UNSPECIFIED [A15]: the classifier. We follow §2.3, with one hidden layer of width d.
+        # Alternative: --head linear, as in the author's other code. Effect: tests/COURSE.md.
         width = config.dim * len(self.fusion.paths)
-        self.classifier = nn.Sequential(
-            nn.Linear(width, config.dim), nn.ReLU(), nn.Linear(config.dim, config.n_classes)
-        )
+        if config.head == "linear":
+            self.classifier = nn.Sequential(nn.Linear(width, config.n_classes))
+        else:
+            self.classifier = nn.Sequential(
+                nn.Linear(width, config.dim), nn.ReLU(), nn.Linear(config.dim, config.n_classes)
+            )
 
     def features(self, audio: tuple | None = None, text: tuple | None = None) -> tuple[dict, dict]:
-        """X_A and X_T of Fig. 2: by modality x (B, T, d) and mask (B, T)."""
+        """Compute X_A and X_T of Fig. 2: by modality x (B, T, d) and mask (B, T)."""
         x, mask = {}, {}
         for modality, given in (("audio", audio), ("text", text)):
             if modality in self.extractor:
@@ -426,177 +446,224 @@ class EmotionRecognizer(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-class UpstreamError(RuntimeError):
-    """A pre-trained model cannot be had, or is not what it should be; says what to do."""
+class UpstreamError(ValueError):
+    """A pre-trained model cannot be loaded or used. The message names the flag and the remedy."""
+
+
+@contextlib.contextmanager
+def upstream_errors(label: str, remedy: str):
+    """Turn any exception inside into an UpstreamError of one sentence."""
+    try:
+        yield
+    except UpstreamError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UpstreamError(f"{label}: {reason}; {remedy}") from error
 
 
 class Upstream(nn.Module):
     """A pre-trained encoder with its preprocessor: raw inputs -> all of its layer states.
 
-    name        a Hugging Face name or a local folder: any WavLM, HuBERT or wav2vec 2.0 where
-                modality is "audio", any BERT or RoBERTa where it is "text"
-    precision   "fp32", or "bf16": matrix products, and most of what is kept of them, in 16 bits
-    checkpoint  keep only each layer's input for the backward pass, and compute the layer again
-    call        list of B waveforms (n,) at 16 kHz, or of B strings
-                -> (states (B, T, L, D), mask (B, T))
+    name       a Hugging Face name or a local folder: WavLM, HuBERT or wav2vec 2.0 for "audio",
+               BERT or RoBERTa for "text"
+    precision  "fp32", or "bf16": matrix products in 16 bits
+    call       list of B waveforms (n,) at 16 kHz, or of B strings
+               -> (states (B, T, L, D), mask (B, T))
+    Raises UpstreamError if the model cannot be loaded or fails a check.
     """
 
-    def __init__(
-        self, name: str, modality: str, precision: str = "fp32", checkpoint: bool = False
-    ):
+    def __init__(self, name: str, modality: str, precision: str = "fp32"):
         super().__init__()
-        self.name, self.modality, self.precision = name, modality, precision
-        self.preprocessor, self.model = _load(name, modality)
-        if modality == "text":  # a smaller model may have room for fewer than 512
-            room = self.model.config.max_position_embeddings, self.preprocessor.model_max_length
-            self.max_tokens = min(512, *room)
-        self.n_layers = self.model.config.num_hidden_layers + 1
-        self.dim = self.model.config.hidden_size
-        self.fingerprint = _fingerprint(self.preprocessor, self.model)
-        self.requires_grad_(False)
-        self.eval()
-        if checkpoint:  # by hand: transformers' own switch does nothing in eval mode [A12]
-            encoder = self.model.encoder
-            for layer in encoder.layers if modality == "audio" else encoder.layer:
-                layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward,
-                                        use_reentrant=False)  # fmt: skip
+        self.name, self.modality, self.precision = name, modality, "fp32"
+        self.label = f"{'--wavlm' if modality == 'audio' else '--bert'} {name}"
+        remedy = f"use a whole {modality} encoder, by its name on the Hugging Face hub or its folder"
+        with upstream_errors(self.label, remedy):
+            self.preprocessor, self.model = load_pretrained(name, modality, self.label)
+            self.preprocessor.padding_side = "right"  # some configurations say left
+            self.requires_grad_(False)
+            self.eval()
+            config = self.model.config
+            self.n_layers, self.dim = config.num_hidden_layers + 1, config.hidden_size
+            if modality == "text":
+                # Careful: RoBERTa counts positions from padding_idx + 1, so it has fewer than rows.
+                offset = getattr(self.model.embeddings, "padding_idx", -1) + 1
+                room = getattr(config, "max_position_embeddings", 512) - offset
+                self.max_tokens = min(512, room, self.preprocessor.model_max_length)
+            self.one_by_one = False
+            self.one_by_one = self.check()
+        self.precision = precision
+        self.fingerprint = fingerprint(self.preprocessor, self.model)
+        self.original: dict[str, Tensor] = {}  # weights that fine-tuning opened, before it
 
     def train(self, mode: bool = True) -> "Upstream":
-        # UNSPECIFIED [A12]: dropout inside the upstreams. We keep them in eval mode, also while
-        # they are fine-tuned: in train mode WavLM drops whole layers and masks its input.
+        # UNSPECIFIED [A12]: dropout inside the upstreams. The frozen phase needs eval mode, because
+        # it reads cached states. We keep it while fine-tuning. Alternative: train mode then, as in
+        # the author's other code. Careful: WavLM would also drop layers and mask its input.
         return super().train(False)
 
-    def finetunable(self) -> nn.Module:
-        """What fine-tuning opens, §2.4: the CNN encoder of WavLM, the input embeddings of BERT.
-
-        §2.4 and transformers call the CNN a "feature extractor": not to be taken for Fig. 2's.
-        """
-        return self.model.feature_extractor if self.modality == "audio" else self.model.embeddings
-
     def forward(self, raw: list) -> tuple[Tensor, Tensor]:
-        if len(raw) > 1 and getattr(self.model.config, "feat_extract_norm", None) == "group":
-            return self._one_by_one(raw)  # only *base* audio models: not the paper's
+        if self.one_by_one and len(raw) > 1:
+            states, masks = zip(*(self([x]) for x in raw))
+            states, masks = [x[0] for x in states], [m[0] for m in masks]
+            return pad_sequence(states, batch_first=True), pad_sequence(masks, batch_first=True)
+
+        # Preprocess and pad. Zero mean and unit variance are the audio preprocessor's work.
         device = next(self.model.parameters()).device
         if self.modality == "audio":
-            # Zero mean and unit variance where the upstream was trained so (wavlm-large was).
             inputs = self.preprocessor(
                 [clip.numpy() for clip in raw], sampling_rate=16000, padding=True,
                 return_attention_mask=True, return_tensors="pt",
             )  # fmt: skip
-            frames = self.frames(inputs["attention_mask"].sum(dim=1))  # (B,)
+            frames = frame_count(inputs["attention_mask"].sum(dim=1), self.model.config)  # (B,)
             mask = torch.arange(int(frames.max())) < frames[:, None]  # (B, T)
         else:
-            # §3.2: 512 tokens. PAPER-ERROR [E9]: it says "512 words" too; the limit is in tokens.
+            # §3.2: 512 tokens. PAPER-ERROR [E9]: it says "512 words" too. The limit is in tokens.
+            # UNSPECIFIED [A19]: tags such as [LAUGHTER]. We leave them in the text.
             inputs = self.preprocessor(
                 raw, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
             )
             mask = inputs["attention_mask"].bool()  # (B, T)
+
         cast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with cast, warnings.catch_warnings():  # torch warns of two kinds of mask in WavLM: harmless
+        with cast, warnings.catch_warnings():  # torch warns of two kinds of mask: harmless
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             output = self.model(**inputs.to(device), output_hidden_states=True)
-        # All L states (§2.1; PAPER-ERROR [E4]: to avoid "leakage", read: loss, of information).
-        # State 0 is what enters the first Transformer layer: BERT's embeddings, or WavLM's CNN
-        # output, 512 wide, projected to D: the one "output of the feature encoder" that is D wide.
-        # The last of `hidden_states` may come before the final LayerNorm: we take the one after it.
+
+        # Take all L states (§2.1). PAPER-ERROR [E4]: "information leakage" there means loss.
+        # State 0 is the input of the first Transformer layer. Careful: the last of `hidden_states`
+        # may come before the final LayerNorm, so we take last_hidden_state.
         states = (*output.hidden_states[:-1], output.last_hidden_state)
         return torch.stack(states, dim=2), mask.to(device)  # (B, T, L, D), (B, T)
 
-    def _one_by_one(self, raw: list) -> tuple[Tensor, Tensor]:
-        """What forward answers, a clip at a time: for upstreams that normalise over time, padding
-        included, there is no other way in which a clip's states do not depend on its batch."""
-        states, masks = zip(*(self([r]) for r in raw))
-        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        return pad([s[0] for s in states]), pad([m[0] for m in masks])
+    def bottom(self) -> nn.Module:
+        """Return what §2.4 fine-tunes: the CNN encoder of WavLM, the input embeddings of BERT."""
+        # UNSPECIFIED [A21]: whether the embeddings' LayerNorm is part of the "input embeddings". We
+        # say yes: it stands inside the same module. Alternative: the three tables alone.
+        return self.model.feature_extractor if self.modality == "audio" else self.model.embeddings
 
-    def steps(self, raw: list) -> Tensor:
-        """How many steps each input will have, as the cache must know before it asks: (N,)."""
-        if self.modality == "audio":  # an utterance without a clip: 0, not -1
-            return self.frames(torch.tensor([len(x) for x in raw])).clamp(min=0)
-        ids = self.preprocessor(raw, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return torch.tensor([len(x) for x in ids])
+    def open(self, what: str) -> list[nn.Parameter]:
+        """Make parameters trainable and return them; what: "nothing", "bottom" (§2.4) or "all"."""
+        parts = {"nothing": [], "bottom": [self.bottom()], "all": [self.model]}[what]
+        opened = [p.requires_grad_(True) for part in parts for p in part.parameters()]
+        self.original = {name: p.clone() for name, p in self.weights().items()}
+        return opened
 
-    def frames(self, samples: Tensor | int) -> Tensor | int:
-        """Frames that the CNN encoder makes of so many samples: 249 for 5 s = 80,000 samples.
+    def close(self) -> None:
+        """Freeze everything, and restore the pre-trained weights of what was open."""
+        self.load_weights(self.original)
+        self.requires_grad_(False)
 
-        PAPER-ERROR [E3]: "50 x 25 x 1024 for each second" (§2.1) is nominal: 1 s gives 49 frames.
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trainable weights by name. While the upstream is frozen there are none."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put weights back. Raises RuntimeError for names or shapes that the model has not."""
+        unexpected = self.model.load_state_dict(weights, strict=False).unexpected_keys
+        if unexpected:
+            raise RuntimeError(f"{self.name} has no weights {', '.join(unexpected[:3])}")
+
+    @torch.no_grad()
+    def check(self) -> bool:
+        """Run inputs of unlike length, alone and in one batch; UpstreamError if the model is unfit.
+
+        Returns whether an input's states depend on the rest of its batch. Some models normalise
+        over time, padding included. They work if they get one input at a time.
         """
-        return frame_count(samples, self.model.config)
+        words = "you know that i am so happy and you are not sad or angry"
+        if self.modality == "audio":
+            time = torch.arange(9000) / 16000
+            inputs = [(440 * time * 6.28).sin(), (150 * time[:5000] * 6.28).sin()]
+            rate = getattr(self.preprocessor, "sampling_rate", 16000)
+            self.demand(rate == 16000, f"it was trained on {rate} Hz; use one for 16,000 Hz")
+        else:
+            inputs = [words, "yes"]
+            rows, known = self.model.get_input_embeddings().num_embeddings, len(self.preprocessor)
+            fits = rows / 2 < known <= rows
+            remedy = "files of the tokenizer are missing or wrong; download the model again"
+            self.demand(fits, f"the tokenizer has {known} entries, the embedding {rows}; {remedy}")
+            pieces = self.preprocessor(words)["input_ids"]
+            unknown = pieces.count(self.preprocessor.unk_token_id)
+            self.demand(unknown < len(pieces) / 2, f"it does not know ordinary words; {remedy}")
+            self([f"{words} " * 200])  # must not raise: the greatest length
+
+        together, mask = self(inputs)
+        depends = False
+        for i, x in enumerate(inputs):
+            (alone,), _ = self([x])
+            n = int(mask[i].sum())
+            self.demand(mask[i, :n].all(), "it pads on the left; use a model that pads on the right")
+            odd = f"states of shape {tuple(alone.shape)}, not {(n, self.n_layers, self.dim)}"
+            self.demand(alone.shape == (n, self.n_layers, self.dim), f"{odd}; use another model")
+            self.demand(alone.isfinite().all(), "its states are not finite; download it again")
+            depends |= bool((together[i, :n] - alone).norm() > 0.01 * alone.norm())
+        return depends
+
+    def demand(self, holds: bool, complaint: str) -> None:
+        """Raise UpstreamError with the complaint if a condition does not hold."""
+        if not holds:
+            raise UpstreamError(f"{self.label}: {complaint}")
 
 
 def frame_count(samples: Tensor | int, config) -> Tensor | int:
-    """floor((n - kernel) / stride) + 1, layer by layer; for WavLM floor((n - 400) / 320) + 1."""
+    """Count the frames of a CNN encoder, layer by layer. For WavLM floor((n - 400) / 320) + 1.
+
+    PAPER-ERROR [E3]: "50 x 25 x 1024 for each second" (§2.1). 1 s gives 49 frames, 5 s give 249.
+    """
     for kernel, stride in zip(config.conv_kernel, config.conv_stride):
         samples = (samples - kernel) // stride + 1
     return samples
 
 
-def _transformers():
-    """The library: imported only when needed (it takes seconds), and made quiet."""
+def load_transformers():
+    """Import the library when it is needed, because that takes seconds. Make it quiet."""
+    # The library imports torchaudio too, and a torchaudio that does not match torch breaks both.
+    with upstream_errors("torchaudio", f"install the version that matches torch {torch.__version__}"):
+        import torchaudio  # noqa: F401
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     return transformers
 
 
-def _load(name: str, modality: str):
-    """(preprocessor, model) through `from_pretrained`, or UpstreamError in one sentence."""
-    hf = _transformers()
-    flag = "--wavlm" if modality == "audio" else "--bert"
+def load_pretrained(name: str, modality: str, label: str):
+    """Load (preprocessor, model) from a folder, the download cache, or the Hugging Face hub."""
+    hf = load_transformers()
     loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
 
+    # Never trust_remote_code (the default): a model folder must not run code of its own.
     def load(local: bool):
-        (hf.logging.disable_progress_bar if local else hf.logging.enable_progress_bar)()
-        # Never trust_remote_code (the default): a model folder must not run code of its own.
         return loader.from_pretrained(name, local_files_only=local), hf.AutoModel.from_pretrained(
             name, local_files_only=local, output_loading_info=True, dtype=torch.float32
         )
 
-    try:
-        try:
-            preprocessor, (model, info) = load(local=True)  # a folder, or downloaded before
-        except Exception:
-            if os.path.isdir(name):
-                raise
-            _ask_hub(name, flag)
-            preprocessor, (model, info) = load(local=False)
-    except UpstreamError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UpstreamError(
-            f"{flag} {name} cannot be loaded (is it a model for {modality}?): {reason}"
-        ) from None
-    # The hub's old checkpoints name WavLM's positional convolution weight_g / weight_v: if that, or
-    # anything else that is used, failed to load, it would be random, and nothing would show it.
-    unused = ("pooler", "masked_spec_embed")  # no pooled output is read, no input masked [A12]
+    here = os.path.isdir(name)
+    with contextlib.suppress(*(() if here else (Exception,))):
+        here = load(local=True)
+    if not here:
+        # Ask first, because from_pretrained retries for half a minute without a network.
+        from huggingface_hub import HfApi
+
+        remedy = "give its folder instead, or use --upstream tiny for a dry run"
+        with upstream_errors(f"{label}: no such folder, and the hub does not answer", remedy):
+            HfApi().model_info(name, timeout=5)
+        hf.logging.enable_progress_bar()
+        here = load(local=False)
+    preprocessor, (model, info) = here
+
+    # A weight that fails to load stays random without any error, so we check. No pooled output is
+    # read, and no input is masked [A12], so these two may be missing.
+    unused = ("pooler", "masked_spec_embed")
     missing = [key for key in info["missing_keys"] if not any(u in key for u in unused)]
-    part = "feature_extractor" if modality == "audio" else "embeddings"
-    if missing or not hasattr(model, part):
-        raise UpstreamError(
-            f"{flag} {name} is not a whole {modality} encoder: "
-            + (f"no weights for {', '.join(missing[:3])}" if missing else f"it has no {part}")
-        )
+    if missing:
+        raise UpstreamError(f"{label}: no weights for {', '.join(missing[:3])}; download it again")
     return preprocessor, model
 
 
-def _ask_hub(name: str, flag: str) -> None:
-    """UpstreamError where the hub does not give `name`: transformers would retry for half a minute,
-    and raise a page."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(name, timeout=5)
-    except Exception as error:
-        raise UpstreamError(
-            f"{flag} {name}: no such folder here, not in the download cache, and the Hugging Face "
-            f"hub does not give it ({type(error).__name__}); on a machine without a network, copy "
-            f"the model's folder there and pass its path, or take --upstream tiny for a dry run"
-        ) from None
-
-
-def _fingerprint(preprocessor, model: nn.Module) -> str:
-    """Of the weights and of the preprocessor's rules: what cached layer states depend on."""
+def fingerprint(preprocessor, model: nn.Module) -> str:
+    """Return a checksum of the weights and of the preprocessor's rules, for the cache's name."""
     if hasattr(preprocessor, "to_json_string"):  # audio
         rules = preprocessor.to_json_string()
     elif getattr(preprocessor, "backend_tokenizer", None):
@@ -605,207 +672,109 @@ def _fingerprint(preprocessor, model: nn.Module) -> str:
         rules = str(sorted(preprocessor.get_vocab().items()))
     crc = zlib.crc32(rules.encode())
     for p in model.state_dict().values():
-        crc = zlib.crc32(p.contiguous().numpy().tobytes(), crc)
+        crc = zlib.crc32(p.contiguous().numpy(), crc)
     return f"{crc:08x}"
 
 
-def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
-    """Write WavLM and BERT of a few layers with random weights, as the hub would have them.
+def wavlm_config(**changes):
+    """Return the configuration of microsoft/wavlm-large, with changes."""
+    large = dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320,
+    )  # fmt: skip
+    return load_transformers().WavLMConfig(**{**large, **changes})
 
-    They come back through the same `from_pretrained` as the real ones: a dry run, no science. The
-    vocabulary is made from `texts`. It knows no label, and its embeddings are random, so it may see
-    the test session's words. Returns {"audio": folder, "text": folder}.
+
+def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
+    """Write WavLM and BERT of two layers with random weights, in the hub's file format.
+
+    They are for dry runs. The vocabulary is made from `texts`, without labels. Letters are in it
+    too, so no word is unknown. Returns {"audio": folder, "text": folder}.
     """
-    hf = _transformers()
-    hf.logging.disable_progress_bar()
-    paths = {m: os.path.join(folder, m) for m in ("audio", "text")}
-    pieces = hf.BertTokenizer().backend_tokenizer  # BERT's own rules: lower case, split at marks
+    hf = load_transformers()
+    pieces = hf.BertTokenizer().backend_tokenizer  # BERT's rules: lower case, split at punctuation
     words = {
         word
         for text in texts
         for word, _ in pieces.pre_tokenizer.pre_tokenize_str(pieces.normalizer.normalize_str(text))
     }
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        audio = hf.WavLMModel(wavlm_config(
-            hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-            conv_dim=(8,) * 7, num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4,
-        ))  # fmt: skip
-        text = hf.BertModel(hf.BertConfig(
-            vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
-            num_attention_heads=2, intermediate_size=128,
-        ))  # fmt: skip
-    audio.save_pretrained(paths["audio"])
-    hf.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(paths["audio"])
-    text.save_pretrained(paths["text"])
-    tokenizer = hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
-    tokenizer.save_pretrained(paths["text"])
-    return paths
-
-
-def wavlm_config(**changes):
-    """The configuration of microsoft/wavlm-large, with changes."""
-    large = dict(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320,
+    letters = set("abcdefghijklmnopqrstuvwxyz")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = special + sorted(words | letters) + sorted(f"##{x}" for x in letters)
+    size = dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
     )  # fmt: skip
-    return _transformers().WavLMConfig(**{**large, **changes})
+    audio = hf.WavLMModel(wavlm_config(
+        conv_dim=(32, 32), conv_kernel=(40, 16), conv_stride=(20, 16), num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4, **size
+    ))  # fmt: skip
+    text = hf.BertModel(hf.BertConfig(vocab_size=len(vocabulary), **size))
+    tokenizer = hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+    paths = {}
+    for modality, model, preprocessor in (
+        ("audio", audio, hf.Wav2Vec2FeatureExtractor(return_attention_mask=True)),
+        ("text", text, tokenizer),
+    ):
+        # Draw the weights here, because each version of the library draws others.
+        for name, p in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            if p.ndim > 1:  # words count more than positions: the toy learns faster
+                scale = 1.0 if "word_embeddings" in name else p[0].numel() ** -0.5
+                p.data.normal_(0.0, scale, generator=generator)
+            else:
+                p.data.fill_(0.0 if name.endswith("bias") else 1.0)
+        paths[modality] = os.path.join(folder, modality)
+        model.save_pretrained(paths[modality])
+        preprocessor.save_pretrained(paths[modality])
+    return paths
 
 
 # ------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Print every block of the MMT system at WavLM-Large / BERT-base size, nothing downloaded."""
-    hf = _transformers()
+    """Print every block of the MMT system at WavLM-Large / BERT-base size."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
+    hf = load_transformers()
+    with torch.device("meta"):  # shapes without memory: nothing is downloaded or computed
+        wavlm, bert = hf.WavLMModel(wavlm_config()), hf.BertModel(hf.BertConfig())
+        recognizer = EmotionRecognizer(Config())
+        frames = frame_count(80000, wavlm.config)  # two clips of 5 s, 2 x 9 texts of 20 tokens
+        audio = torch.empty(2, frames, 25, 1024), torch.ones(2, frames, dtype=torch.bool)
+        text = torch.empty(2, 9, 20, 13, 768), torch.ones(2, 9, 20, dtype=torch.bool)
+
+    def line(name, source, result, parameters) -> str:
+        shapes = [
+            " ".join(str(tuple(x.shape)) for x in each if isinstance(x, Tensor))
+            for each in (source, result)
+        ]
+        return f"{name:42} {shapes[0]:38} {shapes[1]:34} {parameters:>11,}"
 
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    with torch.device("meta"):  # shapes without memory
-        wavlm, bert = hf.WavLMModel(wavlm_config()), hf.BertModel(hf.BertConfig())
-    frames = frame_count(80000, wavlm.config)
-    config = Config(
-        "mmt", wavlm.config.num_hidden_layers + 1, wavlm.config.hidden_size,
-        bert.config.num_hidden_layers + 1, bert.config.hidden_size,
-    )  # fmt: skip
-    acoustic = (2, frames, config.audio_layers, config.audio_dim)  # two clips of 5 s
-    textual = (2, config.n_context, 20, config.text_layers, config.text_dim)  # 20 tokens each
-    width = "{:36} {:42} {:22} {:>12}".format
-    print(width("block", "in", "out", "parameters"))
-    for name, module, source, result in (
-        ("WavLM-Large (frozen)", wavlm, (2, 80000), acoustic),
-        ("  CNN encoder: fine-tuned", wavlm.feature_extractor, (2, 80000), (2, 512, frames)),
-        ("BERT-base (frozen)", bert, textual[:3], textual),
-        ("  input embeddings: fine-tuned", bert.embeddings, textual[:3], (*textual[:3], 768)),
-    ):
-        print(width(name, str(source), str(result), f"{count(module):,}"))
+    # Hooks fire from the inside out. Collect the lines, and print them from the outside in.
+    lines = {}
+    for name, module in recognizer.named_modules():
+        def hook(module, args, result, name=name):
+            result = result if isinstance(result, tuple) else (result,)
+            title = "  " * (name.count(".") + 1) + name.rpartition(".")[2]
+            lines[name] = line(f"{title} ({type(module).__name__})", args, result, count(module))
+        module.register_forward_hook(hook)  # fmt: skip
+    recognizer(audio, text)
 
-    def shapes(x) -> str:
-        if isinstance(x, Tensor):
-            return str(tuple(x.shape))
-        if isinstance(x, dict):
-            x = x.values()
-        return " ".join(shapes(item) for item in x if item is not None)
-
-    recognizer = EmotionRecognizer(config).eval()
-    names = {m: n for n, m in recognizer.named_modules() if n and count(m)}
-    rows: dict = {}  # hooks fire from the inside out, and are printed from the outside in
-
-    def report(module: nn.Module, args: tuple, out) -> None:
-        name = names[module]
-        depth = name.removeprefix("extractor.").replace("blocks.", "").count(".")
-        title = "  " * depth + f"{name.rpartition('.')[2]} ({type(module).__name__})"
-        rows[module] = width(title, shapes(args), shapes(out), f"{count(module):,}")
-
-    for module in names:
-        module.register_forward_hook(report)
-    audio = torch.randn(acoustic), torch.ones(acoustic[:2], dtype=torch.bool)
-    text = torch.randn(textual), torch.ones(textual[:3], dtype=torch.bool)
-    logits = recognizer(audio, text)
-    for module in names:
-        if module in rows:
-            print(rows[module])
-    print(width("EmotionRecognizer (mmt)", "", shapes(logits), f"{count(recognizer):,}"))
-
-
-def trace() -> None:
-    """One utterance through every block of MMT, in numbers that pencil and calculator can follow.
-
-    d = 3, two layers of width 2, one utterance of context on either side. Weights are set by hand,
-    to units and simple fractions; the blocks are those above.
-    """
-
-    def numbers(x: Tensor) -> str:
-        """A vector as (a b c), a matrix as its rows side by side, more as [matrix] [matrix]."""
-        if x.ndim == 1:
-            bools = x.dtype == torch.bool
-            return f"({' '.join(str(v) if bools else f'{v:.4g}' for v in x.tolist())})"
-        return " ".join(f"[{numbers(row)}]" if row.ndim > 1 else numbers(row) for row in x)
-
-    def show(place: str, equation: str, value: Tensor) -> None:
-        value = value if value.ndim > 1 else value[None]
-        for row in value.detach():  # a line for each step, utterance, or layer's gate
-            row = row if row.dtype == torch.bool else row.round(decimals=3) + 0.0
-            print(f"{place:9} {equation:50} {numbers(row)}")
-            place = equation = ""
-
-    def fill(parameter: Tensor, values) -> None:
-        parameter.data = torch.tensor(values, dtype=torch.float32).expand(parameter.shape).clone()
-
-    config = Config("mmt", 2, 2, 2, 2, dim=3, n_context=3)
-    net = EmotionRecognizer(config).eval()
-    unit = torch.eye(3).tolist()
-    for extractor in (net.extractor["audio"], net.extractor["text"].utterance):
-        fill(extractor.se.reduce.weight, [[0.25, 0.25]]), fill(extractor.se.reduce.bias, 0.0)
-        fill(extractor.se.expand.weight, [[1.0], [-1.0]]), fill(extractor.se.expand.bias, 0.0)
-        fill(extractor.projector.linear.weight, [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-        fill(extractor.projector.linear.bias, 0.0)
-    conv = net.extractor["text"].context.conv
-    fill(conv.weight, 0.0), fill(conv.bias, 0.0)
-    conv.weight.data[0, :, 1, 1] = torch.tensor([0.5, 1.0, 0.5])  # the middle of each 3 x 3 kernel
-    for block in net.fusion.blocks.values():
-        for w in (block.w_q, block.w_k, block.w_v):
-            fill(w, unit)
-        for linear in (block.feed_forward[0], block.feed_forward[2]):
-            fill(linear.weight, 0.0), fill(linear.bias, 0.0)
-            linear.weight.data[2, 2] = 1.0  # one of the 12 hidden units: FFN(x) = (0, 0, ReLU(x3))
-    first, last = net.classifier[0], net.classifier[2]
-    fill(first.weight, [[1.0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1]])
-    fill(last.weight, [[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1]])
-    fill(first.bias, 0.0), fill(last.bias, 0.0)
-
-    # Two frames and a padded one; three texts of two tokens, the second of the last one padded.
-    states_a = torch.tensor([[[[1.0, 3], [0, 2]], [[3, 1], [2, 4]], [[9, 9], [9, 9]]]])
-    states_t = torch.tensor([[
-        [[[1.0, 1], [0, 2]], [[2, 0], [1, 1]]], [[[0, 1], [1, 2]], [[4, 0], [2, 2]]],
-        [[[2, 2], [0, 0]], [[7, 7], [7, 7]]],
-    ]])  # fmt: skip
-    mask_a = torch.tensor([[True, True, False]])
-    mask_t = torch.tensor([[[True, True], [True, True], [True, False]]])
-    show("Fig. 2a", "WavLM's states, (T, L, D); frame 3 is padding,", states_a[0])
-    print(" " * 10 + "computed as the others are, and masked wherever frames meet")
-    audio = net.extractor["audio"]
-    z = masked_mean(states_a.mean(-1), mask_a)
-    show("S&E", "squeeze z_l: mean over real frames and features", z)
-    show("", "h = ReLU((z_1 + z_2) / 4)", torch.relu(audio.se.reduce(z)))
-    show("", "gates = sigmoid(h), sigmoid(-h)", audio.se.gates(states_a, mask_a))
-    summed = audio.se(states_a, mask_a).sum(2)
-    show("Project", "sum over layers: gate_1 x_1 + gate_2 x_2", summed[0])
-    show("", "W s = (s1, s2, s1 + s2)", audio.projector.linear(summed)[0])
-    features, mask = net.features((states_a, mask_a), (states_t, mask_t))
-    show("& Norm", "X_A = (W s - mean) / sd (divide by 3, not 2)", features["audio"][0])
-    show("Fig. 2b", "BERT's states, (C, T, L, D); one token is padding", states_t[0])
-    each, _ = net.extractor["text"].utterance(states_t[0], mask_t[0])
-    gates = net.extractor["text"].se.gates(states_t[0], mask_t[0])
-    show("", "gates of the three texts, as above", gates)
-    show("", "each through S&E, Project & Norm; padding: 0", each * mask_t[0, ..., None])
-    show("Conv2D", "X_T = before / 2 + target + after / 2", features["text"][0])
-    show("", "real: where any of the three has a token [A5]", mask["text"][0])
-    for (target, source), at in zip(net.fusion.paths, ("CMT A->T", "CMT T->A")):
-        block = net.fusion.blocks[f"{source}-to-{target}"]
-        q, k = features[target], features[source]
-        out, weights = block.attend(q, k, mask[source])
-        show(at, "Q K^T / sqrt(3), Q and K the features", (q @ k.transpose(1, 2) / math.sqrt(3))[0])
-        show("Eq. (1)", "softmax over the source's real steps", weights[0])
-        show("", "times V", out[0])
-        show("", "x = Norm(that): no residual [A7]", block.norm1(out)[0])
-        h = block(q, k, mask[source])
-        show("", "Norm(x + (0, 0, ReLU(x3)))", h[0])
-        show("pooling", "mean over the target's real steps", masked_mean(h, mask[target])[0])
-    pooled = net.fusion(features, mask)
-    show("classify", "u = ReLU(p1 + p4, p2 + p5, p3 + p6)", torch.relu(first(pooled))[0])
-    logits = net((states_a, mask_a), (states_t, mask_t))
-    show("", "logits = u1, u2, u3, -(u1 + u2 + u3)", logits[0])
-    show("", "softmax: neu, hap, ang, sad", logits.softmax(-1)[0])
+    print(f"{'block':42} {'in':38} {'out':34} {'parameters':>11}")
+    print(line("WavLM-Large", [torch.empty(2, 80000)], audio, count(wavlm)))
+    print(line("  CNN encoder: fine-tuned", [], [], count(wavlm.feature_extractor)))
+    print(line("BERT-base", [torch.empty(2, 9, 20)], text, count(bert)))
+    print(line("  input embeddings: fine-tuned", [], [], count(bert.embeddings)))
+    for name, module in recognizer.named_modules():
+        if name in lines and count(module):
+            print(lines[name])
+        for weight, p in module.named_parameters(recurse=False):
+            if weight in ("w_q", "w_k", "w_v"):  # the matrices of Eq. (1)
+                indent = "  " * (name.count(".") + 2)
+                print(line(f"{indent}{weight.upper()}", [], [p], p.numel()))
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments in (["-h"], ["--help"]):
-        print(__doc__.split("\nRead")[0])
-    elif arguments not in ([], ["--trace"]):
-        sys.exit("usage: python model.py [--trace]")
-    else:
-        trace() if arguments else main()
+    main()
