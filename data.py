@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
@@ -52,17 +53,9 @@ LABELS = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}  # §3.1: happy is m
 class CorpusError(ValueError):
     """A corpus is unusable. `problems` has one line a problem, with the file and the remedy."""
 
-    def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else problems
-        super().__init__("\n".join(self.problems))
-
-
-FOREIGN = {  # how files begin that often stand in the place of another
-    b"version https://git-lfs": "a Git-LFS pointer, not the file itself: run `git lfs pull`",
-    b"<": "a web page, not the file itself: the download failed",
-    b"NIST_1A": "a NIST SPHERE file, not RIFF WAV",
-    b"fLaC": "a FLAC file, not WAV",
-}
+    def __init__(self, *problems: str):
+        self.problems = list(problems)
+        super().__init__("\n".join(problems))
 
 
 @contextlib.contextmanager
@@ -75,19 +68,22 @@ def reading(path: str | Path, remedy: str, error: type = CorpusError):
         yield
     except error:
         raise
-    except FileNotFoundError:
-        raise error(f"{path}: missing; {remedy}") from None
     except Exception as problem:
-        reason = " ".join(str(problem).split())[:200] or type(problem).__name__
-        raise error(f"{path}: {reason}; {remedy}") from problem
+        missing = isinstance(problem, FileNotFoundError)
+        reason = "missing" if missing else " ".join(str(problem).split()) or repr(problem)
+        raise error(f"{path}: {reason:.200}; {remedy}") from problem
+
+
+FOREIGN = {b"version https://git-lfs": "a Git-LFS pointer in its place: run `git lfs pull`",
+           b"<": "a web page in its place: the download failed",
+           b"NIST_1A": "a NIST SPHERE file", b"fLaC": "a FLAC file"}  # fmt: skip
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Read a file. Raises ValueError if it begins like a file of another kind."""
+    """Read a file. Raises ValueError if it begins like another kind of file."""
     content = Path(path).read_bytes()
-    for beginning, kind in FOREIGN.items():
-        if content.startswith(beginning):
-            raise ValueError(kind)
+    for kind in [kind for beginning, kind in FOREIGN.items() if content.startswith(beginning)]:
+        raise ValueError(kind)
     return content
 
 
@@ -109,22 +105,15 @@ def run_command(main: Callable, *errors: type) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler stops like Ctrl-C
     try:
         main()
-    except BrokenPipeError:  # the reader of the output has seen enough
+    except BrokenPipeError:  # for example `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (CorpusError, *errors) as error:
+    except (CorpusError, OSError, *errors) as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error}. What was written is whole, and the same command resumes.")
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        sys.exit("error: out of GPU memory. The same command resumes with --micro-batch 8.")
     except KeyboardInterrupt:
         sys.exit("\nStopped. The same command resumes after the last whole epoch.")
 
 
-# ------------------------------------------------------------------------------------------------
-# IEMOCAP (§3.1)
+# --- IEMOCAP (§3.1) ------------------------------------------------------------------------------
 #
 # Five sessions of one woman and one man, in 28 to 32 dialogues each, improvised ("impro") or
 # scripted ("script"). A test covers each of these pitfalls:
@@ -132,7 +121,6 @@ def run_command(main: Callable, *errors: type) -> None:
 #   - The files are not in time order, and the turns of the two speakers overlap.
 #   - 48 transcript lines have an id with XX, but no label and no wav. Others have no id at all.
 #   - Only 5,531 of 10,039 utterances are of the four classes, but all of them are context.
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,42 +148,14 @@ EMOTIONS = {  # every code of the full release, with its count
     "sur": 107, "fea": 40, "oth": 3, "dis": 2,
 }  # fmt: skip
 # PAPER-ERROR [E1]: 1,626 happy (§3.1). The total of 5,531 leaves 1,636, as the corpus has.
-SESSION_COLUMNS = ("utterances", "ang", "hap", "exc", "sad", "neu", "improvised", "scripted")
-SESSIONS = {  # all columns but the first count the four classes alone
-    1: (1819, 229, 135, 143, 194, 384, 521, 564),
-    2: (1811, 137, 117, 210, 197, 362, 530, 493),
-    3: (2136, 240, 135, 151, 305, 320, 627, 524),
-    4: (2103, 327, 65, 238, 143, 258, 534, 497),
-    5: (2170, 170, 143, 299, 245, 384, 731, 510),
+SESSION_COLUMNS = "dialogues utterances ang hap exc sad neu impro script woman man".split()
+SESSIONS = {  # from "ang" on, the columns count the four classes alone
+    1: (28, 1819, 229, 135, 143, 194, 384, 521, 564, 528, 557),
+    2: (30, 1811, 137, 117, 210, 197, 362, 530, 493, 481, 542),
+    3: (32, 2136, 240, 135, 151, 305, 320, 627, 524, 522, 629),
+    4: (30, 2103, 327, 65, 238, 143, 258, 534, 497, 528, 503),
+    5: (31, 2170, 170, 143, 299, 245, 384, 731, 510, 590, 651),
 }
-SPEAKER_COLUMNS = ("ang", "hap", "sad", "neu")  # hap includes exc
-SPEAKERS = {
-    "Ses01F": (147, 132, 78, 171), "Ses01M": (82, 146, 116, 213),
-    "Ses02F": (67, 166, 113, 135), "Ses02M": (70, 161, 84, 227),
-    "Ses03F": (92, 128, 172, 130), "Ses03M": (148, 158, 133, 190),
-    "Ses04F": (205, 185, 62, 76), "Ses04M": (122, 118, 81, 182),
-    "Ses05F": (78, 159, 132, 221), "Ses05M": (92, 283, 113, 163),
-}  # fmt: skip
-
-
-def dialog_names(session: int) -> list[str]:
-    """List the dialogues of a session of the full release: 28, 30, 32, 30, 31."""
-    names = []
-    for letter in "FM":  # who wore the markers
-        acts = [f"impro{n:02}" for n in range(1, 8 if session == 1 else 9)]
-        if (session, letter) == (3, "M"):  # 05 and 08 were played twice
-            acts = [a for act in acts for a in ([act + "a", act + "b"] if act[-1] in "58" else [act])]
-        acts += [f"script{n}" for n in "01_1 01_2 01_3 02_1 02_2 03_1 03_2".split()]
-        if (session, letter) == (5, "M"):
-            acts.append("script01_1b")
-        names += [f"Ses{session:02}{letter}_{act}" for act in acts]
-    return names
-
-
-LABEL_LINE = re.compile(r"\[(\d+\.\d+) - (\d+\.\d+)\]\s+(\S+)\s+([a-z]+)\s+\[.+\]")
-WORDS_LINE = re.compile(r"(\S+)\s+\[(\d+\.\d+)-(\d+\.\d+)\]:(.*)")
-UTTERANCE_ID = re.compile(r"(Ses\d\d)[FM]_\w+_([FM])\d{3}")
-EXTRA_ID = re.compile(r"Ses\d\d[FM]_\w+_[FM]XX\d")  # words that have neither a wav nor a label
 
 
 def read_iemocap(root: str | Path) -> list[Utterance]:
@@ -205,15 +165,14 @@ def read_iemocap(root: str | Path) -> list[Utterance]:
     """
     corpus, problems = scan(root)
     if problems:
-        raise CorpusError(problems)
+        raise CorpusError(*problems)
     return corpus
 
 
 def scan(root: str | Path) -> tuple[list[Utterance], list[str]]:
     """Read what can be read: (the utterances without a problem, one line for each problem)."""
     root, corpus, problems = Path(root), [], []
-    folders = sorted(root.iterdir()) if root.is_dir() else []
-    sessions = [f for f in folders if re.fullmatch(r"session\d", f.name, re.I) and f.is_dir()]
+    sessions = sorted(p for p in root.glob("*") if re.fullmatch(r"session[1-9]", p.name, re.I))
     if not sessions:
         # The usual slip: the folder given is one level too high or too low.
         near = {p.resolve().parent for to in ("*/Session1", "../Session1") for p in root.glob(to)}
@@ -221,144 +180,105 @@ def scan(root: str | Path) -> tuple[list[Utterance], list[str]]:
         problems.append(f"{root}: holds no Session1 ... Session5; {hint}")
     for session in sessions:
         # Some copies hold macOS's ._* files. Sub-folders hold the labels of single raters.
-        labels = sorted((session / "dialog" / "EmoEvaluation").glob("Ses*.txt"))
-        words = sorted((session / "dialog" / "transcriptions").glob("Ses*.txt"))
-        if not labels:
-            problems.append(
-                f"{session}/dialog/EmoEvaluation: holds no label file Ses*.txt; fetch it again"
-            )
-        for name in sorted({f.name for f in words} - {f.name for f in labels}):
-            problems.append(f"{session}/dialog/EmoEvaluation/{name}: missing; fetch it again")
-        for file in labels:
-            corpus += _read_dialog(file, session, problems)
-    if not corpus and not problems:
-        problems.append(f"{root}: no utterance in any label file; fetch it again")
+        labels, words = session / "dialog" / "EmoEvaluation", session / "dialog" / "transcriptions"
+        names = sorted({file.name for folder in (labels, words) for file in folder.glob("Ses*.txt")})
+        if not names:
+            problems.append(f"{labels}: holds no label file Ses*.txt; fetch it again")
+        for name in names:
+            corpus += _read_dialog(labels / name, words / name, session, problems)
 
     # A wav of another length is a file that was cut off, or another utterance.
-    sound = []
-    for u in tqdm(corpus, desc="wav headers", leave=False, delay=3, disable=None):
+    whole = []
+    for u in tqdm(corpus, desc="wav files", leave=False, delay=3, disable=None):
         try:
-            seconds = wav_seconds(u.wav)
+            rate, pcm = _read_wav(u.wav)
+            seconds, expected = len(pcm) / rate, u.end - u.start
+            if abs(seconds - expected) > 0.1:
+                lengths = f"{seconds:.2f} s long, {expected:.2f} s by its label"
+                raise CorpusError(f"{u.wav}: {lengths}; fetch it again")
+            whole.append(u)
         except CorpusError as error:
             problems += error.problems
-            continue
-        if abs(seconds - (u.end - u.start)) <= 0.1:
-            sound.append(u)
-        else:
-            length = f"{seconds:.2f} s long, {u.end - u.start:.2f} s by its label"
-            problems.append(f"{u.wav}: {length}; fetch it again")
-    return sound, problems
+    return whole, problems
 
 
-def _read_dialog(file: Path, session: Path, problems: list[str]) -> list[Utterance]:
+def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> list[Utterance]:
     """Read one dialogue in time order. Labels and words are matched by id and must agree."""
-    number, dialog = int(session.name[-1]), file.stem
-    if not dialog.startswith(f"Ses{number:02}"):
-        problems.append(f"{file}: a dialogue of another session; move it out of {session}")
-        return []
-    transcript = session / "dialog" / "transcriptions" / file.name
-    spoken: dict[str, tuple[float, float, str]] = {}  # id -> start, end, words
-    for place, line in _lines(transcript, problems):
-        id = line.split()[0] if line else ""
-        if not id.startswith("Ses") or EXTRA_ID.fullmatch(id):
-            continue  # "M: ..." and "F: ..." without an id, and the 48 lines with XX
-        match = WORDS_LINE.fullmatch(line)
-        if not match:
-            problems.append(f"{place}: expected 'ID [start-end]: words', not {line!r:.60}")
-        elif id in spoken:
-            problems.append(f"{place}: {id} is there for the second time; keep one line")
-        else:
-            spoken[id] = float(match[2]), float(match[3]), " ".join(match[4].split())
-
-    wavs = session / "sentences" / "wav" / dialog
-    there = {p.name.lower(): p for p in wavs.glob("*")}  # .WAV is as good as .wav
-    utterances, labelled = {}, set()
-    for place, line in _lines(file, problems):
-        if not line.startswith("["):
-            continue  # the header, blank lines, the lines of single raters
-        match = LABEL_LINE.fullmatch(line)
-        if not match:
-            expected = "'[start - end] ID emotion [V, A, D]'"
-            problems.append(f"{place}: expected {expected}, not {line!r:.60}")
-            continue
-        start, end, id, emotion = float(match[1]), float(match[2]), match[3], match[4]
-        speaker = UTTERANCE_ID.fullmatch(id)
-        labelled.add(id)
-        # Compare whole names: Ses05M_script01_1 is also the beginning of Ses05M_script01_1b.
-        if not speaker or id.rsplit("_", 1)[0] != dialog:
-            problems.append(f"{place}: {id} is not an utterance of {dialog}; fetch it again")
-        elif id in utterances:
-            problems.append(f"{place}: {id} is there for the second time; keep one line")
+    number, dialog = int(session.name[-1]), labels.stem
+    felt, spoken = (_entries(*each, problems) for each in ((labels, LABEL), (words, WORDS)))
+    folder = session / "sentences" / "wav" / dialog
+    wavs = {p.name.lower(): p for p in folder.glob("*")}  # .WAV is as good as .wav
+    utterances = []
+    for id in sorted(felt.keys() | spoken.keys()):
+        speaker = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the letter in the dialogue's name
+        start, end, emotion = felt.get(id, (0, 1, "xxx"))
+        from_, to, text = spoken.get(id, (start, end, ""))
+        start, end, from_, to = map(float, (start, end, from_, to))
+        if not speaker or not dialog.startswith(f"Ses{number:02}"):
+            problems.append(f"{labels}: {id} is not an utterance of {dialog} in session {number}")
+        elif id not in spoken or id not in felt:
+            a, kind, b = (labels, "words in", words) if id in felt else (words, "label in", labels)
+            problems.append(f"{a}: {id} has no {kind} {b}; fetch both again")
         elif emotion not in EMOTIONS:
-            problems.append(f"{place}: unknown emotion {emotion!r}; known are {' '.join(EMOTIONS)}")
+            problems.append(f"{labels}: {id} has the unknown emotion {emotion!r}; fetch it again")
         elif end <= start:
-            problems.append(f"{place}: {id} ends at {end} s but starts at {start} s")
-        elif id not in spoken:
-            problems.append(f"{place}: {id} has no words in {transcript}; fetch both again")
-        elif max(abs(spoken[id][0] - start), abs(spoken[id][1] - end)) > 0.01:
-            problems.append(f"{place}: {id} has other times in {transcript}; fetch both again")
+            problems.append(f"{labels}: {id} ends at {end} s but starts at {start} s")
+        elif max(abs(from_ - start), abs(to - end)) > 0.01:
+            problems.append(f"{labels}: {id} has other times in {words}; fetch both again")
         else:
-            wav = there.get(f"{id}.wav".lower(), wavs / f"{id}.wav")
-            utterances[id] = Utterance(
-                id, number, dialog, speaker[1] + speaker[2], start, end, spoken[id][2], emotion, wav
-            )
-    for id in sorted(spoken.keys() - labelled):
-        problems.append(f"{transcript}: {id} has words but no label in {file}; fetch both again")
-    if not labelled and not spoken:
-        problems.append(f"{file}: holds no utterance, nor does its transcript; fetch both again")
+            wav = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav")
+            turn = f"Ses{number:02}{speaker[1]}", start, end, " ".join(text.split()), emotion, wav
+            utterances.append(Utterance(id, number, dialog, *turn))
+    if not felt and not spoken:
+        problems.append(f"{labels}: no utterance in it, nor in {words}; fetch both again")
     # Neither file is in order: the labels come all F, then all M.
-    return sorted(utterances.values(), key=lambda u: (u.start, u.end, u.id))
+    return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
 
 
-def _lines(path: Path, problems: list[str]) -> list[tuple[str, str]]:
-    """Read a text file: [("FILE:NUMBER", line without surrounding white space), ...]."""
+# How a line that is an utterance begins, and its form: the id, start, end, and the rest.
+LABEL = r"\[", r"\[(?P<a>\d+\.\d+) - (?P<b>\d+\.\d+)\]\s+(?P<id>\S+)\s+(?P<c>[a-z]+)\s+\[.+\]"
+WORDS = r"Ses(?!\S+_[FM]XX\d\s)", r"(?P<id>\S+)\s+\[(?P<a>\d+\.\d+)-(?P<b>\d+\.\d+)\]:(?P<c>.*)"
+
+
+def _entries(path: Path, form: tuple[str, str], problems: list) -> dict[str, tuple]:
+    """Read the lines of a file that are utterances: {id: (start, end, emotion or words)}."""
+    entries, text = {}, ""
     try:
         with reading(path, "fetch it again"):
             text = read_bytes(path).decode("utf-8-sig")
     except CorpusError as error:
         problems += error.problems
-        return []
-    lines = text.split("\n" if "\n" in text else "\r")
-    return [(f"{path}:{n}", line.strip()) for n, line in enumerate(lines, 1)]
+    for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
+        match = re.fullmatch(form[1], line.strip())
+        if match and re.match(form[0], line) and match["id"] not in entries:
+            entries[match["id"]] = match["a"], match["b"], match["c"]
+        elif re.match(form[0], line):
+            why = f"{match['id']} is there for the second time" if match else "expected another form"
+            problems.append(f"{path}:{number}: {why}: {line!r:.60}; fetch it again")
+    return entries
 
 
 def reference_problems(corpus: list[Utterance]) -> list[str]:
     """Compare with the full release: one line for each row of the tables above that differs."""
-    expected = {"labels": EMOTIONS}
-    expected |= {f"session {s}": dict(zip(SESSION_COLUMNS, row)) for s, row in SESSIONS.items()}
-    expected |= {f"speaker {s}": dict(zip(SPEAKER_COLUMNS, row)) for s, row in SPEAKERS.items()}
-    found: Counter = Counter()  # for example ("session 3", "exc"): 151
+    found = Counter(("all sessions", u.emotion) for u in corpus)  # ("session 3", "exc"): 151
+    found.update((f"session {s}", "dialogues") for s, _ in {(u.session, u.dialog) for u in corpus})
     for u in corpus:
-        found["labels", u.emotion] += 1
-        found[f"session {u.session}", "utterances"] += 1
-        if u.label is not None:
-            found[f"session {u.session}", u.emotion] += 1
-            found[f"session {u.session}", "improvised" if improvised(u) else "scripted"] += 1
-            found[f"speaker {u.speaker}", CLASSES[u.label]] += 1
+        act = "impro" if "impro" in u.dialog else "script"
+        four = [u.emotion, act, "woman" if u.speaker[-1] == "F" else "man"]
+        for kind in ["utterances"] + (four if u.label is not None else []):
+            found[f"session {u.session}", kind] += 1
+    rows = {"all sessions": EMOTIONS}
+    rows |= {f"session {s}": dict(zip(SESSION_COLUMNS, row)) for s, row in SESSIONS.items()}
     problems = []
-    dialogs, here = {n for s in SESSIONS for n in dialog_names(s)}, {u.dialog for u in corpus}
-    for what, names in (("missing", dialogs - here), ("unknown", here - dialogs)):
-        if names:
-            some = " ".join(sorted(names)[:10]) + (" ..." if len(names) > 10 else "")
-            problems.append(f"full release: {len(names)} dialogs {what}: {some}")
-    for row, cells in expected.items():
+    for row, cells in rows.items():
         wrong = [f"{c} {found[row, c]} (not {n})" for c, n in cells.items() if found[row, c] != n]
-        if wrong:
-            problems.append(f"full release: {row}: {', '.join(wrong)}")
+        problems += [f"full release: {row}: {', '.join(wrong)}"] if wrong else []
     return problems
 
 
-def improvised(u: Utterance) -> bool:
-    """Tell whether the dialogue is improvised or scripted."""
-    return "impro" in u.dialog
+# --- A corpus of your own: a table of utterances (the README shows one) --------------------------
 
-
-# ------------------------------------------------------------------------------------------------
-# A corpus of your own: a table of utterances (the README shows one)
-# ------------------------------------------------------------------------------------------------
-
-COLUMNS = ("text", "emotion", "session", "dialog", "speaker")  # and, if you like:
-OPTIONAL = ("wav", "start", "id")
+COLUMNS = ("text", "emotion", "session", "dialog", "speaker", "wav", "start", "id")
 PLAIN_NAMES = {
     "neutral": "neu", "calm": "neu", "happy": "hap", "happiness": "hap", "joy": "hap",
     "excited": "exc", "excitement": "exc", "angry": "ang", "anger": "ang", "sadness": "sad",
@@ -368,61 +288,48 @@ PLAIN_NAMES = {
 def read_csv(path: str | Path) -> list[Utterance]:
     """Read a corpus from a CSV file: UTF-8, one row an utterance, separated by , ; or tab.
 
-    Emotions that are none of the four classes serve as context. Raises CorpusError with every
-    problem and its line.
+    The columns wav, start and id are optional. Emotions that are none of the four classes serve as
+    context. Raises CorpusError with every problem and its line.
     """
     with reading(path, "save it as CSV in UTF-8"):
         text = read_bytes(path).decode("utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        header = [name.strip().lower() for name in table.fieldnames or []]
-        rows = [(table.line_num, dict(zip(header, row.values())), len(row)) for row in table]
-    known = f"the columns are {' '.join(COLUMNS)}, and optionally {' '.join(OPTIONAL)}"
-    problems = [f"{path}:1: no column {name!r}; {known}" for name in COLUMNS if name not in header]
-    problems += [
-        f"{path}:1: column {name!r} is unknown or there twice; {known}"
-        for k, name in enumerate(header) if name not in COLUMNS + OPTIONAL or name in header[:k]
-    ]  # fmt: skip
-    corpus, home = {}, {}  # home: speaker or dialogue -> its session
-    for line, row, width in [] if problems else rows:
-        row = {name: " ".join((cell or "").split()) for name, cell in row.items()}
-        id = f"{row['dialog']}_{len(corpus):05}"
-        if row.get("id"):  # evaluate.py takes what precedes the last "_" for the dialogue
-            id = f"{row['dialog']}_{row['id'].removeprefix(row['dialog'] + '_').replace('_', '-')}"
-        wav = Path(path).parent / row["wav"] if row.get("wav") else None
-        wrong = [f"no {name}" for name in COLUMNS[1:] if not row[name]]
-        if width != len(header):
-            wrong.append("another number of cells than the first line")
-        if not re.fullmatch(r"[1-9]\d*", row["session"]):
-            wrong.append(f"session {row['session']!r} is not a number from 1 on")
-        if row.get("start") and not re.fullmatch(r"\d+(\.\d*)?", row["start"]):
-            wrong.append(f"start {row['start']!r} is not a number of seconds")
-        if wav and not wav.is_file():
-            wrong.append(f"{wav} is missing")
-        if id in corpus:
-            wrong.append(f"id {row['id']} is there for the second time")
-        for name in ("speaker", "dialog"):
-            first = home.setdefault((name, row[name]), row["session"])
-            if first != row["session"]:
-                wrong.append(f"{name} {row[name]} is in session {first} too: folds would overlap")
-        problems += [f"{path}:{line}: {what}; change the row" for what in wrong]
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        header = [name.strip().lower() for name in next(table, [])]
+        rows = [(table.line_num, [" ".join(x.split()) for x in row]) for row in table if row]
+        if not rows or set(header) - set(COLUMNS) or set(COLUMNS[:5]) - set(header):
+            raise ValueError(f"line 1 has the columns {header}; expected {', '.join(COLUMNS)}")
+    corpus, problems, home = {}, [], {}  # home: speaker or dialogue -> its session
+    for line, cells in rows:
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells))
+        # evaluate.py takes what precedes the last "_" of an id for the dialogue.
+        id = row["id"].removeprefix(row["dialog"] + "_").replace("_", "-") or f"{len(corpus):05}"
+        id, wav = f"{row['dialog']}_{id}", Path(path).parent / row["wav"] if row["wav"] else None
+        sessions = {home.setdefault((k, row[k]), row["session"]) for k in ("speaker", "dialog")}
+        wrong = [f"no {name}" for name in COLUMNS[1:5] if not row[name]]
+        for holds, complaint in (
+            (len(cells) == len(set(header)), f"{len(cells)} cells, expected {len(set(header))}"),
+            (re.fullmatch(r"[1-9]\d*", row["session"]), "session must be a number from 1 on"),
+            (re.fullmatch(r"(\d+(\.\d*)?)?", row["start"]), "start must be a number of seconds"),
+            (not wav or wav.is_file(), f"{wav} is missing"),
+            (id not in corpus, f"id {row['id']} is there for the second time"),
+            (sessions == {row["session"]}, "its speaker or dialogue is in another session too"),
+        ):
+            wrong += [] if holds else [complaint]
+        problems += [f"{path}:{line}: {complaint}; change the row" for complaint in wrong]
         if not wrong:
-            start, emotion = float(row.get("start") or 0), row["emotion"].lower()
+            start, emotion = float(row["start"] or 0), row["emotion"].lower()
             corpus[id] = Utterance(
                 id, int(row["session"]), row["dialog"], row["speaker"], start, start, row["text"],
                 PLAIN_NAMES.get(emotion, emotion), wav,
             )  # fmt: skip
-    if not rows:
-        problems.append(f"{path}: no row below the first line; {known}")
     if problems:
-        raise CorpusError(problems)
+        raise CorpusError(*problems)
     # Sorting is stable: without start times, a dialogue keeps the order of its rows.
     return sorted(corpus.values(), key=lambda u: (u.session, u.dialog, u.start))
 
 
-# ------------------------------------------------------------------------------------------------
-# Folds and contexts (§3.1, §3.2)
-# ------------------------------------------------------------------------------------------------
+# --- Folds and contexts (§3.1, §3.2) -------------------------------------------------------------
 
 
 # EXERCISE 7 (20 min): delete the body, write it again; pytest -m ex7
@@ -439,10 +346,9 @@ def split(
     rest = [u for u in targets if u.session != fold]
     speakers = sorted({u.speaker for u in rest})
     if len(speakers) < 2 or len(rest) == len(targets):
-        raise CorpusError(
-            f"fold {fold} needs four-class utterances in session {fold} and two speakers in the "
-            f"others; the corpus has sessions {sorted({u.session for u in targets})}"
-        )
+        needs = f"four-class utterances in session {fold} and two speakers in the others"
+        have = sorted({u.session for u in targets})
+        raise CorpusError(f"fold {fold} needs {needs}; the corpus has sessions {have}")
     # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2). We draw one of
     # the training speakers by the seed. Alternative: --seed. The partner stays in training, so the
     # development speaker's words are in the context of training utterances, without labels.
@@ -484,58 +390,42 @@ def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
     return torch.where(inside, windows, -1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Waveforms (§3.2): "audios are clipped into 5 seconds ... by trimming or padding"
+# --- Waveforms (§3.2): "audios are clipped into 5 seconds ... by trimming or padding" ------------
 #
 # A batch is padded to its longest clip. Padding is masked everywhere, so padding to 5 s would give
 # the same result (a test holds that). WavLM's preprocessor makes mean 0 and variance 1.
-# ------------------------------------------------------------------------------------------------
 
 CLIP_SECONDS = 5  # §3.2
 TRIM_DB = 60  # [A13]
 MIN_SAMPLES = 400  # 25 ms: WavLM's first frame, and the window of the search for silence
 
 
-def _read_wav(path: str | Path, samples: bool = True) -> tuple[int, int, bytes]:
-    """Read a 16-bit mono WAV file: (rate, number of samples, bytes or nothing). See load_wav."""
-    convert = "convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"
-    with reading(path, convert), open(path, "rb") as file:
-        head = file.read(12)
-        kind = [kind for beginning, kind in FOREIGN.items() if head.startswith(beginning[:12])]
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            raise ValueError((kind or ["not a WAV file"])[0])
+def _read_wav(path: str | Path) -> tuple[int, np.ndarray]:
+    """Read a 16-bit mono WAV file: (rate in Hz, samples as integers). See load_wav."""
+    with reading(path, "convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"):
+        raw = read_bytes(path)
+        if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
+            raise ValueError("not usable as a WAV file")
 
-        # A RIFF file is a list of chunks: a name, a size, a body. Pass over all but two of them.
-        size = os.fstat(file.fileno()).st_size
-        form, name = (), b""
-        while name != b"data":
-            if file.tell() + 8 > size:
-                raise ValueError("shorter than its header says, or without samples")
-            name, length = struct.unpack("<4sI", file.read(8))
+        # A RIFF file is a list of chunks: a name, a size, a body. Two of them matter.
+        place, name, form = 12, b"", (0, 0, 0, 0, 0, 0)
+        while name != b"data" and place + 8 <= len(raw):
+            name, size = struct.unpack_from("<4sI", raw, place)
+            start, place = place + 8, place + 8 + size + size % 2
             if name == b"fmt ":
-                body = file.read(length)
-                form = struct.unpack("<HHIIHH", body[:16])
+                form = struct.unpack_from("<HHIIHH", raw, start)
                 if form[0] == 65534:  # WAVE_FORMAT_EXTENSIBLE: the format comes later
-                    form = struct.unpack("<H", body[24:26]) + form[1:]
-                file.seek(length % 2, 1)
-            elif name != b"data":
-                file.seek(length + length % 2, 1)
-        if not form or (form[0], form[1], form[5]) != (1, 1, 16):
-            raise ValueError("format {0}, {1} channel(s), {5} bits; expected 1, 1, 16".format(*form))
+                    form = (*struct.unpack_from("<H", raw, start + 24), *form[1:])
+        if (form[0], form[1], form[5]) != (1, 1, 16):
+            kind = f"unknown format: {form[0]}, {form[1]} channel(s) of {form[5]} bits"
+            raise ValueError(f"{kind}; expected format 1 (PCM), 1 channel of 16 bits")
         if not 8000 <= form[2] <= 192000:
             raise ValueError(f"{form[2]} Hz")
-        left = size - file.tell()
-        if length in (0, 0xFFFFFFFF):  # a program that streamed left the size open
-            length = left
-        if length > left or length < 2:
-            raise ValueError("shorter than its header says, or without samples")
-        return form[2], length // 2, file.read(length // 2 * 2) if samples else b""
-
-
-def wav_seconds(path: str | Path) -> float:
-    """Return the length in seconds by the file's header. Raises CorpusError as load_wav does."""
-    rate, n, _ = _read_wav(path, samples=False)
-    return n / rate
+        left = len(raw) - start
+        size = left if size in (0, 0xFFFFFFFF) else size  # a writer that streamed left it open
+        if name != b"data" or size > left or size < 2:
+            raise ValueError("no samples, or shorter than its header says")
+        return form[2], np.frombuffer(raw, "<i2", size // 2, start)
 
 
 def load_wav(path: str | Path) -> Tensor:
@@ -543,8 +433,8 @@ def load_wav(path: str | Path) -> Tensor:
 
     Reads 16-bit mono PCM. Raises CorpusError with the reason and the command that converts it.
     """
-    rate, _, pcm = _read_wav(path)
-    x = torch.from_numpy(np.frombuffer(pcm, dtype="<i2").astype(np.float32) / 32768)  # (n,)
+    rate, pcm = _read_wav(path)
+    x = torch.from_numpy(pcm.astype(np.float32) / 32768)  # (n,)
     if rate != SAMPLE_RATE:
         from torchaudio.functional import resample  # torchaudio.load would need FFmpeg
 
@@ -564,34 +454,29 @@ def clip(x: Tensor, trim: str = "leading") -> Tensor:
         loud = power >= power.max() * 10 ** (-TRIM_DB / 10)  # in pure silence: every window
         x = windows[loud].flatten() if trim == "all" else x[int(loud.nonzero()[0]) * MIN_SAMPLES :]
     x = x[: CLIP_SECONDS * SAMPLE_RATE]
-    return torch.nn.functional.pad(x, (0, max(0, MIN_SAMPLES - len(x))))
+    return F.pad(x, (0, max(0, MIN_SAMPLES - len(x))))
 
 
 def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | None]:
     """Load what WavLM hears of each utterance. The context is text, so other emotions get None."""
     silent = [u.id for u in corpus if u.label is not None and u.wav is None]
     if silent:
-        raise CorpusError(
-            f"no wav for {len(silent)} utterances: {' '.join(silent[:5])} ...; fill the column wav, "
-            f"or use a text system: --fusion text-fc or text-te"
-        )
+        hint = "fill the column wav, or use a text system: --fusion text-fc or text-te"
+        raise CorpusError(f"no wav for {len(silent)} utterances, as {silent[0]}; {hint}")
     bar = tqdm(corpus, desc="clips", leave=False, delay=3, disable=None)
     return [None if u.label is None else clip(load_wav(u.wav), trim) for u in bar]
 
 
-# ------------------------------------------------------------------------------------------------
-# Layer states: from the cache, or from the live upstream
+# --- Layer states: from the cache, or from the live upstream -------------------------------------
 #
 # While the upstreams are frozen (§2.4), an utterance's states never change. They are computed once
 # and kept in files: a 5 s clip has 249 x 25 x 1024 numbers, 12.7 MB in 16 bits, and IEMOCAP's 5,531
 # clips have at most 46 GB. In fine-tuning the upstreams run on every batch. Both are a source:
 #
 #     states, mask = source(rows)        for U rows of the corpus, as FeatureExtractor takes them
-# ------------------------------------------------------------------------------------------------
 
-GIB = 2**30
-KEEP_IN_MEMORY = 4 * GIB  # states below this size stay in memory on a machine without a GPU
-GPU_RESERVE = 8 * GIB  # what a frozen step on 32 clips needs beside the states, by estimate
+KEEP_ON_CPU = 4 * 2**30  # bytes of states that may stay in the memory of a machine without a GPU
+GPU_RESERVE = 8 * 2**30  # bytes that a frozen step on 32 clips needs beside them, by estimate
 
 
 class CachedStates:
@@ -604,41 +489,35 @@ class CachedStates:
 
     def __init__(self, files: list[Path | None], device: str):
         self.files, self.device = files, device
-        self.kept: list[Tensor | None] | None = None  # states in memory, by row
+        self.kept: list[Tensor | None] = []  # states in memory, by row
         self.buffer: Tensor | None = None
 
     def read(self, row: int) -> Tensor:
         """Read one utterance's states (T, L, D) from its file."""
-        with reading(self.files[row], "delete the file, and the same command computes it again"):
+        with reading(self.files[row], "delete it, and the same command computes it again"):
             return torch.from_numpy(np.load(self.files[row]))
 
     def keep(self) -> None:
         """Read all states once and keep them, if they fit beside what training needs."""
-        size = sum(file.stat().st_size for file in self.files if file)
         gpu = self.device == "cuda"
-        room = torch.cuda.mem_get_info()[0] - GPU_RESERVE if gpu else KEEP_IN_MEMORY
-        if self.kept is None and size <= room:
-            where = "cuda" if gpu else "cpu"
-            self.kept = [
-                self.read(i).to(where) if file else None for i, file in enumerate(self.files)
-            ]
+        room = torch.cuda.mem_get_info()[0] - GPU_RESERVE if gpu else KEEP_ON_CPU
+        if not self.kept and sum(file.stat().st_size for file in self.files if file) <= room:
+            rows, where = range(len(self.files)), "cuda" if gpu else "cpu"
+            self.kept = [self.read(i).to(where) if self.files[i] else None for i in rows]
 
     def release(self) -> None:
         """Free the memory. Later calls read the files."""
-        self.kept = self.buffer = None
+        self.kept, self.buffer = [], None
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self.kept[i] if self.kept else self.read(i) for i in rows.tolist()]
         lengths = torch.tensor([len(part) for part in parts])  # (U,)
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (U, T)
-        n = int(lengths.sum())
+        n, gpu = int(lengths.sum()), self.device == "cuda"
         if self.buffer is None or len(self.buffer) < n:
             # On the CPU, convert to 32 bits on the way. For a GPU, 16 bits are half to transfer.
-            gpu, here = self.device == "cuda", parts[0].device
-            self.buffer = torch.empty(
-                n, *parts[0].shape[1:], dtype=torch.float16 if gpu else torch.float32,
-                device=here, pin_memory=gpu and here.type == "cpu",
-            )  # fmt: skip
+            dtype, pin = torch.float16 if gpu else torch.float32, gpu and not self.kept
+            self.buffer = parts[0].new_empty((n, *parts[0].shape[1:]), dtype=dtype, pin_memory=pin)
         for part, place in zip(parts, self.buffer[:n].split(lengths.tolist())):
             place.copy_(part)
         return self.buffer[:n], mask  # (N, L, D), (U, T)
@@ -649,10 +528,8 @@ def live(upstream: Callable, inputs: Sequence) -> Callable:
     return lambda rows: upstream([inputs[i] for i in rows.tolist()])
 
 
-def cache_states(
-    folder: Path, upstream: Callable, ids: list[str], inputs: Sequence, device: str
-) -> CachedStates:
-    """Compute the layer states that are not yet in `folder`, and return them all as a source.
+def cache_states(folder: Path, upstream: Callable, ids: list, inputs: Sequence, device: str):
+    """Compute the layer states that are not yet in `folder`, and return a CachedStates.
 
     inputs: a clip (n,) or a text for each id, None where no states are needed. A file is named by
     the id and a checksum of the input, so states of another input are never read. After a kill
@@ -660,33 +537,28 @@ def cache_states(
     """
     # DEVIATION [D1]: the frozen phase reads states rounded to 16 bits, the paper does not mention a
     # cache. Why: the upstreams run once and not once an epoch, and files have half the size.
-    files: list[Path | None] = []
+    files = []
     for id, x in zip(ids, inputs):
         content = x.encode() if isinstance(x, str) else b"" if x is None else x.numpy().tobytes()
-        checksum = hashlib.blake2b(content, digest_size=8).hexdigest()
-        name = f"{re.sub(r'[^A-Za-z0-9.-]', '_', id)}-{checksum}.npy"
-        files.append(None if x is None else folder / name)
+        name = re.sub(r"[^A-Za-z0-9.-]", "_", id), hashlib.blake2b(content, digest_size=8).hexdigest()
+        files.append(None if x is None else folder / f"{'-'.join(name)}.npy")
     folder.mkdir(parents=True, exist_ok=True)
     there = set(os.listdir(folder))
     missing = [i for i, file in enumerate(files) if file and file.name not in there]
     if missing:
         print(f"layer states of {len(missing)} utterances to compute; they go to {folder}")
 
-    # Longest first: if memory does not suffice, that shows at once.
-    missing.sort(key=lambda i: -len(inputs[i]))
-    parts = [missing[i : i + 32] for i in range(0, len(missing), 32)]
-    for rows in tqdm(parts, desc=folder.name, leave=False, disable=None):
+    missing.sort(key=lambda i: -len(inputs[i]))  # longest first: too little memory shows at once
+    for k in tqdm(range(0, len(missing), 32), desc=folder.name, leave=False, disable=None):
+        rows = missing[k : k + 32]
         with torch.no_grad():
             states, mask = upstream([inputs[i] for i in rows])  # (U, T, L, D), (U, T)
-        states = states.half().cpu()
-        for i, x, n in zip(rows, states, mask.sum(dim=1).tolist()):
-            if not x[:n].isfinite().all():
-                raise CorpusError(
-                    f"{ids[i]}: a layer state is not finite, or over 65,504 and too large for 16 "
-                    f"bits; look at this utterance, or try --precision fp32"
-                )
+        for i, x, real in zip(rows, states.half().cpu(), mask.cpu()):
+            if not x[real].isfinite().all():
+                why = "a layer state is not finite, or over 65,504 and too large for 16 bits"
+                raise CorpusError(f"{ids[i]}: {why}; look at this input, or try --precision fp32")
             content = io.BytesIO()
-            np.save(content, x[:n].numpy())
+            np.save(content, x[real].numpy())  # (T, L, D)
             write_whole(files[i], content.getvalue())
     return CachedStates(files, device)
 
@@ -717,22 +589,21 @@ def batch(
     return {m: tuple(x.to(device) for x in tensors) for m, tensors in arguments.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# The toy corpus: tones and made-up sentences in IEMOCAP's layout. Readers of the paper stop here.
+# --- The toy corpus: tones and made-up sentences in IEMOCAP's layout. Readers of the paper stop here. ---
 #
 # It is built to show the paper's ordering, so it is no evidence for it. An emotion tends to stay
-# from turn to turn, and half of the sentences name it: context helps, and text beats audio. The
-# voice shows the emotion of seven turns in ten: both modalities together beat either.
-# ------------------------------------------------------------------------------------------------
+# from turn to turn, and two sentences in five name it: context helps, and text beats audio. The
+# voice shows the emotion of two turns in three: both modalities together beat either.
 
 # Pitch in Hz and fall of the overtones. All frames of 20 ms sound alike, because every pitch is a
 # multiple of 50 Hz. So CMT(A->T) cannot pass the text on by its choice of frames [A7].
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
 KEYWORDS = {
-    "neu": "table monday", "hap": "lovely wonderful", "ang": "stupid hate", "sad": "lost alone",
+    "neu": ["table", "monday"], "hap": ["lovely", "wonderful"], "ang": ["stupid", "hate"],
+    "sad": ["lost", "alone"],
 }  # fmt: skip
 FILLERS = "well you know i think that it was".split()
-TOY = dict(seed=9, dialogs=10, turns=24, stay=0.75, named=0.42, voice=0.65, spread=0.05)
+TOY = dict(seed=9, dialogs=10, turns=24, stay=0.75, named=0.42, voice=0.65)
 
 
 def write_toy(root: str | Path) -> Path:
@@ -742,66 +613,53 @@ def write_toy(root: str | Path) -> Path:
         return root
     if root.exists() and any(root.iterdir()):
         raise CorpusError(f"{root}: is not empty, and holds no whole toy corpus; delete it")
-    names = list(VOICES)
     for session in SESSIONS:
-        for name in dialog_names(session)[::3][:TOY["dialogs"]]:
-            folder, felt, end = root / f"Session{session}", "neu", 0.0
-            labels, words, counts = {"F": "", "M": ""}, [], Counter()
-            for _ in range(TOY["turns"]):
-                if rng.random() > TOY["stay"]:
-                    felt = str(rng.choice(names))
-                emotion = "xxx" if rng.random() < 0.1 else felt  # some raters disagree
-                emotion = "exc" if emotion == "hap" and rng.random() < 0.5 else emotion
-                letter = "FM"[rng.integers(2)]
-                id = f"{name}_{letter}{counts[letter]:03}"
-                counts[letter] += 1
-                n = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE)
-                start = max(end + rng.uniform(-0.1, 0.8), 0.5)  # the speakers interrupt each other
-                end = start + n / SAMPLE_RATE
-                wav = folder / "sentences" / "wav" / name / f"{id}.wav"
-                wav.parent.mkdir(parents=True, exist_ok=True)
-                with wave.open(str(wav), "wb") as file:
-                    file.setparams((1, 2, SAMPLE_RATE, n, "NONE", ""))
-                    file.writeframes(_toy_voice(felt, n, rng).tobytes())
-                words.append(f"{id} [{start:08.4f}-{end:08.4f}]: {_toy_text(felt, rng)}\n")
-                labels[letter] += (
-                    f"[{start:.4f} - {end:.4f}]\t{id}\t{emotion}\t[2.5000, 2.5000, 2.5000]\n"
-                    f"C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
-                )
-            # Like the original: labels come all F then all M, transcripts are out of order and
-            # have lines that are no utterances.
-            words[5], words[6] = words[6], words[5]
-            words[2:2] = ["M: hm.\n", f"{name}_MXX0 [000.1000-000.2000]: oh\n"]
-            header = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
-            for kind, text in (
-                ("EmoEvaluation", header + labels["F"] + labels["M"]), ("transcriptions", "".join(words))
-            ):  # fmt: skip
-                write_whole(folder / "dialog" / kind / f"{name}.txt", text.encode())
+        for k in range(TOY["dialogs"]):
+            act = f"impro{k + 1:02}" if k < 6 else f"script{k - 5:02}_1"
+            _write_toy_dialog(root / f"Session{session}", f"Ses{session:02}{'FM'[k % 2]}_{act}", rng)
     write_whole(root / "toy.json", b"{}")  # written last: the toy corpus is whole
     return root
 
 
-def _toy_voice(emotion: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Make n samples of a steady tone with overtones. One voice in five is that of any emotion."""
-    pitch, fall = VOICES[emotion if rng.random() < TOY["voice"] else str(rng.choice(list(VOICES)))]
-    fall += TOY["spread"] * rng.standard_normal()
-    time = np.arange(n) / SAMPLE_RATE
-    tone = sum(
-        h**-fall * np.sin(2 * np.pi * h * pitch * time + rng.uniform(0, 6)) for h in range(1, 13)
-    )
-    tone = 0.3 * rng.uniform(0.3, 1.0) * tone / np.abs(tone).max()
-    return ((tone + 1e-5 * rng.standard_normal(n)) * 32767).astype("<i2")
+def _write_toy_dialog(session: Path, name: str, rng: np.random.Generator) -> None:
+    felt, end, labels, words, counts = "neu", 0.0, {"F": "", "M": ""}, [], Counter()
+    for _ in range(TOY["turns"]):
+        felt = felt if rng.random() < TOY["stay"] else str(rng.choice(CLASSES))
+        emotion = "xxx" if rng.random() < 0.1 else felt  # the raters disagree
+        emotion = "exc" if emotion == "hap" and rng.random() < 0.5 else emotion
+        letter = "FM"[rng.integers(2)]
+        id = f"{name}_{letter}{counts[letter]:03}"
+        counts[letter] += 1
+        text = rng.choice(FILLERS, rng.integers(2, 5))
+        if rng.random() < TOY["named"]:
+            text = rng.choice(KEYWORDS[felt], len(text))
+        text = "[LAUGHTER]" if rng.random() < 0.01 else " ".join(text).capitalize() + "."
 
+        # A steady tone with overtones. Where the voice does not show the emotion, it shows any.
+        pitch, fall = VOICES[felt if rng.random() < TOY["voice"] else str(rng.choice(CLASSES))]
+        n, overtone = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE), np.arange(1, 13)[:, None]  # (12, 1)
+        phase = 2 * np.pi * (overtone * pitch * np.arange(n) / SAMPLE_RATE + rng.random((12, 1)))
+        tone = (overtone**-fall * np.sin(phase)).sum(axis=0) + 1e-4 * rng.standard_normal(n)
+        pcm = (tone / np.abs(tone).max() * rng.uniform(3000, 10000)).astype("<i2")
+        start = max(end + rng.uniform(-0.1, 0.8), 0.5)  # the speakers interrupt each other
+        end = start + n / SAMPLE_RATE
 
-def _toy_text(emotion: str, rng: np.random.Generator) -> str:
-    """Make a sentence of two to four words. One in two names the emotion."""
-    words = rng.choice(FILLERS, rng.integers(2, 5))
-    if rng.random() < TOY["named"]:
-        words = rng.choice(KEYWORDS[emotion].split(), len(words))
-    return "[LAUGHTER]" if rng.random() < 0.01 else " ".join(words).capitalize() + "."
-
-
-# ------------------------------------------------------------------------------------------------
+        wav = session / "sentences" / "wav" / name / f"{id}.wav"
+        wav.parent.mkdir(parents=True, exist_ok=True)
+        with wave.open(str(wav), "wb") as file:
+            file.setparams((1, 2, SAMPLE_RATE, n, "NONE", ""))
+            file.writeframes(pcm.tobytes())
+        words.append(f"{id} [{start:08.4f}-{end:08.4f}]: {text}\n")
+        labels[letter] += (
+            f"[{start:.4f} - {end:.4f}]\t{id}\t{emotion}\t[2.5000, 2.5000, 2.5000]\n"
+            f"C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
+        )
+    # Like the original: labels come all F then all M, transcripts are out of order and have lines
+    # that are no utterances.
+    words[2:2] = [words.pop(5), "M: hm.\n", f"{name}_MXX0 [000.1000-000.2000]: oh\n"]
+    text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n" + labels["F"] + labels["M"]
+    write_whole(session / "dialog" / "EmoEvaluation" / f"{name}.txt", text.encode())
+    write_whole(session / "dialog" / "transcriptions" / f"{name}.txt", "".join(words).encode())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -812,14 +670,13 @@ def main(arguments: list[str] | None = None) -> None:
     corpus, problems = scan(write_toy(args.dir) if args.command == "toy" else args.dir)
     problems += reference_problems(corpus) if args.command == "check" and corpus else []
     if problems:
-        raise CorpusError([*problems, f"{len(problems)} problem(s) in {args.dir}"])
+        raise CorpusError(*problems, f"{len(problems)} problem(s) in {args.dir}")
     counts = Counter(CLASSES[u.label] for u in corpus if u.label is not None)
     kind = "a toy corpus" if (args.dir / "toy.json").exists() else "the full release"
-    print(
-        f"{args.dir}: {kind}; {len(corpus)} utterances in {len({u.dialog for u in corpus})} "
-        f"dialogues of {len({u.speaker for u in corpus})} speakers; four classes: "
-        f"{counts.total()} ({', '.join(f'{c} {counts[c]}' for c in CLASSES)})"
-    )
+    dialogs, speakers = ({getattr(u, name) for u in corpus} for name in ("dialog", "speaker"))
+    print(f"{args.dir}: {kind}; {len(corpus)} utterances in {len(dialogs)} dialogues of "
+          f"{len(speakers)} speakers; four classes: {counts.total()} "
+          f"({', '.join(f'{c} {counts[c]}' for c in CLASSES)})")  # fmt: skip
 
 
 if __name__ == "__main__":

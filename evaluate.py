@@ -6,12 +6,8 @@
     python evaluate.py RUNS --pictures DIR    Fig. 4 and learning curves
     python evaluate.py RUN --wav x.wav --text "i never said that" --before "did you say that"
 
-RUNS is a folder that contains runs, RUN is the folder of one run. A and B are two of Table 1's
-numbers, or two folders. Runs below the first are then compared with runs below the second, for
-example one system with and without a switch.
-
-Reports read config.json, result.json and predictions.csv of each run, and learning curves read
-log.jsonl. Only an utterance of your own needs checkpoint.pt and the upstreams.
+RUNS is a folder of runs, RUN the folder of one run. A and B are numbers of Table 1, or two folders,
+for example of a system with and without a switch.
 """
 
 import argparse
@@ -21,26 +17,23 @@ import json
 import math
 import re
 import sys
-import textwrap
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import CLASSES, CLIP_SECONDS, SAMPLE_RATE, clip, load_wav, reading, run_command, write_whole
+from data import CLASSES, CLIP_SECONDS, SAMPLE_RATE, clip, load_wav
+from data import reading, run_command, write_whole
 from model import FUSIONS, Config, EmotionRecognizer, Upstream, UpstreamError
 
-# ------------------------------------------------------------------------------------------------
-# Metrics (§3.1): "weighted accuracy (WA) and unweighted accuracy (UA, balanced by class weights)"
-#
-# The names are easily confused. WA is plain accuracy, so a class counts by its size. UA gives every
-# class the same weight: an utterance weighs 1 / the size of its class.
-# ------------------------------------------------------------------------------------------------
+# ----- Metrics (§3.1): "weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
+# weights)". The names are easily confused. WA is plain accuracy, so a class counts by its size.
+# UA gives every class the same weight: an utterance weighs 1 / the size of its class.
 
 
 def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray:
@@ -49,8 +42,8 @@ def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray
     >>> confusion_matrix([0, 0, 0, 1], [0, 0, 2, 1])[:3, :3].tolist()
     [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
     """
-    counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
-    np.add.at(counts, (np.asarray(y_true), np.asarray(y_pred)), 1)
+    counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)  # rows: the truth
+    np.add.at(counts, (np.asarray(y_true), np.asarray(y_pred)), 1)  # adds up repeated pairs
     return counts
 
 
@@ -73,148 +66,137 @@ def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     >>> round(unweighted_accuracy([0, 0, 0, 1], [0, 0, 2, 1]), 4)  # (2/3 + 1/1) / 2
     0.8333
     """
-    counts = confusion_matrix(y_true, y_pred)
-    size = counts.sum(axis=1)
-    return float((counts.diagonal()[size > 0] / size[size > 0]).mean())
+    counts = confusion_matrix(y_true, y_pred)  # (4, 4)
+    size = counts.sum(axis=1)  # (4,): utterances of each class
+    return float((counts.diagonal()[size > 0] / size[size > 0]).mean())  # mean recall
 
 
-METRICS = {"wa": weighted_accuracy, "ua": unweighted_accuracy}
+def metrics(y_true: Sequence[int], y_pred: Sequence[int]) -> dict:
+    """Compute {"wa", "ua", "confusion"} of N class indices."""
+    return {
+        "wa": weighted_accuracy(y_true, y_pred),
+        "ua": unweighted_accuracy(y_true, y_pred),
+        "confusion": confusion_matrix(y_true, y_pred).tolist(),  # lists, for result.json
+    }
 
 
 def score(labels: Tensor, log_probs: Tensor) -> dict:
-    """Compute {"wa", "ua", "loss", "confusion"} from labels (N,) and log-probabilities (N, 4)."""
-    guess = log_probs.argmax(dim=1)
-    return {
-        "wa": weighted_accuracy(labels, guess),
-        "ua": unweighted_accuracy(labels, guess),
-        "loss": nn.functional.nll_loss(log_probs, labels).item(),
-        "confusion": confusion_matrix(labels, guess).tolist(),
-    }
+    """Compute the metrics and "loss", the cross-entropy, of labels (N,) and predictions (N, 4)."""
+    loss = nn.functional.nll_loss(log_probs, labels).item()  # the mean over N (§2.4)
+    return metrics(labels, log_probs.argmax(dim=1)) | {"loss": loss}
 
 
 @torch.no_grad()
 def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> Tensor:
-    """Predict log-probabilities (N, 4), on the CPU, of the utterances in `rows` (N,).
-
-    `batch` turns up to `size` rows into the keyword arguments of the model. Dropout is off.
-    """
-    model.eval()
-    logits = [model(**batch(part)) for part in rows.split(size)]
-    return torch.cat(logits).log_softmax(dim=1).cpu()
+    """Predict log-probabilities (N, 4) of utterances (N,). batch(rows) gives the model's input."""
+    model.eval()  # no dropout
+    logits = [model(**batch(part)) for part in rows.split(size)]  # (size, 4) each
+    return torch.cat(logits).log_softmax(dim=1).cpu()  # (N, 4)
 
 
-# ------------------------------------------------------------------------------------------------
-# The files of a run (train.py lists them)
-# ------------------------------------------------------------------------------------------------
+# ----- The files of a run (train.py lists them)
 
 
 class RunError(RuntimeError):
     """A run, or something asked of it, is unusable. The message names the file and the remedy."""
 
 
-@dataclass
-class Run:
-    """A finished run without its model."""
+Run = SimpleNamespace  # a finished run: the keys of config.json, and those that read_run adds
 
-    folder: Path
-    title: str  # the corpus and the settings that are not the paper's: "toy, condense=concat"
-    config: dict  # config.json
-    result: dict  # result.json
-    system: int  # the number in Table 1
-    fold: int
-    seed: int
-    test: dict  # arrays (N,) with one entry a test utterance: utterance, dialog, truth, guess, ...
+
+def read_run(folder: Path) -> Run:
+    """Read a run. Raises RunError if it is unfinished, or if its files are damaged or disagree."""
+    remedy = f"restore it, or delete {folder} and train again"
+    with reading(folder / "config.json", remedy, RunError):
+        run = Run(folder=folder, **json.loads((folder / "config.json").read_bytes()))
+        run.system = system_number(run.fusion, run.frozen)  # the number in Table 1
+        switches = [f"{k}={x}" for k, x in run.switches.items()]  # settings not from the paper
+        run.title = ", ".join([run.corpus, *switches])  # "toy, condense=concat"
+        run.name = f"Sys. {run.system} ({TABLE_1[run.system][0]}), {run.title}"
+        run.sessions = sorted(run.sessions)  # all folds that the corpus has
+        expected = {k: vars(run)[k] for k in ("corpus", "fusion", "frozen", "fold", "seed")}
+    if not (folder / "result.json").exists():  # training writes it last
+        log = [line for path in folder.glob("log.jsonl") for line in path.open("rb")]
+        progress = f"{folder} ({len(log)} epochs so far)"  # one line an epoch
+        raise RunError(f"unfinished: {progress}; the same train.py command goes on")
+
+    with reading(folder / "predictions.csv", remedy, RunError):
+        lines = (folder / "predictions.csv").read_text(encoding="utf-8").splitlines()
+        run.rows = list(csv.DictReader(lines))  # N dicts. We add some keys:
+        for row in run.rows:
+            row["dialog"] = row["utterance"].rpartition("_")[0]  # Ses05F_impro01 of ..._F000
+            row["truth"], row["guess"] = map(CLASSES.index, (row["label"], row["prediction"]))
+            row["seen"] = bool(int(row["seen_text"]))  # another session has the same words
+            p = [float(row[c]) for c in CLASSES]
+            if not (min(p) >= 0 and abs(sum(p) - 1) < 1e-4):  # NaN fails, too
+                raise ValueError(f"the probabilities of {row['utterance']} do not sum to 1")
+        expected |= metrics(column([run], "truth"), column([run], "guess"))
+        expected["n_test"] = len(set(column([run], "utterance")))  # less if one occurs twice
+
+    with reading(folder / "result.json", remedy, RunError):
+        run.result = json.loads((folder / "result.json").read_bytes())
+        wrong = [f"{k} is not {x}" for k, x in expected.items() if run.result[k] != x]
+        if wrong or not (0 <= run.result["loss"] < math.inf and run.result["epochs"] > 0):
+            raise ValueError(f"config.json or predictions.csv disagrees: {wrong or 'loss, epochs'}")
+    return run
+
+
+def find_runs(root: Path) -> tuple[list[Run], list[str]]:
+    """Read all runs below a folder -> (the usable ones, a sentence for each of the others)."""
+    runs, others = {}, []  # runs: by title, system, fold and seed
+    configs = [p for p in root.rglob("config.json") if b'"model_type"' not in p.read_bytes()]
+    for folder in sorted({p.parent for p in (*configs, *root.rglob("result.json"))}):
+        try:
+            run = read_run(folder)
+            first = runs.setdefault((run.title, run.system, run.fold, run.seed), run)
+            if first is not run:  # averages must not count it twice
+                raise RunError(f"{run.folder}: duplicate of {first.folder}; delete one of them")
+        except RunError as error:
+            others.append(str(error))  # unfinished, damaged or duplicate
+    return list(runs.values()), others
+
+
+def grouped(runs: Sequence[Run], key: str) -> dict:
+    """Group runs by their "title", "system", "fold" or "seed", in order."""
+    values = sorted({getattr(run, key) for run in runs})
+    return {value: [run for run in runs if getattr(run, key) == value] for value in values}
+
+
+def column(runs: Sequence[Run], name: str) -> np.ndarray:
+    """Join a column of predictions.csv over several runs -> (N,) for their N rows in all."""
+    return np.array([row[name] for run in runs for row in run.rows])
 
 
 def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen_text: list) -> None:
     """Write predictions.csv: one row an utterance, with the probability of each class."""
-    text = io.StringIO(newline="")
+    text = io.StringIO(newline="")  # csv ends the lines itself
     table = csv.writer(text)
     table.writerow(["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"])
-    guesses = log_probs.argmax(dim=1)  # as in `score`: exp can make nearly equal numbers equal
+    guesses = log_probs.argmax(dim=1)  # (N,), as in `score`: exp can make unequal numbers equal
     for u, guess, p, seen in zip(utterances, guesses, log_probs.exp().tolist(), seen_text):
-        p = [f"{x:.6f}" for x in p]
+        p = [f"{x:.6f}" for x in p]  # of the four classes
         table.writerow([u.id, u.speaker, CLASSES[u.label], CLASSES[guess], *p, int(seen)])
-    write_whole(path, text.getvalue().encode())
-
-
-def read_run(folder: Path) -> Run:
-    """Read the files of a finished run and check them against each other, or raise RunError."""
-    remedy = f"restore it, or delete {folder} and train again"
-    path = folder / "config.json"
-    with reading(path, remedy, RunError):
-        config = json.loads(path.read_text())
-        switches = [f"{name}={value}" for name, value in config["switches"].items()]
-        title = ", ".join([config["corpus"], *switches])
-        system = system_number(config["fusion"], config["frozen"])
-
-    path = folder / "predictions.csv"
-    with reading(path, remedy, RunError), open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-        test = {name: np.array([row[name] for row in rows]) for name in ("utterance", "speaker")}
-        test["dialog"] = np.array([id.rsplit("_", 1)[0] for id in test["utterance"]])
-        test["truth"] = np.array([CLASSES.index(row["label"]) for row in rows])
-        test["guess"] = np.array([CLASSES.index(row["prediction"]) for row in rows])
-        test["seen"] = np.array([int(row["seen_text"]) for row in rows], dtype=bool)
-        p = np.array([[float(row[c]) for c in CLASSES] for row in rows])  # (N, 4)
-        if len(set(test["utterance"])) < len(rows):
-            raise ValueError("an utterance occurs twice")
-        if not (p.min() >= 0 and p.max() <= 1):  # NaN is refused, too
-            raise ValueError("a probability is not between 0 and 1")
-
-    path = folder / "result.json"
-    with reading(path, remedy, RunError):
-        result = json.loads(path.read_text())
-        expected = {key: config[key] for key in ("corpus", "fusion", "frozen", "fold", "seed")}
-        expected |= {name: metric(test["truth"], test["guess"]) for name, metric in METRICS.items()}
-        expected["confusion"] = confusion_matrix(test["truth"], test["guess"]).tolist()
-        expected["n_test"] = len(rows)
-        for key, value in expected.items():
-            if result[key] != value:
-                raise ValueError(f"{key} is {result[key]}, but {value} in the run's other files")
-        if not (0 <= result["loss"] < math.inf and result["epochs"] > 0):
-            raise ValueError("the loss or the number of epochs is out of range")
-    return Run(folder, title, config, result, system, config["fold"], config["seed"], test)
-
-
-def find_runs(root: Path) -> tuple[list[Run], list[str]]:
-    """Read all finished runs below a folder: (the usable ones, a complaint for each other one)."""
-    runs, complaints = {}, []
-    for path in sorted(root.rglob("result.json")):
-        try:
-            run = read_run(path.parent)
-            first = runs.setdefault((run.title, run.system, run.fold, run.seed), run)
-            if first is not run:
-                raise RunError(f"{run.folder}: duplicate of {first.folder}; delete one of them")
-        except RunError as error:
-            complaints.append(str(error))
-    return list(runs.values()), complaints
+    write_whole(path, text.getvalue().encode())  # all of it or nothing
 
 
 def load_checkpoint(path: Path) -> dict:
     """Load checkpoint.pt on the CPU, or raise RunError."""
     with reading(path, "delete it and train again", RunError):
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
-        # With weights_only=True, a downloaded file cannot run code.
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError("it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
 
 
-# ------------------------------------------------------------------------------------------------
-# Reports (§3.3, §4)
-# ------------------------------------------------------------------------------------------------
-
-# Table 1: model, modality, WA and UA in % (mean of 5 folds).
+# ----- Reports (§3.3, §4)
 # PAPER-ERROR [E5]: "fine-tuned features generally outperform frozen features". Exceptions: the UA
 # of Sys. 10 and 16. The WA of Sys. 16 equals that of Sys. 15.
 # PAPER-ERROR [E6]: "the fusion of CMT models is best". By UA, Sys. 15 (LF) is. Among the frozen
 # systems, LF is best in both WA and UA.
-# PAPER-ERROR [E7]: "CMT(T->A) slightly improves over the textual". Exception: the UA of Sys. 12 is
-# below that of Sys. 6.
+# PAPER-ERROR [E7]: "CMT(T->A) slightly improves over the textual". By UA, Sys. 6 is above Sys. 12.
 # PAPER-ERROR [E8]: Sys. 18 "surpasses the accuracy of every emotion class" of Sys. 8 (§4.2.2). In
 # Fig. 4, angry is .85 in both.
-TABLE_1 = {  # frozen, and fine-tuned
+
+TABLE_1 = {  # model, modality, WA and UA in %, mean of 5 folds
     1: ("WavLM+FC frozen", "A", 66.15, 65.35), 2: ("WavLM+FC fine-tuned", "A", 66.70, 66.71),
     3: ("WavLM+TE frozen", "A", 63.51, 64.67), 4: ("WavLM+TE fine-tuned", "A", 67.99, 68.24),
     5: ("BERT+FC frozen", "T", 74.33, 76.57), 6: ("BERT+FC fine-tuned", "T", 77.67, 78.76),
@@ -225,19 +207,15 @@ TABLE_1 = {  # frozen, and fine-tuned
     15: ("LF frozen", "A+T", 79.91, 81.88), 16: ("LF fine-tuned", "A+T", 79.91, 81.15),
     17: ("MMT frozen", "A+T", 78.58, 80.72), 18: ("MMT fine-tuned", "A+T", 80.36, 81.70),
 }  # fmt: skip
-# Table 2 has two rows "ours" on Session 5, frozen and fine-tuned, without system numbers. §5 says
-# that the second is MMT. The first is LF or MMT, because the frozen 5-fold row is Sys. 15 (LF).
+# Table 2 has two rows "ours" on Session 5, without numbers. §5 says that the fine-tuned one is MMT.
+# The frozen one is LF or MMT, because the frozen 5-fold row there is Sys. 15 (LF).
 # PAPER-ERROR [E2]: §5 prints a WA of 84.35, the abstract and Table 2 print 84.45.
 TABLE_2 = {15: (78.32, 80.56), 17: (78.32, 80.56), 18: (84.45, 84.39)}
 
 
 def system_number(fusion: str, frozen: bool) -> int:
-    """Return Table 1's number: 1 to 18, odd numbers are frozen, even numbers fine-tuned.
-
-    >>> system_number("audio-fc", frozen=True), system_number("mmt", frozen=False)
-    (1, 18)
-    """
-    return 2 * list(FUSIONS).index(fusion) + (1 if frozen else 2)
+    """Return Table 1's number: 1 to 18, odd numbers are frozen, even numbers fine-tuned."""
+    return 2 * list(FUSIONS).index(fusion) + (1 if frozen else 2)  # FUSIONS is in its order
 
 
 def normalized(counts: np.ndarray) -> np.ndarray:
@@ -251,130 +229,99 @@ def normalized(counts: np.ndarray) -> np.ndarray:
 
 def markdown(title: str, rows: list[dict]) -> str:
     """Format rows with the same keys as an aligned Markdown table below its title."""
-    cells = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join([title, "", *(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells)])
+    cells = [list(rows[0]), *([str(x) for x in row.values()] for row in rows)]  # header first
+    widths = [max(map(len, column)) for column in zip(*cells)]  # of the columns
+    cells.insert(1, ["-" * width for width in widths])  # Markdown's line below the header
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells]
+    return "\n".join([title, "", *lines, ""])
 
 
 def describe(result: dict) -> str:
     """Format WA and UA of one run, those of chance, and the confusion matrix (Fig. 4)."""
-    corpus, counts = result["corpus"], np.array(result["confusion"])
-    size, rows = counts.sum(axis=1), []
+    corpus, counts = result["corpus"], np.array(result["confusion"])  # (4, 4)
+    size, rows = counts.sum(axis=1), []  # (4,): utterances of each class
     for name, row, n in zip(CLASSES, normalized(counts), size):
-        cells = {c: f"{x:.2f}" for c, x in zip(CLASSES, row)}
-        rows.append({"true": name, **cells, "utterances": n})
+        rows.append({"true": name} | {c: f"{x:.2f}" for c, x in zip(CLASSES, row)} | {"of": n})
     return (
         f"{corpus}: WA {result['wa']:.2%}  UA {result['ua']:.2%}  on {result['n_test']} test "
-        f"utterances of session {result['fold']}, after {result['epochs']} epochs\n"
-        f"{corpus}: WA {size.max() / size.sum():.2%}  UA {1 / (size > 0).sum():.2%}  by always "
-        "predicting the largest class\n\n"
+        f"utterances of session {result['fold']}, after {result['epochs']} epochs\n{corpus}: WA "
+        f"{size.max() / size.sum():.2%}  UA {1 / (size > 0).sum():.2%}  by the largest class alone\n"
         + markdown(f"{corpus}: fraction of each true class (row) predicted as (column)", rows)
     )
 
 
-def averages(runs: list[Run], key: str, metric: str) -> list[float]:
-    """Average a metric, in %, over the runs with the same "fold" or the same "seed"."""
-    groups = {}
-    for run in runs:
-        groups.setdefault(getattr(run, key), []).append(100 * run.result[metric])
-    return [fmean(group) for group in groups.values()]
-
-
-def compared(title: str, runs: list[Run], published: dict[int, tuple], sessions: list) -> str:
-    """Format a table of the systems of `published` that were run, or return "".
+def table_1(runs: list[Run], name="Table 1", published=TABLE_1, sessions=None) -> str:
+    """Format the systems that were run, for runs of one title. Return "" if there are none.
 
     The first ± is the standard deviation over the folds, each averaged over its seeds. It shows how
     much the sessions differ. With several seeds, the last ± is that of the averages of the seeds.
-    It shows the effect of initial weights, order and development speaker. Missing folds are listed,
-    because a mean over other folds than the paper's is not comparable with the paper's.
+    It shows the effect of initial weights, order and development speaker.
     """
-    rows = []
-    for number, figures in published.items():
-        mine = [run for run in runs if run.system == number]
-        if not mine:
-            continue
+    rows, wanted = [], set(sessions or runs[0].sessions)
+    for number, mine in grouped([run for run in runs if run.system in published], "system").items():
         row = {"Sys.": number, "model": TABLE_1[number][0], "runs": len(mine)}
-        for metric, figure in zip(METRICS, figures):
-            folds, seeds = (averages(mine, key, metric) for key in ("fold", "seed"))
-            spread = [f" ± {stdev(group):.2f}" for group in (folds, seeds) if len(group) > 1]
-            row[metric.upper()] = f"{fmean(folds):.2f}" + "".join(spread)
-            if mine[0].result["corpus"] == "iemocap":  # the only corpus that the paper reports
-                row[f"paper {metric.upper()}"] = f"{figure:.2f}"
-                row[f"diff {metric.upper()}"] = f"{fmean(folds) - figure:+.2f}"
-        missing = [
-            f"{fold} (seed {seed})" for seed in sorted({run.seed for run in mine})
-            for fold in sessions if (fold, seed) not in {(run.fold, run.seed) for run in mine}
-        ]  # fmt: skip
-        rows.append({**row, "missing folds": ", ".join(missing)})
-    return markdown(title, rows) if rows else ""
-
-
-def table_1(runs: list[Run]) -> str:
-    """Format Table 1 for runs of one title."""
-    title = f"Table 1 with {runs[0].title}, in %, mean ± sd over folds (± sd over seeds)"
-    figures = {number: row[2:] for number, row in TABLE_1.items()}
-    return compared(title, runs, figures, runs[0].config["sessions"])
+        for metric, figure in zip(("WA", "UA"), published[number][-2:]):
+            folds, seeds = (  # averages in %, over the runs of each fold and of each seed
+                [100 * fmean(run.result[metric.lower()] for run in x) for x in groups.values()]
+                for groups in (grouped(mine, "fold"), grouped(mine, "seed"))
+            )
+            values = [fmean(folds), *(stdev(x) for x in (folds, seeds) if len(x) > 1)]
+            row[metric] = " ± ".join(f"{x:.2f}" for x in values)
+            if mine[0].corpus == "iemocap":  # the paper has figures for IEMOCAP alone
+                row[f"paper {metric}"] = f"{figure:.2f}"
+                row[f"diff {metric}"] = f"{values[0] - figure:+.2f}"  # ours minus the paper's
+        # A mean over other folds than the paper's is not comparable with the paper's.
+        gaps = {s: wanted - grouped(x, "fold").keys() for s, x in grouped(mine, "seed").items()}
+        gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]
+        rows.append(row | {"missing folds": ", ".join(gaps)})
+    return markdown(f"{name} with {runs[0].title}, in %, mean ± sd", rows) if rows else ""
 
 
 def table_2(runs: list[Run]) -> str:
-    """Format the rows "ours" of Table 2 on Session 5, or return ""."""
-    title = f"Table 2 with {runs[0].title}, Session 5, in % (± sd over seeds)"
-    return compared(title, [run for run in runs if run.fold == 5], TABLE_2, [5])
-
-
-def pooled(runs: Sequence[Run]) -> dict[str, np.ndarray]:
-    """Join the test utterances of several runs."""
-    return {name: np.concatenate([run.test[name] for run in runs]) for name in runs[0].test}
+    """Format the rows "ours" of Table 2, on Session 5 of IEMOCAP, or return ""."""
+    runs = [run for run in runs if run.fold == 5 and run.corpus == "iemocap"]
+    return table_1(runs, "Table 2, Session 5,", TABLE_2, sessions=[5]) if runs else ""
 
 
 def breakdown(runs: list[Run]) -> str:
     """Format WA and UA on parts of the test data, pooled over all runs of a system.
 
-    A quarter of IEMOCAP's scripted lines occur in several sessions ("text seen"). A text model can
-    know them from training. Within one class, WA and UA are both its recall.
+    A quarter of IEMOCAP's scripted lines occur in several sessions ("text seen"), so a text model
+    can know them from training. Within one class, WA and UA are both its recall.
     """
-    rows = []
-    for number in sorted({run.system for run in runs}):
-        test = pooled([run for run in runs if run.system == number])
-        parts = {
-            "all": test["truth"] >= 0,
-            "improvised": np.char.find(test["dialog"], "impro") >= 0,
-            "scripted": np.char.find(test["dialog"], "script") >= 0,
-            "text seen": test["seen"],
-            "text unseen": ~test["seen"],
-        }
-        parts |= {f"speaker {s}": test["speaker"] == s for s in np.unique(test["speaker"])}
-        parts |= {f"class {c}": test["truth"] == i for i, c in enumerate(CLASSES)}
+    names, rows = ("truth", "guess", "seen", "dialog", "speaker"), []
+    for number, mine in grouped(runs, "system").items():
+        truth, guess, seen, dialog, speaker = (column(mine, name) for name in names)  # (N,) each
+        parts = {"all": truth >= 0, "text seen": seen, "text unseen": ~seen}  # (N,) bool each
+        parts["improvised"] = np.char.find(dialog, "impro") >= 0  # IEMOCAP's names
+        parts["scripted"] = np.char.find(dialog, "script") >= 0
+        parts |= {f"speaker {s}": speaker == s for s in np.unique(speaker)}  # two in a session
+        parts |= {f"class {c}": truth == i for i, c in enumerate(CLASSES)}
         for name, part in parts.items():
             if part.any():
-                both = test["truth"][part], test["guess"][part]
-                values = {m.upper(): f"{100 * metric(*both):.2f}" for m, metric in METRICS.items()}
-                rows.append({"Sys.": number, "part": name, "utterances": part.sum(), **values})
+                x = metrics(truth[part], guess[part])
+                wa, ua = f"{100 * x['wa']:.2f}", f"{100 * x['ua']:.2f}"
+                rows.append({"Sys.": number, "part": name, "of": part.sum(), "WA": wa, "UA": ua})
     return markdown(f"Parts of the test data with {runs[0].title}, in %, pooled over runs", rows)
 
 
-# ------------------------------------------------------------------------------------------------
-# Is a difference between two systems real? (The paper has no tests.)
-# ------------------------------------------------------------------------------------------------
+# ----- Is the difference between two systems real? (The paper has no tests.)
 
 
 def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     """Compute the p-value of McNemar's exact test: do a and b err equally often?
 
-    Only utterances that exactly one of the two systems gets right carry information. If the systems
-    are equally good, each of these n falls to either side like a fair coin. p is twice the
-    probability of so uneven a split, at most 1. The test takes utterances as independent.
-    Example: only a is right on 1 and only b on 5, so p = 2 (C(6,0) + C(6,1)) / 2^6 = 14 / 64.
+    Only utterances that exactly one of the two systems gets right carry information. Each falls to
+    either side like a fair coin if the systems are equally good. p is the probability of so uneven
+    a split. Example: 1 falls to a and 5 to b, so p = 2 (C(6,0) + C(6,1)) / 2^6 = 14 / 64.
 
     >>> mcnemar([1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1, 1, 0])
     0.21875
     """
-    a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)  # (N,)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())  # n in all
+    tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1))  # of 2^n
+    return min(1.0, 2 * tail / 2 ** (only_a + only_b))
 
 
 def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0) -> dict:
@@ -388,157 +335,132 @@ def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0
     ...           np.array(["d", "d", "e", "e"]))["wa"]
     (0.5, 0.5, 0.5)
     """
-
-    def differences(rows: np.ndarray) -> list[float]:
-        y, a, b = truth[rows], guess_a[rows], guess_b[rows]
-        return [metric(y, b) - metric(y, a) for metric in METRICS.values()]
-
-    rng = np.random.default_rng(seed)
     members = [np.flatnonzero(dialogs == d) for d in np.unique(dialogs)]  # rows of each dialogue
-    values = []
-    for _ in range(draws):
-        drawn = rng.integers(len(members), size=len(members))
-        values.append(differences(np.concatenate([members[d] for d in drawn])))
-    low, high = np.percentile(values, [2.5, 97.5], axis=0).tolist()
-    return dict(zip(METRICS, zip(differences(np.arange(len(truth))), low, high)))
+    drawn = np.random.default_rng(seed).integers(len(members), size=(draws, len(members)))
+    samples = [np.arange(len(truth)), *(np.concatenate([members[d] for d in x]) for x in drawn)]
+    result = {}
+    for name, metric in (("wa", weighted_accuracy), ("ua", unweighted_accuracy)):
+        values = [metric(truth[i], guess_b[i]) - metric(truth[i], guess_a[i]) for i in samples]
+        low, high = np.percentile(values[1:], [2.5, 97.5]).tolist()  # of the draws
+        result[name] = (values[0], low, high)  # sample 0 is the test data itself
+    return result
 
 
 def compare(first: list[Run], second: list[Run], every_seed: bool = False) -> str:
-    """Compare the runs of two systems, A and B, on the folds that both have.
+    """Compare the runs of two systems, A and B, paired by fold and seed, or raise RunError.
 
-    Runs are paired by fold and seed. We take the lowest common seed of each fold, or with
-    every_seed all of them. Raises RunError if no pair exists.
+    Of each fold we take the lowest seed that both have, or with every_seed all of them.
     """
-    a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))
-    if len(a) < len(first) or len(b) < len(second):
-        raise RunError("--compare: several runs have the same fold and seed; name smaller folders")
-    pairs = {}
+    a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))  # by both
+    pairs = {}  # two runs for each fold, or for each fold and seed
     for fold, seed in sorted(a.keys() & b.keys()):
-        pairs.setdefault((fold, seed if every_seed else 0), (a[fold, seed], b[fold, seed]))
-    if not pairs:
-        raise RunError("--compare: no fold that both have with the same seed; train more folds")
-    runs_a, runs_b = zip(*pairs.values())
-    in_a, in_b = pooled(runs_a), pooled(runs_b)
-    if any(in_a[name].tolist() != in_b[name].tolist() for name in ("utterance", "truth")):
-        raise RunError("--compare: A and B were tested on different utterances; train one again")
-
-    right_a, right_b = in_a["guess"] == in_a["truth"], in_b["guess"] == in_b["truth"]
-    folds = ", ".join(str(fold) for fold in sorted({run.fold for run in runs_a}))
+        pairs.setdefault((fold, every_seed and seed), (a[fold, seed], b[fold, seed]))
+    if not pairs or len(a) < len(first) or len(b) < len(second):
+        raise RunError("--compare: A and B need one system each, and a fold and seed in common")
+    a, b = zip(*pairs.values())  # the runs of A, and those of B
+    if any(column(a, x).tolist() != column(b, x).tolist() for x in ("utterance", "truth")):
+        raise RunError("--compare: A and B were tested on different utterances")
+    truth, guess_a, guess_b = column(a, "truth"), column(a, "guess"), column(b, "guess")  # (N,)
+    right_a, right_b, dialogs = guess_a == truth, guess_b == truth, column(a, "dialog")  # (N,)
     lines = [
-        f"A: Sys. {runs_a[0].system}, {TABLE_1[runs_a[0].system][0]}, {runs_a[0].title}",
-        f"B: Sys. {runs_b[0].system}, {TABLE_1[runs_b[0].system][0]}, {runs_b[0].title}",
-        f"{len(pairs)} pairs of runs on folds {folds}: {len(right_a)} predictions in "
-        f"{len(set(in_a['dialog']))} dialogues",
+        f"A: {a[0].name}\nB: {b[0].name}",
+        f"folds {list(grouped(a, 'fold'))}, seeds {list(grouped(a, 'seed'))}: {len(truth)} "
+        f"predictions in {len(set(dialogs))} dialogues",
         f"only A right: {(right_a & ~right_b).sum()}, only B right: {(right_b & ~right_a).sum()}; "
         f"McNemar's exact test: p = {mcnemar(right_a, right_b):.3g} (takes them as independent)",
     ]
-    intervals = bootstrap(in_a["truth"], in_a["guess"], in_b["guess"], in_a["dialog"])
-    for metric, points in intervals.items():
-        difference, low, high = (f"{100 * x:+.2f}" for x in points)
+    for metric, points in bootstrap(truth, guess_a, guess_b, dialogs).items():
+        difference, low, high = (f"{100 * x:+.2f}" for x in points)  # in percentage points
+        line = f"{metric.upper()} of B minus A: {difference} points, 95 % interval {low} to {high}"
         verdict = "  (contains 0: no difference shown)" if points[1] <= 0 <= points[2] else ""
-        lines.append(f"{metric.upper()} of B minus A: {difference} points, 95 % interval {low} to {high}{verdict}")
-    return "\n".join(lines)
+        lines.append(line + verdict)
+    return "\n".join([*lines, ""])
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures. matplotlib is the one optional package.
-# ------------------------------------------------------------------------------------------------
+# ----- Pictures (matplotlib is the one optional package)
 
 
 def figure(width: float, height: float, title: str):
     """Create an empty matplotlib Figure, in inches. Raises RunError without matplotlib."""
     with reading("matplotlib", "for pictures: pip install matplotlib", RunError):
-        import matplotlib
-        from matplotlib.figure import Figure  # without pyplot there is no window to close
+        import matplotlib.figure  # without pyplot there is no window to close
     matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 10, "figure.dpi": 200})
-    fig = Figure((width, height), layout="constrained")
-    fig.suptitle(textwrap.fill(title, int(12 * width)), fontsize=11)
+    fig = matplotlib.figure.Figure((width, height), layout="constrained")
+    fig.suptitle(title, wrap=True)
     return fig
 
 
 def draw_confusions(runs: list[Run], path: Path) -> None:
-    """Draw Fig. 4 for its own four systems on Session 5, or else for the first twelve runs."""
-    # Panels a to d: fine-tuned audio, text and MMT, then frozen text. Take the lowest seed.
+    """Draw Fig. 4 for its own four systems on Session 5, or else for the first four runs."""
     lowest = {(run.system, run.fold): run for run in sorted(runs, key=lambda run: -run.seed)}
-    shown = [lowest[n, 5] for n in (4, 8, 18, 7) if (n, 5) in lowest] or runs[:12]
-    columns, rows = min(len(shown), 4), math.ceil(len(shown) / 4)
-    fig = figure(3 * columns, 3.3 * rows, f"Fig. 4 with {runs[0].title}")
-    for k, run in enumerate(shown):
-        ax = fig.add_subplot(rows, columns, k + 1, xlabel="Predictions", ylabel="Groundtruth")
+    shown = [lowest[n, 5] for n in (4, 8, 18, 7) if (n, 5) in lowest] or runs[:4]  # panels a to d
+    fig = figure(3 * len(shown), 3.6, f"Fig. 4 with {runs[0].title}")
+    for ax, letter, run in zip(fig.subplots(1, len(shown), squeeze=False)[0], "abcd", shown):
         fractions = normalized(np.array(run.result["confusion"]))  # (4, 4)
-        ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+        ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)  # the colours of the paper
         for (i, j), x in np.ndenumerate(fractions):
-            color = "white" if x > 0.5 else "black"
-            ax.text(j, i, f"{x:.2f}", ha="center", va="center", color=color)
-        ax.set_xticks(range(4), CLASSES)
-        ax.set_yticks(range(4), CLASSES)
-        name = f"({'abcdefghijkl'[k]}) Sys. {run.system} (UA: {run.result['ua']:.2%})"
-        ax.set_title(f"{name}\nfold {run.fold}, seed {run.seed}")
+            ax.text(j, i, f"{x:.2f}", ha="center", va="center", color="w" if x > 0.5 else "k")
+        title = f"({letter}) Sys. {run.system} (UA: {run.result['ua']:.2%})"  # as in the paper
+        ax.set_title(f"{title}\nfold {run.fold}, seed {run.seed}")
+        ax.set(xticks=range(4), xticklabels=CLASSES, xlabel="Predictions")
+        ax.set(yticks=range(4), yticklabels=CLASSES, ylabel="Groundtruth")
     fig.savefig(path)
 
 
 def draw_curves(runs: list[Run], path: Path) -> None:
     """Draw loss and development UA of one system's runs over the epochs, one colour a run."""
-    number, title = runs[0].system, runs[0].title
-    fig = figure(6.5, 6.5, f"Sys. {number}, {TABLE_1[number][0]}, {title}")
+    fig = figure(6.5, 6.5, runs[0].name)
     loss, ua = fig.subplots(2, 1, sharex=True)
-    starts = []
     for run in runs:
-        file, start = run.folder / "log.jsonl", run.result["finetune_epoch"]
+        file, name = run.folder / "log.jsonl", f"fold {run.fold}, seed {run.seed}"
         with reading(file, "restore it, or leave out --pictures", RunError):
-            log = [json.loads(line) for line in file.read_text().splitlines()]
-            columns = [[row[key] for row in log] for key in ("train_loss", "dev_loss", "dev_ua")]
-            train, dev, dev_ua = np.array(columns, dtype=float)  # 3 x (epochs,)
-            epochs = range(1, len(log) + 1)
-            starts += [(start, dev[start - 1])] if start else []
-        (line,) = loss.plot(epochs, dev, label=f"fold {run.fold}, seed {run.seed}")
-        loss.plot(epochs, train, ":", color=line.get_color())
-        ua.plot(epochs, 100 * dev_ua)
-    if starts:
-        loss.plot(*zip(*starts), "kv", label="fine-tuning starts")
-    loss.legend(ncols=3)
+            log = [json.loads(line) for line in file.read_text().splitlines()]  # a dict an epoch
+            start = run.result["finetune_epoch"]  # the epoch before fine-tuning, or None
+            x = {key: [row[key] for row in log] for key in log[0]}  # a list of values by epoch
+            (line,) = loss.plot(x["epoch"], x["dev_loss"], label=name)
+            loss.plot(x["epoch"], x["train_loss"], ":", color=line.get_color())  # dotted
+            ua.plot(x["epoch"], x["dev_ua"])
+            if start:
+                loss.plot(start, x["dev_loss"][start - 1], "kv", label=f"{name}: fine-tuning")
+    loss.legend(ncols=2)  # the lower panel has the same colours
     loss.set_ylabel("cross-entropy (dotted: training)")
-    ua.set(xlabel="epoch", ylabel="development UA in %")
+    ua.set(xlabel="epoch", ylabel="development UA")
     fig.savefig(path)
 
 
-def draw_gates(recognizer: "Recognizer", batch: dict[str, tuple], path: Path) -> None:
-    """Draw the gates of squeeze-and-excitation over the layers, for one utterance."""
+def draw_gates(recognizer: "Recognizer", path: Path) -> None:
+    """Draw the gates of squeeze-and-excitation (S&E) over the layers, for one utterance."""
     fig = figure(6.5, 3.5, f"S&E gates of one utterance, {recognizer.name}")
-    ax = fig.add_subplot(xlabel="layer (0: input of the first Transformer layer)", ylabel="gate")
-    for modality, (states, mask, *context) in batch.items():
+    ax = fig.add_subplot(xlabel="layer (0: input of the Transformer)", ylabel="gate", ylim=(0, 1))
+    ax.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 0.5
+    for modality, (states, mask, *context) in recognizer.batch.items():
         gates = recognizer.model.extractor[modality].se.gates(states.float(), mask)  # (U, L)
-        target = context[0][0, context[0].shape[1] // 2] if context else 0  # row of the utterance
+        target = context[0][0, context[0].shape[1] // 2] if context else 0  # the utterance's row
         ax.plot(gates[target], "o-", label=modality)
-    ax.set_ylim(0, 1)
     ax.legend()
     fig.savefig(path)
 
 
-def draw_attention(recognizer: "Recognizer", batch: dict, text: str, path: Path) -> None:
+def draw_attention(recognizer: "Recognizer", text: str, path: Path) -> None:
     """Draw the weights of Eq. (1) for one utterance, one panel for each cross-modal block."""
-    fusion = recognizer.model.fusion
-    x, mask = recognizer.model.features(**batch)
-    tokenizer, n = recognizer.upstreams["text"].preprocessor, x["text"].shape[1]
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
-    tokens = (tokens + ["(context)"] * n)[:n]  # X_T is as long as the longest text of the context
-    step = 1 + n // 30  # for labels that do not overlap
-    fig = figure(6.5, 2 + 5 * len(fusion.blocks), f"Eq. (1) on one utterance, {recognizer.name}")
-    axes = fig.subplots(len(fusion.blocks), 1, squeeze=False)[:, 0]
+    fusion, tokenizer = recognizer.model.fusion, recognizer.upstreams["text"].preprocessor
+    x, mask = recognizer.model.features(**recognizer.batch)  # X_A and X_T by modality
+    n = x["text"].shape[1]  # X_T is as long as the longest text of the context
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) + ["(context)"] * n
+    fig = figure(6.5, 1 + 4 * len(fusion.paths), f"Eq. (1) on one utterance, {recognizer.name}")
+    axes = fig.subplots(len(fusion.paths), 1, squeeze=False)[:, 0]
     for ax, (target, source) in zip(axes, fusion.paths):
         block = fusion.blocks[f"{source}-to-{target}"]
         _, weights = block.attend(x[target], x[source], mask[source])  # (1, T_t, T_s)
         weights = weights[0] if target == "text" else weights[0].T  # (T_T, T_A) in both panels
-        image = ax.imshow(weights, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
-        ax.set(title=f"{source} → {target}: the weights of each {target} step sum to 1", xlabel="20 ms frame")
-        ax.set_yticks(range(0, n, step), tokens[::step])
-        fig.colorbar(image, ax=ax)
+        fig.colorbar(ax.imshow(weights, aspect="auto", cmap="Blues", vmin=0), ax=ax)
+        ax.set_yticks(range(0, n, 1 + n // 20), tokens[: n : 1 + n // 20])  # at most 20 labels
+        line = "row" if target == "text" else "column"
+        ax.set(title=f"{source} to {target}: each {line} sums to 1", xlabel="frame of 20 ms")
     fig.savefig(path)
 
 
-# ------------------------------------------------------------------------------------------------
-# An utterance of your own
-# ------------------------------------------------------------------------------------------------
+# ----- An utterance of your own, and the command
 
 
 class Recognizer:
@@ -546,76 +468,115 @@ class Recognizer:
 
         from evaluate import Recognizer
         Recognizer("runs/toy/mmt-finetuned/fold5-seed0").recognize("x.wav", "i never said that")
-
-    Raises RunError if the run is unusable, UpstreamError if its WavLM or BERT is.
     """
 
     def __init__(self, folder: str | Path):
-        run = read_run(Path(folder))
-        self.title = run.title
-        self.name = f"Sys. {run.system}, {run.title}, fold {run.fold}, seed {run.seed}"
-        state = load_checkpoint(run.folder / "checkpoint.pt")
-        with reading(run.folder / "checkpoint.pt", "train the run again", RunError):
+        self.run = run = read_run(Path(folder))
+        self.name = f"{run.name}, fold {run.fold}, seed {run.seed}"
+        state = load_checkpoint(run.folder / "checkpoint.pt")  # of the last epoch
+        with reading(run.folder, "checkpoint.pt does not fit config.json; train again", RunError):
             weights = (state["selected"] or state)["weights"]  # [A10]
-            self.model = EmotionRecognizer(Config(**run.config["model"])).eval()
-            self.model.requires_grad_(False).load_state_dict(weights["model"])
-            saved, self.trim = run.config["upstreams"].items(), run.config["trim"]
-            precision = run.config["precision"]
-        self.upstreams = {m: Upstream(upstream["name"], m, precision) for m, upstream in saved}
-        for modality, upstream in saved:
-            if self.upstreams[modality].fingerprint != upstream["fingerprint"]:
-                raise RunError(f"{upstream['name']}: not the weights that {folder} was trained with")
-            self.upstreams[modality].load_weights(weights.get(modality, {}))  # fine-tuned ones
-
-    def batch(self, wav=None, text=None, before=(), after=()) -> dict[str, tuple]:
-        """Make the model's keyword arguments for one utterance: a batch of 1.
-
-        before, after: the texts of the turns around it, in their order. With one turn before, none
-        after and C = 9, the context is [[-1, -1, -1, 0, 1, -1, -1, -1, -1]]. The utterance is text
-        1, in the middle. Inputs of a modality that the system does not use are ignored.
-        """
-        arguments = {}
-        for modality, given in (("audio", wav), ("text", text)):
-            if modality in self.upstreams and given is None:
-                raise RunError(f"{self.name} needs {modality}; add --wav FILE or --text WORDS")
-        if "audio" in self.upstreams:
-            arguments["audio"] = self.upstreams["audio"]([clip(load_wav(wav), self.trim)])
-        if "text" in self.upstreams:
-            half = self.model.config.n_context // 2
-            before = list(before)[max(0, len(before) - half) :]
-            after = list(after)[:half]
-            texts = [*before, text, *after]
-            edges = [-1] * (half - len(before)), [-1] * (half - len(after))  # [A6]
-            context = torch.tensor([[*edges[0], *range(len(texts)), *edges[1]]])  # (1, C)
-            arguments["text"] = (*self.upstreams["text"](texts), context)
-        return arguments
+            self.model = EmotionRecognizer(Config(**run.model)).requires_grad_(False).eval()
+            self.model.load_state_dict(weights["model"])  # raises if they do not fit
+            used = {m: (x["name"], x["fingerprint"]) for m, x in run.upstreams.items()}
+            self.trim, precision = run.trim, run.precision
+        self.upstreams = {m: Upstream(name, m, precision) for m, (name, _) in used.items()}
+        for m, upstream in self.upstreams.items():
+            if upstream.fingerprint != used[m][1]:
+                raise RunError(f"{upstream.name}: these are not the weights of {folder}")
+            upstream.load_weights(weights.get(m, {}))  # what fine-tuning changed
 
     def recognize(self, wav=None, text=None, before=(), after=()) -> dict[str, float]:
-        """Return {"neu": p, "hap": p, "ang": p, "sad": p}. For the arguments see `batch`."""
-        logits = self.model(**self.batch(wav, text, before, after))  # (1, 4)
-        return dict(zip(CLASSES, logits[0].softmax(dim=0).tolist()))
+        """Return {"neu": p, "hap": p, "ang": p, "sad": p}.
 
-    def remarks(self, wav, text, batch: dict[str, tuple]) -> list[str]:
-        """List what a user must know to read the prediction, in sentences."""
-        remarks = []
-        if self.title.startswith("toy"):
-            remarks.append("This model learned from tones. Its numbers are nothing for real speech.")
-        if wav is not None and "audio" not in batch:
-            remarks.append("This system uses no audio, so --wav is ignored.")
-        if text is not None and "text" not in batch:
-            remarks.append("This system uses no text, so --text is ignored.")
-        if "audio" in batch:
-            seconds = len(load_wav(wav)) / SAMPLE_RATE
-            if seconds > CLIP_SECONDS:
-                remarks.append(f"{wav} has {seconds:.1f} s, of which {CLIP_SECONDS} s are used.")
-        if "text" in batch:
-            upstream, missing = self.upstreams["text"], int((batch["text"][2] < 0).sum())
-            tokens = len(upstream.preprocessor(text)["input_ids"])
+        before, after: the texts of the turns around the utterance, in their order. Afterwards
+        `batch` holds the model's input, and `remarks` what a user must know about the answer.
+        """
+        self.batch, self.remarks = {}, []  # batch: the model's keyword arguments
+        remark = self.remarks.append
+        if self.run.title.startswith("toy"):
+            remark("This model learned from toy data. It is useless for real speech.")
+        for modality, given in (("audio", wav), ("text", text)):
+            if modality in self.upstreams and given is None:
+                raise RunError(f"{self.name} needs {modality}: add --wav FILE or --text WORDS")
+            if modality not in self.upstreams and given is not None:
+                remark(f"This system uses no {modality}, so yours is ignored.")
+        if "audio" in self.upstreams:
+            x = load_wav(wav)  # (n,)
+            self.batch["audio"] = self.upstreams["audio"]([clip(x, self.trim)])
+            if len(x) > CLIP_SECONDS * SAMPLE_RATE:
+                remark(f"Of {len(x) / SAMPLE_RATE:.1f} s of audio, {CLIP_SECONDS} s are used.")
+        if "text" in self.upstreams:
+            upstream, half = self.upstreams["text"], self.model.config.n_context // 2
+            before, after = list(before)[max(0, len(before) - half) :], list(after)[:half]
+            texts = [*before, text, *after]  # U texts
+            context = [-1] * (half - len(before)) + [*range(len(texts))]  # -1: none there [A6]
+            context += [-1] * (2 * half + 1 - len(context))  # C indices of texts
+            self.batch["text"] = (*upstream(texts), torch.tensor([context]))
+            tokens, missing = len(upstream.preprocessor(text)["input_ids"]), context.count(-1)
             if tokens > upstream.max_tokens:
-                remarks.append(f"--text has {tokens} tokens, of which {upstream.max_tokens} are used.")
+                remark(f"Of {tokens} tokens, {upstream.max_tokens} are used.")
             if missing:
-                remarks.append(f"{missing} turns of context are missing. They count as the dialogue's edge.")
-        return remarks
+                remark(f"{missing} turns of context are missing. They count as a dialogue's edge.")
+        return dict(zip(CLASSES, self.model(**self.batch)[0].softmax(dim=0).tolist()))
 
 
-# ------------------------------------------------------------------------------------------------
+def recognize_one(args: argparse.Namespace) -> None:
+    """Print what a run predicts for an utterance of your own, and draw how."""
+    recognizer = Recognizer(args.runs)
+    p = recognizer.recognize(args.wav, args.text, args.before, args.after)
+    answer = ", ".join(f"{c} {p[c]:.1%}" for c in sorted(p, key=p.get, reverse=True))
+    for line in (answer, *recognizer.remarks):
+        print(f"{recognizer.run.title}: {line}")
+    if args.pictures:
+        draw_gates(recognizer, args.pictures / "gates.png")
+        if recognizer.run.fusion in ("cmt-a2t", "cmt-t2a", "mmt"):
+            draw_attention(recognizer, args.text, args.pictures / "attention.png")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, help="a folder of runs, or the folder of one run")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two systems or folders")
+    parser.add_argument("--parts", action="store_true", help="improvised, scripted, speakers, ...")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="where to draw them")
+    parser.add_argument("--wav", metavar="FILE", help="audio of an utterance of your own")
+    parser.add_argument("--text", metavar="WORDS", help="its words")
+    for flag in ("--before", "--after"):
+        parser.add_argument(flag, nargs="+", action="extend", default=[], metavar="WORDS")
+    args = parser.parse_args(arguments)
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+    if args.wav is not None or args.text is not None:  # an utterance of your own
+        return recognize_one(args)
+
+    runs, others = find_runs(args.runs)
+    if not runs + others:
+        raise RunError(f"{args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
+    damaged = [line for line in others if not line.startswith("unfinished")]  # or duplicate
+    for line in others:
+        print(line, file=sys.stderr if line in damaged else sys.stdout)
+    groups = list(grouped(runs, "title").values())  # a group for each table
+    if args.compare:
+        by_folder = not "".join(args.compare).isdigit()  # else by number, title by title
+        pairs = [[[r for r in x if str(r.system) == n] for n in args.compare] for x in groups]
+        if by_folder:
+            pairs = [[find_runs(Path(folder))[0] for folder in args.compare]]
+        for first, second in [pair for pair in pairs if all(pair)] or pairs:
+            print(compare(first, second, every_seed=by_folder))
+        groups = []
+    for group in groups:
+        print(breakdown(group) if args.parts else f"{table_1(group)}\n{table_2(group)}")
+        if args.pictures:
+            stem = re.sub(r"\W+", "-", group[0].title)[:100]
+            draw_confusions(group, args.pictures / f"{stem}-confusions.png")
+            for number, mine in grouped(group, "system").items():
+                draw_curves(mine, args.pictures / f"{stem}-curves-{number:02}.png")
+    if len(runs) == 1:
+        print(describe(runs[0].result))
+    if damaged:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main, RunError, UpstreamError)

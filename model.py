@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -41,12 +42,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-# Fig. 3 and Table 1 in one table. A system is a list of paths (target, source). The pooled outputs
-# of its paths are concatenated.
-#     source None        the features as they are
-#     source = target    a vanilla Transformer
-#     source != target   CMT (source -> target): the target gives the queries
-# "a ⊕ b" of Table 1 is then literally a + b. Odd numbers are frozen, even numbers fine-tuned.
+# Fig. 3 and Table 1: a system is a list of paths (target, source). Their outputs are concatenated.
+# Without a source a path is the features as they are. If the source is the target, it is a vanilla
+# Transformer. Otherwise it is CMT (source -> target), and the target gives the queries. So "a ⊕ b"
+# of Table 1 is literally a + b. Odd numbers are frozen systems, even numbers fine-tuned ones.
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
@@ -59,13 +58,11 @@ FUSIONS["ef"] = FUSIONS["audio-fc"] + FUSIONS["text-fc"]  # Sys. 13, 14: Fig. 3a
 FUSIONS["lf"] = FUSIONS["audio-te"] + FUSIONS["text-te"]  # Sys. 15, 16: Fig. 3b
 FUSIONS["mmt"] = FUSIONS["cmt-a2t"] + FUSIONS["cmt-t2a"]  # Sys. 17, 18: Fig. 3d
 
-CHOICES = {  # the values that these fields of Config, and the flags of train.py, may have
-    "fusion": tuple(FUSIONS),
-    "condense": ("sum", "concat"),
-    "text_mask": ("union", "target"),
-    "head": ("mlp", "linear"),
-    "dropout_at": ("modules", "projector", "both"),
-}
+# The values of some fields of Config, and of train.py's flags
+CHOICES = {
+    "fusion": tuple(FUSIONS), "condense": ("sum", "concat"), "text_mask": ("union", "target"),
+    "head": ("mlp", "linear"), "dropout_at": ("modules", "projector", "both"),
+}  # fmt: skip
 
 
 @dataclass
@@ -101,9 +98,7 @@ class Config:
         return [m for m in ("audio", "text") if any(m in path for path in FUSIONS[self.fusion])]
 
 
-# ------------------------------------------------------------------------------------------------
-# Equations
-# ------------------------------------------------------------------------------------------------
+# --- Equations ------------------------------------------------------------------------------------
 
 
 # EXERCISE 1 (10 min): delete the body, write it again; pytest -m ex1
@@ -142,9 +137,7 @@ def cross_modal_attention(
     return weights @ v, weights
 
 
-# ------------------------------------------------------------------------------------------------
-# Blocks of the feature extractor (Fig. 2)
-# ------------------------------------------------------------------------------------------------
+# --- Blocks of the feature extractor (Fig. 2) -----------------------------------------------------
 
 
 class SqueezeExcitation(nn.Module):
@@ -188,9 +181,7 @@ class Projector(nn.Module):
     equals a projection of S&E's output, without a scaled copy of the states.
     """
 
-    def __init__(
-        self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0.0
-    ):
+    def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
         super().__init__()
         self.condense = condense
         self.dropout = nn.Dropout(dropout)  # [A16]: 0 by default
@@ -294,9 +285,7 @@ class TextFeatureExtractor(nn.Module):
         self.context = ContextConv(config.n_context, config.text_mask)
         self.se = self.utterance.se  # the same block, under the name that Fig. 2a's has
 
-    def forward(
-        self, states: Tensor, mask: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, states: Tensor, mask: Tensor, context: Tensor | None = None):
         if context is None:
             context = torch.arange(mask[..., 0].numel(), device=mask.device).view(mask.shape[:2])
             states, mask = states.flatten(0, 1), mask.flatten(0, 1)
@@ -308,9 +297,7 @@ class TextFeatureExtractor(nn.Module):
         return self.context(x[context], mask[context])  # of (B, C, T, d), (B, C, T)
 
 
-# ------------------------------------------------------------------------------------------------
-# Fusion (Fig. 3) and the whole (Fig. 1)
-# ------------------------------------------------------------------------------------------------
+# --- Fusion (Fig. 3) and the whole (Fig. 1) -------------------------------------------------------
 
 
 class TransformerBlock(nn.Module):
@@ -344,10 +331,8 @@ class TransformerBlock(nn.Module):
         # --cma-residual. Effect: tests/COURSE.md.
         self.residual = residual
 
-    def attend(
-        self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Compute Eq. (1) with this block's matrices -> (out (B, T_t, d), weights (B, T_t, T_s))."""
+    def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None):
+        """Compute Eq. (1) with this block's matrices, as cross_modal_attention does."""
         return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
 
     # EXERCISE 5 (20 min): delete the body, write it again; pytest -m ex5
@@ -399,9 +384,8 @@ class EmotionRecognizer(nn.Module):
         self.config = config
         self.extractor = nn.ModuleDict()
         if "audio" in config.modalities:
-            self.extractor["audio"] = FeatureExtractor(
-                config.audio_layers, config.audio_dim, config
-            )
+            shape = config.audio_layers, config.audio_dim
+            self.extractor["audio"] = FeatureExtractor(*shape, config)
         if "text" in config.modalities:
             self.extractor["text"] = TextFeatureExtractor(config)
         self.fusion = Fusion(config)
@@ -416,34 +400,28 @@ class EmotionRecognizer(nn.Module):
         # layer" in §2.2 and "+FC" in Table 1.
         # UNSPECIFIED [A15]: the classifier. We follow §2.3, with one hidden layer of width d.
         # Alternative: --head linear, as in the author's other code. Effect: tests/COURSE.md.
-        width = config.dim * len(self.fusion.paths)
-        if config.head == "linear":
-            self.classifier = nn.Sequential(nn.Linear(width, config.n_classes))
-        else:
-            self.classifier = nn.Sequential(
-                nn.Linear(width, config.dim), nn.ReLU(), nn.Linear(config.dim, config.n_classes)
-            )
+        width, hidden = config.dim * len(self.fusion.paths), []
+        if config.head == "mlp":
+            width, hidden = config.dim, [nn.Linear(width, config.dim), nn.ReLU()]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(width, config.n_classes))
 
     def features(self, audio: tuple | None = None, text: tuple | None = None) -> tuple[dict, dict]:
         """Compute X_A and X_T of Fig. 2: by modality x (B, T, d) and mask (B, T)."""
-        x, mask = {}, {}
-        for modality, given in (("audio", audio), ("text", text)):
-            if modality in self.extractor:
-                if given is None:
-                    raise ValueError(f"fusion {self.config.fusion!r} needs {modality} states")
-                x[modality], mask[modality] = self.extractor[modality](*given)
+        x, mask, given = {}, {}, {"audio": audio, "text": text}
+        for m, extractor in self.extractor.items():
+            if given[m] is None:
+                raise ValueError(f"fusion {self.config.fusion!r} needs {m} states")
+            x[m], mask[m] = extractor(*given[m])
         return x, mask
 
     def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
         x, mask = self.features(audio, text)
-        x = {modality: self.dropout(features) for modality, features in x.items()}  # (B, T, d)
+        x = {m: self.dropout(features) for m, features in x.items()}  # (B, T, d) each
         fused = self.fusion_dropout(self.fusion(x, mask))  # (B, d * paths)
         return self.classifier(fused)
 
 
-# ------------------------------------------------------------------------------------------------
-# Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4)
-# ------------------------------------------------------------------------------------------------
+# --- Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4) ------------------
 
 
 class UpstreamError(ValueError):
@@ -458,7 +436,7 @@ def upstream_errors(label: str, remedy: str):
     except UpstreamError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UpstreamError(f"{label}: {reason}; {remedy}") from error
 
 
@@ -476,25 +454,24 @@ class Upstream(nn.Module):
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
         super().__init__()
         self.name, self.modality, self.precision = name, modality, "fp32"
-        self.label = f"{'--wavlm' if modality == 'audio' else '--bert'} {name}"
-        remedy = f"use a whole {modality} encoder, by its name on the Hugging Face hub or its folder"
-        with upstream_errors(self.label, remedy):
-            self.preprocessor, self.model = load_pretrained(name, modality, self.label)
+        label = f"{'--wavlm' if modality == 'audio' else '--bert'} {name}"
+        with upstream_errors(label, f"use another {modality} encoder, or download it again"):
+            self.preprocessor, self.model = load_pretrained(name, modality)
             self.preprocessor.padding_side = "right"  # some configurations say left
             self.requires_grad_(False)
             self.eval()
             config = self.model.config
             self.n_layers, self.dim = config.num_hidden_layers + 1, config.hidden_size
             if modality == "text":
-                # Careful: RoBERTa counts positions from padding_idx + 1, so it has fewer than rows.
+                # Careful: RoBERTa's positions start at padding_idx + 1, so there is less room.
                 offset = getattr(self.model.embeddings, "padding_idx", -1) + 1
                 room = getattr(config, "max_position_embeddings", 512) - offset
                 self.max_tokens = min(512, room, self.preprocessor.model_max_length)
             self.one_by_one = False
             self.one_by_one = self.check()
+            self.fingerprint = fingerprint(self.preprocessor, self.model)
         self.precision = precision
-        self.fingerprint = fingerprint(self.preprocessor, self.model)
-        self.original: dict[str, Tensor] = {}  # weights that fine-tuning opened, before it
+        self.original: dict[str, Tensor] = {}  # what fine-tuning opened, as it was before
 
     def train(self, mode: bool = True) -> "Upstream":
         # UNSPECIFIED [A12]: dropout inside the upstreams. The frozen phase needs eval mode, because
@@ -504,11 +481,10 @@ class Upstream(nn.Module):
 
     def forward(self, raw: list) -> tuple[Tensor, Tensor]:
         if self.one_by_one and len(raw) > 1:
-            states, masks = zip(*(self([x]) for x in raw))
-            states, masks = [x[0] for x in states], [m[0] for m in masks]
-            return pad_sequence(states, batch_first=True), pad_sequence(masks, batch_first=True)
+            parts = [self([x]) for x in raw]
+            return tuple(pad_sequence([x[0] for x in each], batch_first=True) for each in zip(*parts))
 
-        # Preprocess and pad. Zero mean and unit variance are the audio preprocessor's work.
+        # Preprocess and pad. The audio preprocessor makes mean 0 and variance 1.
         device = next(self.model.parameters()).device
         if self.modality == "audio":
             inputs = self.preprocessor(
@@ -539,7 +515,7 @@ class Upstream(nn.Module):
     def bottom(self) -> nn.Module:
         """Return what §2.4 fine-tunes: the CNN encoder of WavLM, the input embeddings of BERT."""
         # UNSPECIFIED [A21]: whether the embeddings' LayerNorm is part of the "input embeddings". We
-        # say yes: it stands inside the same module. Alternative: the three tables alone.
+        # say yes, because it is in the same module. Alternative: the three tables alone.
         return self.model.feature_extractor if self.modality == "audio" else self.model.embeddings
 
     def open(self, what: str) -> list[nn.Parameter]:
@@ -555,55 +531,48 @@ class Upstream(nn.Module):
         self.requires_grad_(False)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the trainable weights by name. While the upstream is frozen there are none."""
+        """Return the trainable weights by name: none while the upstream is frozen."""
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put weights back. Raises RuntimeError for names or shapes that the model has not."""
-        unexpected = self.model.load_state_dict(weights, strict=False).unexpected_keys
-        if unexpected:
-            raise RuntimeError(f"{self.name} has no weights {', '.join(unexpected[:3])}")
+        """Put weights back. Raises RuntimeError for other names or shapes than the model's."""
+        if self.model.load_state_dict(weights, strict=False).unexpected_keys:
+            raise RuntimeError(f"{self.name} has no weights of these names")
 
     @torch.no_grad()
     def check(self) -> bool:
-        """Run inputs of unlike length, alone and in one batch; UpstreamError if the model is unfit.
+        """Run inputs of unlike length, alone and in one batch. Raises ValueError for an unfit model.
 
-        Returns whether an input's states depend on the rest of its batch. Some models normalise
-        over time, padding included. They work if they get one input at a time.
+        Returns whether the states of an input depend on the rest of its batch. Some models
+        normalise over time, padding included. They work if they get one input at a time.
         """
-        words = "you know that i am so happy and you are not sad or angry"
         if self.modality == "audio":
             time = torch.arange(9000) / 16000
-            inputs = [(440 * time * 6.28).sin(), (150 * time[:5000] * 6.28).sin()]
+            inputs = [(2764 * time).sin(), (942 * time[:5000]).sin()]
             rate = getattr(self.preprocessor, "sampling_rate", 16000)
-            self.demand(rate == 16000, f"it was trained on {rate} Hz; use one for 16,000 Hz")
+            if rate != 16000:
+                raise ValueError(f"it was trained on {rate} Hz, and this project uses 16,000 Hz")
         else:
+            words = "you know that i am so happy and you are not sad or angry"
             inputs = [words, "yes"]
             rows, known = self.model.get_input_embeddings().num_embeddings, len(self.preprocessor)
-            fits = rows / 2 < known <= rows
-            remedy = "files of the tokenizer are missing or wrong; download the model again"
-            self.demand(fits, f"the tokenizer has {known} entries, the embedding {rows}; {remedy}")
-            pieces = self.preprocessor(words)["input_ids"]
-            unknown = pieces.count(self.preprocessor.unk_token_id)
-            self.demand(unknown < len(pieces) / 2, f"it does not know ordinary words; {remedy}")
-            self([f"{words} " * 200])  # must not raise: the greatest length
-
+            ids = self.preprocessor(words)["input_ids"]
+            unknown = ids.count(self.preprocessor.unk_token_id)
+            if not rows / 2 < known <= rows or 2 * unknown > len(ids):
+                has = f"the tokenizer has {known:,} entries, the embedding {rows:,}"
+                raise ValueError(f"{has}, and {unknown} of {len(ids)} ordinary words are unknown")
+            self([words * 200])  # the greatest length must run
         together, mask = self(inputs)
         depends = False
-        for i, x in enumerate(inputs):
-            (alone,), _ = self([x])
-            n = int(mask[i].sum())
-            self.demand(mask[i, :n].all(), "it pads on the left; use a model that pads on the right")
-            odd = f"states of shape {tuple(alone.shape)}, not {(n, self.n_layers, self.dim)}"
-            self.demand(alone.shape == (n, self.n_layers, self.dim), f"{odd}; use another model")
-            self.demand(alone.isfinite().all(), "its states are not finite; download it again")
-            depends |= bool((together[i, :n] - alone).norm() > 0.01 * alone.norm())
+        for x, states, real in zip(inputs, together, mask):
+            alone, n = self([x])[0][0], int(real.sum())
+            if alone.shape != (n, self.n_layers, self.dim):
+                expected = n, self.n_layers, self.dim
+                raise ValueError(f"it gives states of shape {tuple(alone.shape)}, not {expected}")
+            if not alone.isfinite().all():
+                raise ValueError("its states are not finite")
+            depends |= bool((states[:n] - alone).norm() > 0.01 * alone.norm())
         return depends
-
-    def demand(self, holds: bool, complaint: str) -> None:
-        """Raise UpstreamError with the complaint if a condition does not hold."""
-        if not holds:
-            raise UpstreamError(f"{self.label}: {complaint}")
 
 
 def frame_count(samples: Tensor | int, config) -> Tensor | int:
@@ -618,59 +587,53 @@ def frame_count(samples: Tensor | int, config) -> Tensor | int:
 
 def load_transformers():
     """Import the library when it is needed, because that takes seconds. Make it quiet."""
-    # The library imports torchaudio too, and a torchaudio that does not match torch breaks both.
-    with upstream_errors("torchaudio", f"install the version that matches torch {torch.__version__}"):
-        import torchaudio  # noqa: F401
-    import transformers
+    # It imports torchaudio, and a torchaudio that does not match torch breaks both.
+    with upstream_errors("torchaudio", f"install the one that matches torch {torch.__version__}"):
+        import torchaudio, transformers  # noqa: E401, F401
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
 
 
-def load_pretrained(name: str, modality: str, label: str):
+def load_pretrained(name: str, modality: str):
     """Load (preprocessor, model) from a folder, the download cache, or the Hugging Face hub."""
     hf = load_transformers()
     loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
 
     # Never trust_remote_code (the default): a model folder must not run code of its own.
     def load(local: bool):
-        return loader.from_pretrained(name, local_files_only=local), hf.AutoModel.from_pretrained(
+        model = hf.AutoModel.from_pretrained(
             name, local_files_only=local, output_loading_info=True, dtype=torch.float32
         )
+        return loader.from_pretrained(name, local_files_only=local), *model
 
-    here = os.path.isdir(name)
-    with contextlib.suppress(*(() if here else (Exception,))):
-        here = load(local=True)
-    if not here:
-        # Ask first, because from_pretrained retries for half a minute without a network.
+    try:
+        preprocessor, model, info = load(local=True)  # a folder, or downloaded before
+    except Exception:
+        if os.path.isdir(name):
+            raise
         from huggingface_hub import HfApi
 
-        remedy = "give its folder instead, or use --upstream tiny for a dry run"
-        with upstream_errors(f"{label}: no such folder, and the hub does not answer", remedy):
+        # Ask first, because from_pretrained retries for half a minute without a network.
+        advice = "give the model's folder, or use --upstream tiny for a dry run"
+        with upstream_errors(f"{name}: no such folder, and the Hugging Face hub fails", advice):
             HfApi().model_info(name, timeout=5)
-        hf.logging.enable_progress_bar()
-        here = load(local=False)
-    preprocessor, (model, info) = here
+        preprocessor, model, info = load(local=False)
 
     # A weight that fails to load stays random without any error, so we check. No pooled output is
     # read, and no input is masked [A12], so these two may be missing.
     unused = ("pooler", "masked_spec_embed")
     missing = [key for key in info["missing_keys"] if not any(u in key for u in unused)]
     if missing:
-        raise UpstreamError(f"{label}: no weights for {', '.join(missing[:3])}; download it again")
+        raise ValueError(f"no weights for {', '.join(missing[:3])}")
     return preprocessor, model
 
 
 def fingerprint(preprocessor, model: nn.Module) -> str:
     """Return a checksum of the weights and of the preprocessor's rules, for the cache's name."""
-    if hasattr(preprocessor, "to_json_string"):  # audio
-        rules = preprocessor.to_json_string()
-    elif getattr(preprocessor, "backend_tokenizer", None):
-        rules = preprocessor.backend_tokenizer.to_str()
-    else:  # a tokenizer written in Python
-        rules = str(sorted(preprocessor.get_vocab().items()))
-    crc = zlib.crc32(rules.encode())
+    rules = getattr(preprocessor, "backend_tokenizer", None)
+    crc = zlib.crc32((rules.to_str() if rules else preprocessor.to_json_string()).encode())
     for p in model.state_dict().values():
         crc = zlib.crc32(p.contiguous().numpy(), crc)
     return f"{crc:08x}"
@@ -692,43 +655,33 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
     too, so no word is unknown. Returns {"audio": folder, "text": folder}.
     """
     hf = load_transformers()
-    pieces = hf.BertTokenizer().backend_tokenizer  # BERT's rules: lower case, split at punctuation
-    words = {
-        word
-        for text in texts
-        for word, _ in pieces.pre_tokenizer.pre_tokenize_str(pieces.normalizer.normalize_str(text))
-    }
+    words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}
     letters = set("abcdefghijklmnopqrstuvwxyz")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = special + sorted(words | letters) + sorted(f"##{x}" for x in letters)
-    size = dict(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-    )  # fmt: skip
-    audio = hf.WavLMModel(wavlm_config(
-        conv_dim=(32, 32), conv_kernel=(40, 16), conv_stride=(20, 16), num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4, **size
-    ))  # fmt: skip
-    text = hf.BertModel(hf.BertConfig(vocab_size=len(vocabulary), **size))
-    tokenizer = hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
-    paths = {}
-    for modality, model, preprocessor in (
-        ("audio", audio, hf.Wav2Vec2FeatureExtractor(return_attention_mask=True)),
-        ("text", text, tokenizer),
-    ):
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size["intermediate_size"] = 64
+    cnn = dict(conv_dim=(32, 32), conv_kernel=(40, 16), conv_stride=(20, 16))  # 20 ms a frame
+    cnn |= dict(num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4)
+    made = {
+        "audio": (hf.Wav2Vec2FeatureExtractor(return_attention_mask=True),
+                  hf.WavLMModel(wavlm_config(**cnn, **size))),
+        "text": (hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}),
+                 hf.BertModel(hf.BertConfig(vocab_size=len(vocabulary), **size))),
+    }  # fmt: skip
+    for modality, (preprocessor, model) in made.items():
         # Draw the weights here, because each version of the library draws others.
         for name, p in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            if p.ndim > 1:  # words count more than positions: the toy learns faster
-                scale = 1.0 if "word_embeddings" in name else p[0].numel() ** -0.5
+            # Words count more than positions, so the toy learns faster.
+            scale = 1.0 if "word_embeddings" in name else p[0].numel() ** -0.5
+            if p.ndim > 1:
                 p.data.normal_(0.0, scale, generator=generator)
             else:
                 p.data.fill_(0.0 if name.endswith("bias") else 1.0)
-        paths[modality] = os.path.join(folder, modality)
-        model.save_pretrained(paths[modality])
-        preprocessor.save_pretrained(paths[modality])
-    return paths
-
-
-# ------------------------------------------------------------------------------------------------
+        model.save_pretrained(os.path.join(folder, modality))
+        preprocessor.save_pretrained(os.path.join(folder, modality))
+    return {modality: os.path.join(folder, modality) for modality in made}
 
 
 def main() -> None:
@@ -738,42 +691,40 @@ def main() -> None:
     with torch.device("meta"):  # shapes without memory: nothing is downloaded or computed
         wavlm, bert = hf.WavLMModel(wavlm_config()), hf.BertModel(hf.BertConfig())
         recognizer = EmotionRecognizer(Config())
-        frames = frame_count(80000, wavlm.config)  # two clips of 5 s, 2 x 9 texts of 20 tokens
+        # Two clips of 5 s, and two windows of nine texts of 20 tokens.
+        frames = frame_count(80000, wavlm.config)
         audio = torch.empty(2, frames, 25, 1024), torch.ones(2, frames, dtype=torch.bool)
         text = torch.empty(2, 9, 20, 13, 768), torch.ones(2, 9, 20, dtype=torch.bool)
 
-    def line(name, source, result, parameters) -> str:
-        shapes = [
-            " ".join(str(tuple(x.shape)) for x in each if isinstance(x, Tensor))
-            for each in (source, result)
-        ]
-        return f"{name:42} {shapes[0]:38} {shapes[1]:34} {parameters:>11,}"
+    def show(name: str, parameters: int, given=(), result=()) -> None:
+        result = result if isinstance(result, tuple) else (result,)
+        shapes = [" ".join(str(tuple(x.shape)) for x in xs) for xs in (given, result)]
+        print(f"{name:44} {shapes[0]:36} {shapes[1]:32} {parameters:>11,}")
 
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    # Hooks fire from the inside out. Collect the lines, and print them from the outside in.
-    lines = {}
-    for name, module in recognizer.named_modules():
-        def hook(module, args, result, name=name):
-            result = result if isinstance(result, tuple) else (result,)
-            title = "  " * (name.count(".") + 1) + name.rpartition(".")[2]
-            lines[name] = line(f"{title} ({type(module).__name__})", args, result, count(module))
-        module.register_forward_hook(hook)  # fmt: skip
-    recognizer(audio, text)
+    # A hook notes the inputs and the result of each block that runs.
+    calls = {}
+    for module in list(recognizer.modules())[1:]:
+        module.register_forward_hook(lambda module, *call: calls.update({module: call}))
+    logits = recognizer(audio, text)
 
-    print(f"{'block':42} {'in':38} {'out':34} {'parameters':>11}")
-    print(line("WavLM-Large", [torch.empty(2, 80000)], audio, count(wavlm)))
-    print(line("  CNN encoder: fine-tuned", [], [], count(wavlm.feature_extractor)))
-    print(line("BERT-base", [torch.empty(2, 9, 20)], text, count(bert)))
-    print(line("  input embeddings: fine-tuned", [], [], count(bert.embeddings)))
-    for name, module in recognizer.named_modules():
-        if name in lines and count(module):
-            print(lines[name])
-        for weight, p in module.named_parameters(recurse=False):
-            if weight in ("w_q", "w_k", "w_v"):  # the matrices of Eq. (1)
-                indent = "  " * (name.count(".") + 2)
-                print(line(f"{indent}{weight.upper()}", [], [p], p.numel()))
+    print(f"{'block':44} {'in':36} {'out':32} {'parameters':>11}")
+    show("WavLM-Large", count(wavlm), (torch.empty(2, 80000),), audio)
+    show("  CNN encoder: fine-tuned", count(wavlm.feature_extractor))
+    show("BERT-base", count(bert), (torch.empty(2, 9, 20),), text)
+    show("  input embeddings: fine-tuned", count(bert.embeddings))
+    show("EmotionRecognizer (mmt)", count(recognizer), (), logits)
+    for name, module in list(recognizer.named_modules())[1:]:
+        indent = "  " * (name.count(".") + 1)
+        title = f"{indent}{name.rpartition('.')[2]} ({type(module).__name__})"
+        given, result = calls.get(module, ((), ()))
+        if count(module):
+            show(title, count(module), [x for x in given if isinstance(x, Tensor)], result)
+        if isinstance(module, TransformerBlock):  # the matrices of Eq. (1)
+            for w in ("w_q", "w_k", "w_v"):
+                show(f"{indent}  {w.upper()}", getattr(module, w).numel(), (), getattr(module, w))
 
 
 if __name__ == "__main__":

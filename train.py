@@ -2,8 +2,8 @@
 
     python train.py --fusion mmt --fold 5                 the toy corpus, made on the spot
     python train.py --iemocap DIR --fusion mmt --fold 5   the paper's Sys. 18 on Session 5
-    python train.py --corpus FILE.csv                     a corpus of your own
     python train.py --iemocap DIR --system all --fold all Table 1
+    python train.py --corpus FILE.csv                     a corpus of your own
 
 One run trains one system on one fold with one seed, in a folder of its own:
 
@@ -30,7 +30,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -40,54 +40,52 @@ from tqdm import tqdm
 
 import data
 import evaluate
-import model
 from data import CorpusError, Utterance
 from evaluate import RunError
-from model import CHOICES, FUSIONS, Config, EmotionRecognizer, Upstream, UpstreamError
+from model import CHOICES, Config, EmotionRecognizer, Upstream, UpstreamError, make_tiny_upstreams
 
 
-def option(default, help: str, choices: tuple | None = None, kind: type | None = None):
-    """Make a field of Settings: its default is the paper's, its name and help are the flag's."""
-    kind = kind or type(default)
-    return field(default=default, metadata={"help": help, "choices": choices, "type": kind})
+def option(default, help: str, *choices: str, low: float = 0, high: float = 1e9, type=None):
+    """Declare a setting: the paper's value, the help of its flag, the values that it may have."""
+    about = {"help": help, "choices": choices or None, "type": type or default.__class__}
+    return dataclasses.field(default=default, metadata={"flag": about, "range": (low, high)})
 
 
 @dataclass
 class Settings:
     """Every setting that makes a run what it is: the flags, config.json and the folder's name."""
 
-    fusion: str = option("mmt", "Fig. 3, Table 1", CHOICES["fusion"])
+    fusion: str = option("mmt", "Fig. 3, Table 1", *CHOICES["fusion"])
     frozen: bool = option(False, "no fine-tuning: the odd systems of Table 1")
-    fold: int = option(5, "the session to test on")
+    fold: int = option(5, "the sessions to test on, or all")
     seed: int = option(0, "of weights, order, dropout and development speaker [A14]")
-    # upstreams
-    upstream: str = option("paper", "tiny: two random layers, for a dry run", ("paper", "tiny"))
+    # Upstreams
+    upstream: str = option("paper", "tiny: two random layers, a dry run", "paper", "tiny")
     wavlm: str = option("microsoft/wavlm-large", "a WavLM, HuBERT or wav2vec 2.0, or its folder")
     bert: str = option("bert-base-uncased", "a BERT or RoBERTa, or its folder [A15]")
-    precision: str = option("fp32", "of the upstreams' matrix products", ("fp32", "bf16"))
-    # §3.2
+    precision: str = option("fp32", "of the upstreams' matrix products", "fp32", "bf16")
+    # Constants of §3.2
     lr_frozen: float = option(1e-3, "learning rate during initial training")
     lr_finetune: float = option(1e-5, "learning rate during fine-tuning")
     weight_decay: float = option(1e-3, "of AdamW")
-    batch_size: int = option(32, "utterances a step")
-    dropout: float = option(0.5, "between every two modules")
-    context: int = option(9, "utterances of context, an odd number; 1: none")
-    finetune_after: int = option(5, "epochs without a lower dev loss until fine-tuning starts")
-    stop_after: int = option(10, "epochs without a lower dev loss until training stops")
-    max_epochs: int | None = option(None, "stop after so many epochs; the paper has no cap", None, int)
-    # open points of the paper: the README lists them
-    condense: str = option("sum", "[A1] how layers become one vector", CHOICES["condense"])
-    text_mask: str = option("union", "[A5] which steps of X_T are real", CHOICES["text_mask"])
+    batch_size: int = option(32, "utterances a step", low=1)
+    dropout: float = option(0.5, "between every two modules", high=1)
+    context: int = option(9, "utterances of context, an odd number (1: none)", low=1)
+    finetune_after: int = option(5, "epochs without a lower dev loss: fine-tuning starts", low=1)
+    stop_after: int = option(10, "epochs without a lower dev loss: training stops", low=1)
+    max_epochs: int = option(None, "a cap on the epochs (the paper has none)", low=1, type=int)
+    # Open points (the README lists them)
+    condense: str = option("sum", "[A1] how layers become one vector", *CHOICES["condense"])
+    text_mask: str = option("union", "[A5] which steps of X_T are real", *CHOICES["text_mask"])
     cma_residual: bool = option(False, "[A7] add the queries across modalities too")
     reset_patience: bool = option(False, "[A9] count epochs from the trigger again")
-    select: str = option("last", "[A10] the epoch to test", ("last", "best"))
-    head_lr: float | None = option(None, "[A11] of the head in fine-tuning; default: all equal", None, float)
-    trim: str = option("leading", "[A13] the silence to cut", ("leading", "all"))
-    head: str = option("mlp", "[A15] the classifier", CHOICES["head"])
-    dropout_at: str = option("modules", "[A16] where dropout stands", CHOICES["dropout_at"])
-    min_decrease: float = option(0.0, "[A17] relative decrease that counts as lower")
-    open: str = option("bottom", "what fine-tuning trains beside the head (bottom: §2.4)",
-                       ("nothing", "bottom", "all"))  # fmt: skip
+    select: str = option("last", "[A10] the epoch to test", "last", "best")
+    head_lr: float = option(None, "[A11] of the head while fine-tuning", type=float)
+    trim: str = option("leading", "[A13] the silence to cut", "leading", "all")
+    head: str = option("mlp", "[A15] the classifier", *CHOICES["head"])
+    dropout_at: str = option("modules", "[A16] the place of dropout", *CHOICES["dropout_at"])
+    min_decrease: float = option(0.0, "[A17] relative decrease that counts as lower", high=1)
+    open: str = option("bottom", "what fine-tuning opens (§2.4)", "nothing", "bottom", "all")
 
 
 TOY_EPOCHS = 50  # the cap on the toy corpus
@@ -106,17 +104,10 @@ class Patience:
         0.8 x 4    "continue" x 3  "stop"      4 epochs without one
     """
 
-    def __init__(
-        self, finetune_after: int | None = 5, stop_after: int = 10,
-        reset_at_finetune: bool = False, min_decrease: float = 0.0,
-    ):  # fmt: skip
-        self.finetune_after = finetune_after
-        self.stop_after = stop_after
-        self.reset_at_finetune = reset_at_finetune
-        self.min_decrease = min_decrease
-        self.best = float("inf")
-        self.since_best = 0  # epochs
-        self.finetuning = False
+    def __init__(self, finetune_after=5, stop_after=10, reset_at_finetune=False, min_decrease=0.0):
+        self.finetune_after, self.stop_after = finetune_after, stop_after
+        self.reset_at_finetune, self.min_decrease = reset_at_finetune, min_decrease
+        self.best, self.since_best, self.finetuning = float("inf"), 0, False
 
     # EXERCISE 8 (20 min): delete the body, write it again; pytest -m ex8
     def step(self, dev_loss: float) -> str:
@@ -146,18 +137,14 @@ class Patience:
         return "finetune"
 
 
-# ------------------------------------------------------------------------------------------------
-
-
 def train(
     settings: Settings, corpus: list[Utterance], name: str, upstreams: dict[str, Upstream],
-    inputs: dict, cached: dict, folder: Path, title: str, device: str,
-    micro_batch: int | None = None,
+    inputs: dict, cached: dict, folder: Path, device: str, micro_batch: int,
 ) -> None:  # fmt: skip
     """Train one system on one fold with one seed. Resume if its folder has a checkpoint.
 
-    inputs: clips and texts, cached: their layer states, by modality. Raises RunError if the loss
-    is not finite, or if the checkpoint cannot be used.
+    By modality: the upstreams, their inputs (clips, texts), their cached layer states. Raises
+    RunError if the loss is not finite, or if the checkpoint cannot be used.
     """
     # The three parts of the fold, as rows of the corpus. Windows hold rows, too.
     row_of = {u.id: i for i, u in enumerate(corpus)}
@@ -168,31 +155,32 @@ def train(
     labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])
     windows = data.context_windows(corpus, settings.context)
     print(
-        f"\n{title}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
-        f"test {len(test_set)} (session {settings.fold}) utterances of {name}; {folder}"
+        f"{name}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
+        f"test {len(test_set)} (session {settings.fold}) utterances; {folder}"
     )
 
     # §2.4: first, the upstreams are frozen. Their states come from the cache.
-    sources = {}
+    sources = dict(cached)
     for m, upstream in upstreams.items():
         upstream.close()
         cached[m].keep()
-        sources[m] = cached[m]
 
     # The trained part, and AdamW at 1e-3 (§3.2).
     torch.manual_seed(settings.seed)  # initial weights, then dropout
     order = torch.Generator().manual_seed(settings.seed)  # of the batches
     recognizer = EmotionRecognizer(model_config(settings, upstreams)).to(device)
-    optimizer = torch.optim.AdamW(
-        recognizer.parameters(), lr=settings.lr_frozen, weight_decay=settings.weight_decay
-    )
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(recognizer.parameters(), settings.lr_frozen, weight_decay=decay)
+    finetune_after = None if settings.frozen else settings.finetune_after
     patience = Patience(
-        None if settings.frozen else settings.finetune_after, settings.stop_after,
-        settings.reset_patience, settings.min_decrease,
-    )  # fmt: skip
+        finetune_after, settings.stop_after, settings.reset_patience, settings.min_decrease
+    )
     log: list[dict] = []  # a row an epoch
     finetune_epoch: int | None = None  # the epoch at which the trigger fired
     selected: dict | None = None  # [A10]
+
+    def batch(rows: Tensor) -> dict[str, tuple]:
+        return data.batch(rows, windows, sources, device)
 
     def start_finetuning() -> None:
         """§2.4: from now on the upstreams run on every batch, and their lowest parts learn too."""
@@ -206,24 +194,19 @@ def train(
         # named (§3.2), so a new AdamW trains everything at 1e-5. Alternative: --head-lr 1e-3, as in
         # the author's other code. Effect: tests/COURSE.md.
         head_lr = settings.lr_finetune if settings.head_lr is None else settings.head_lr
-        groups = [{"params": list(recognizer.parameters()), "lr": head_lr}, {"params": opened}]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=settings.lr_finetune,
-            weight_decay=settings.weight_decay,
-        )  # fmt: skip
+        groups = [{"params": list(recognizer.parameters()), "lr": head_lr}]
+        groups += [{"params": opened}] if opened else []
+        optimizer = torch.optim.AdamW(groups, settings.lr_finetune, weight_decay=decay)
 
     def weights() -> dict[str, dict]:
-        """Everything that training has changed so far."""
-        opened = {m: upstream.weights() for m, upstream in upstreams.items()}
-        return {"model": recognizer.state_dict(), **{m: w for m, w in opened.items() if w}}
+        """Return everything that training has changed so far."""
+        parts = {"model": recognizer.state_dict()}
+        return parts | {m: upstream.weights() for m, upstream in upstreams.items()}
 
     def load_weights(state: dict[str, dict]) -> None:
         recognizer.load_state_dict(state["model"])
         for m, upstream in upstreams.items():
-            upstream.load_weights(state.get(m, upstream.original))
-
-    def batch(rows: Tensor) -> dict[str, tuple]:
-        return data.batch(rows, windows, sources, device)
+            upstream.load_weights(upstream.original | state[m])
 
     # Resume after a kill. With the same weights, moments and random states, the next epoch is the
     # one that an undisturbed run has.
@@ -231,57 +214,52 @@ def train(
     if path.exists():
         state = evaluate.load_checkpoint(path)
         with data.reading(path, "delete it, and the run starts again", RunError):
-            log, finetune_epoch, selected = (state[k] for k in ("log", "finetune_epoch", "selected"))
+            log, finetune_epoch, selected = state["log"], state["finetune_epoch"], state["selected"]
             if finetune_epoch is not None:
                 start_finetuning()
             load_weights(state["weights"])
             optimizer.load_state_dict(state["optimizer"])
             vars(patience).update(state["patience"])
-            order.set_state(state["random"]["order"])
-            torch.set_rng_state(state["random"]["cpu"])
-            if device in state["random"] and device != "cpu":
-                getattr(torch, device).set_rng_state(state["random"][device])
+            order.set_state(state["order"])
+            torch.set_rng_state(state["cpu"])
+            if device != "cpu" and device in state:
+                getattr(torch, device).set_rng_state(state[device])
         print(f"resumes after epoch {len(log)}")
 
-    while not log or not log[-1]["stop"]:
+    while patience.since_best < settings.stop_after and len(log) != settings.max_epochs:
         started = time.perf_counter()
-        epoch = len(log) + 1
 
         # One epoch over the training speakers, shuffled, in batches of 32 (§3.2).
-        # UNSPECIFIED [A18]: the last, smaller batch. We keep it, the author's other code drops it.
+        # UNSPECIFIED [A18]: the last, smaller batch. We keep it. The author's other code drops it.
         recognizer.train()  # dropout on
         train_loss, awake = 0.0, set()
         batches = train_rows[torch.randperm(len(train_rows), generator=order)]
-        batches = batches.split(settings.batch_size)
-        for rows in tqdm(batches, desc=f"epoch {epoch}", leave=False, delay=3, disable=None):
+        for rows in tqdm(batches.split(settings.batch_size), leave=False, delay=3, disable=None):
             optimizer.zero_grad()
-            for part in rows.split(micro_batch or len(rows)):  # the whole batch, unless memory is short
-                logits = recognizer(**batch(part))  # (B, 4)
-                loss = F.cross_entropy(logits, labels[part].to(device))  # §2.4
+            for part in rows.split(micro_batch or len(rows)):  # all, unless memory is short
+                loss = F.cross_entropy(recognizer(**batch(part)), labels[part].to(device))  # §2.4
                 # A micro-batch's gradient is weighted, so the sum is the batch's gradient.
                 (loss * (len(part) / len(rows))).backward()
-                stop_unless_finite(loss.item(), epoch, [corpus[i].id for i in part.tolist()])
-                train_loss += loss.item() * len(part) / len(train_rows)
+                value = finite(loss.item(), len(log) + 1, [corpus[i].id for i in part.tolist()])
+                train_loss += value * len(part) / len(train_rows)
             optimizer.step()  # [A15]: no clipping, no class weights
             for m, extractor in recognizer.extractor.items():
                 if extractor.se.reduce.weight.grad.any():  # a dead ReLU passes no gradient [A2]
                     awake.add(m)
+        for m in recognizer.extractor.keys() - awake:
+            print(f"warning: the S&E unit of the {m} features is dead: all inputs get equal gates")
 
         # "We randomly select one speaker as a development set and monitor its loss" (§3.2).
         dev = evaluate.score(labels[dev_rows], evaluate.predict(recognizer, dev_rows, batch))
-        stop_unless_finite(dev["loss"], epoch, [u.id for u in dev_set])
-        event = patience.step(dev["loss"])
+        event = patience.step(finite(dev["loss"], len(log) + 1, [u.id for u in dev_set]))
         since_best = settings.finetune_after if event == "finetune" else patience.since_best
         log.append({
-            "epoch": epoch, "phase": "frozen" if finetune_epoch is None else "finetune",
+            "epoch": len(log) + 1, "phase": "frozen" if finetune_epoch is None else "finetune",
             "lr": optimizer.param_groups[-1]["lr"], "train_loss": train_loss,
             "dev_loss": dev["loss"], "dev_wa": dev["wa"], "dev_ua": dev["ua"],
             "since_best": since_best, "seconds": time.perf_counter() - started,
-            "stop": event == "stop" or epoch == settings.max_epochs,
         })  # fmt: skip
-        print(describe(log[-1], name, settings))
-        for m in recognizer.extractor.keys() - awake:
-            print(f"warning: the S&E unit of the {m} features is dead: all inputs get equal gates")
+        print(describe(name, log[-1], settings.stop_after))
 
         # UNSPECIFIED [A10]: "the last model is selected and then evaluated". We test the last
         # epoch's weights. Alternative: --select best, those of the lowest development loss. Effect:
@@ -291,47 +269,41 @@ def train(
 
         # §2.4: "partially fine-tune them after training convergence".
         if event == "finetune":
-            finetune_epoch = epoch
+            finetune_epoch = len(log)
             start_finetuning()
-            print(
-                f"No improvement for {settings.finetune_after} epochs: fine-tuning starts. Open: "
-                f"the head and {settings.open} of {' and '.join(upstreams)}, learning rate "
-                f"{settings.lr_finetune:g}."
-            )
+            rate = f"learning rate {settings.lr_finetune:g}"
+            print(f"{name}: fine-tuning starts, {settings.open} of {' and '.join(upstreams)}, {rate}")
 
         # Keep what the next epoch needs, all at once.
-        random = {"order": order.get_state(), "cpu": torch.get_rng_state()}
-        if device != "cpu":
-            random[device] = getattr(torch, device).get_rng_state()
-        content = io.BytesIO()
-        torch.save({
+        state = {
             "log": log, "finetune_epoch": finetune_epoch, "selected": selected,
             "weights": weights(), "optimizer": optimizer.state_dict(), "patience": vars(patience),
-            "random": random,
-        }, content)  # fmt: skip
+            "order": order.get_state(), "cpu": torch.get_rng_state(),
+        }  # fmt: skip
+        if device != "cpu":
+            state[device] = getattr(torch, device).get_rng_state()
+        content = io.BytesIO()
+        torch.save(state, content)
         data.write_whole(path, content.getvalue())
-        write_log(folder, log)
+        data.write_whole(folder / "log.jsonl", json_lines(log))
 
     # Test the last model on the test session, which is read here for the first time.
-    print("Training stops: " + (
-        f"no improvement for {settings.stop_after} epochs."
-        if patience.since_best >= settings.stop_after else f"the cap of {len(log)} epochs."
-    ))  # fmt: skip
-    write_log(folder, log)  # a kill may have come between the checkpoint and the log
+    data.write_whole(folder / "log.jsonl", json_lines(log))  # a kill may have come before the last
+    capped = patience.since_best < settings.stop_after
+    print(f"{name}: training stops, {'at the cap of epochs' if capped else 'no improvement'}")
     if selected:
         load_weights(selected["weights"])
         if selected["finetune_epoch"] is None:
             sources.update(cached)
     log_probs = evaluate.predict(recognizer, test_rows, batch)  # (N_test, 4)
     seen = data.texts_elsewhere(corpus)
-    evaluate.write_predictions(
-        folder / "predictions.csv", test_set, log_probs, [u.id in seen for u in test_set]
-    )
+    seen_text = [u.id in seen for u in test_set]
+    evaluate.write_predictions(folder / "predictions.csv", test_set, log_probs, seen_text)
     result = {
         "corpus": name, "fusion": settings.fusion, "frozen": settings.frozen,
         "fold": settings.fold, "seed": settings.seed,
-        **evaluate.score(labels[test_rows], log_probs),
-        "epochs": len(log), "finetune_epoch": finetune_epoch, "dev_speaker": dev_set[0].speaker,
+        **evaluate.score(labels[test_rows], log_probs), "epochs": len(log),
+        "finetune_epoch": finetune_epoch, "dev_speaker": dev_set[0].speaker,
         "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),
         "seconds": sum(row["seconds"] for row in log),
     }  # fmt: skip
@@ -339,18 +311,18 @@ def train(
     print(evaluate.describe(result))
 
 
-def stop_unless_finite(loss: float, epoch: int, ids: list[str]) -> None:
-    """Raise RunError on inf or NaN, because a model does not recover from it."""
+def finite(loss: float, epoch: int, ids: list[str]) -> float:
+    """Return the loss. Raises RunError on inf or NaN, because a model does not recover from it."""
     if not math.isfinite(loss):
-        raise RunError(
-            f"the loss is {loss} in epoch {epoch}, for utterances {' '.join(ids[:32])}; look at "
-            f"these inputs, or try --precision fp32. The run folder holds the epoch before"
-        )
+        where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}"
+        advice = "look at these inputs, or try --precision fp32. The run keeps the epoch before"
+        raise RunError(f"the loss is {loss} {where}; {advice}")
+    return loss
 
 
-def describe(row: dict, name: str, settings: Settings) -> str:
+def describe(name: str, row: dict, stop_after: int) -> str:
     """Describe an epoch in one line, in the user's words."""
-    since = f"no improvement for {row['since_best']} of {settings.stop_after} epochs"
+    since = f"no improvement for {row['since_best']} of {stop_after} epochs"
     return (
         f"{name} epoch {row['epoch']:3} {row['phase']:8} train loss {row['train_loss']:.4f}  "
         f"dev loss {row['dev_loss']:.4f} WA {row['dev_wa']:6.2%} UA {row['dev_ua']:6.2%}  "
@@ -358,52 +330,52 @@ def describe(row: dict, name: str, settings: Settings) -> str:
     )
 
 
-def write_log(folder: Path, log: list[dict]) -> None:
-    """Write log.jsonl whole, so that it never holds an epoch that the checkpoint does not."""
-    rows = [{k: v for k, v in row.items() if k != "stop"} for row in log]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    data.write_whole(folder / "log.jsonl", lines.encode())
+def json_lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def digest(value) -> str:
+    """Return a short checksum of anything that JSON can hold."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=4).hexdigest()
 
 
 def model_config(settings: Settings, upstreams: dict[str, Upstream]) -> Config:
     """Build the model's Config. Numbers of layers and widths are read off the upstreams."""
-    names = {f.name for f in fields(Config)}
-    shapes = {f"{m}_layers": u.n_layers for m, u in upstreams.items()}
-    shapes |= {f"{m}_dim": u.dim for m, u in upstreams.items()}
-    same = {k: v for k, v in vars(settings).items() if k in names}
+    same = {f.name: getattr(settings, f.name) for f in fields(Config) if hasattr(settings, f.name)}
+    shapes = {f"{m}_layers": upstream.n_layers for m, upstream in upstreams.items()}
+    shapes |= {f"{m}_dim": upstream.dim for m, upstream in upstreams.items()}
     return Config(**same, **shapes, n_context=settings.context)
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------
+# --- The command ---------------------------------------------------------------------------------
 
 
-def read_corpus(args: argparse.Namespace) -> tuple[str, list[Utterance]]:
+def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Utterance]]:
     """Read the corpus that was asked for: (its name in reports, its utterances).
 
     Raises CorpusError with every problem of it.
     """
-    if args.corpus:
-        name = args.corpus.stem
-        return f"{name}-csv" if re.match("toy|iemocap", name, re.I) else name, data.read_csv(args.corpus)
-    if not args.iemocap:
-        print("No corpus named: this is the TOY corpus of tones and made-up words, toy numbers only.")
-    root = args.iemocap or data.write_toy("corpora/toy")
+    if table:
+        name = re.sub(r"^(toy|iemocap)", r"my-\1", table.stem)  # these two names have a meaning
+        return name, data.read_csv(table)
+    if not iemocap:
+        print("No corpus named: this is the TOY corpus of tones and made-up words. Toy numbers only.")
+    root = iemocap or data.write_toy("corpora/toy")
     corpus, problems = data.scan(root)
-    toy = (root / "toy.json").exists()
-    name = root.resolve().name + "-partial" if args.partial else "iemocap"
-    if toy:
-        name = f"toy-{name}" if args.iemocap else "toy"
-    elif not args.partial:
+    toy, name = (root / "toy.json").exists(), "iemocap"
+    if partial or toy:
+        name = "toy-" * toy + root.resolve().name + "-partial" * partial if iemocap else "toy"
+    else:
         problems += data.reference_problems(corpus)
-    if problems and args.partial and corpus:
-        print("\n".join(problems))
-        print(f"--partial: {len(problems)} problem(s); {len(corpus)} utterances are whole")
-    elif problems:
-        hint = "to train on the rest of it, or on a part of the release, add --partial"
-        raise CorpusError([*problems, f"{len(problems)} problem(s) in {root}; {hint}"])
+    if problems and not (partial and corpus):
+        advice = "add --partial to train on the rest of it, or on a part of the full release"
+        raise CorpusError(*problems, f"{len(problems)} problem(s) in {root}; {advice}")
+    print("\n".join([*problems, f"{name}: {len(corpus)} utterances, {len(problems)} problem(s)"]))
     return name, corpus
+
+
+def number_or_all(x: str) -> int | str:
+    return x if x == "all" else int(x)
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
@@ -413,43 +385,37 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     group.add_argument("--iemocap", type=Path, metavar="DIR", help="IEMOCAP_full_release")
     group.add_argument("--corpus", type=Path, metavar="FILE.csv", help="a corpus of your own")
     group.add_argument("--partial", action="store_true", help="DIR is incomplete or damaged")
-    group.add_argument("--system", nargs="+", metavar="N", help="Table 1's numbers, or all")
+    group.add_argument("--system", nargs="+", type=number_or_all, choices=["all", *range(1, 19)],
+                       metavar="N", help="numbers of Table 1, or all")  # fmt: skip
     group.add_argument("--out", type=Path, default=Path("runs"), help="default: runs")
     group.add_argument("--cache", type=Path, default=Path("cache"), help="default: cache")
     group.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if any")
     group.add_argument("--micro-batch", type=int, metavar="N", help="a batch in parts of N")
     titles = {"upstream": "upstreams", "lr_frozen": "constants of §3.2", "condense": "open points"}
     for f in fields(Settings):
-        if f.name in titles:
-            group = p.add_argument_group(titles[f.name])
-        more = dict(f.metadata, default=argparse.SUPPRESS)
+        group = p.add_argument_group(titles[f.name]) if f.name in titles else group
+        about = dict(f.metadata["flag"], default=argparse.SUPPRESS)
         if f.name in ("fold", "seed"):  # several runs
-            more |= {"nargs": "+", "type": str, "metavar": "N", "default": [str(f.default)]}
-        elif more["type"] is bool:
-            more = {"help": more["help"], "action": "store_true", "default": argparse.SUPPRESS}
-        if f.default not in (None, False):
-            more["help"] += f"; default: {f.default}"
-        group.add_argument("--" + f.name.replace("_", "-"), **more)
+            kind = number_or_all if f.name == "fold" else int
+            about |= {"nargs": "+", "type": kind, "default": [f.default], "metavar": "N"}
+        elif f.type is bool:
+            about = {"help": about["help"], "action": "store_true", "default": argparse.SUPPRESS}
+        about["help"] += f"; default: {f.default}" if f.default not in (None, False) else ""
+        group.add_argument("--" + f.name.replace("_", "-"), **about)
     args = p.parse_args(arguments)
-    given = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
-    folds, seeds = given.pop("fold"), given.pop("seed")
 
-    # What argparse does not check.
-    numbers, s = [str(n) for n in range(1, 19)], Settings(**given)
-    args.system = numbers if args.system == ["all"] else args.system
-    above_0 = (s.lr_frozen, s.lr_finetune, s.batch_size, s.finetune_after, s.stop_after,
-               s.max_epochs or 1, args.micro_batch or 1)  # fmt: skip
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    for f in fields(Settings):
+        (low, high), value = f.metadata["range"], given.get(f.name)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            p.error(f"--{f.name.replace('_', '-')} {value}: expected a number from {low} to {high:g}")
     for wrong, complaint in (
-        (set(args.system or ()) - set(numbers), "--system: expected numbers from 1 to 18, or all"),
-        (args.system and s.frozen, "--frozen: --system says it already (odd: frozen)"),
+        (args.system and "frozen" in given, "--frozen: --system says it already (odd: frozen)"),
         (args.iemocap and args.corpus, "--corpus: give one of --iemocap and --corpus"),
         (args.partial and not args.iemocap, "--partial: of which folder? Add --iemocap DIR"),
-        (folds != ["all"] and not all(map(str.isdecimal, folds)), "--fold: expected numbers, or all"),
-        (not all(map(str.isdecimal, seeds)), "--seed: expected numbers from 0 on"),
-        (s.context < 1 or s.context % 2 == 0, "--context: expected an odd number"),
-        (not 0 <= s.dropout < 1, "--dropout: expected a number from 0 to below 1"),
-        (not 0 <= s.min_decrease < 1, "--min-decrease: expected a number from 0 to below 1"),
-        (not min(above_0) > 0, "learning rates, sizes and numbers of epochs must be above 0"),
+        (given.get("context", 9) % 2 == 0, "--context: expected an odd number"),
+        ((args.micro_batch or 1) < 1, "--micro-batch: expected a number from 1"),
+        (min(args.seed) < 0, "--seed: expected numbers from 0"),
     ):  # fmt: skip
         if wrong:
             p.error(complaint)
@@ -464,108 +430,93 @@ def find_device(asked: str | None) -> str:
         raise RunError(f"--device {asked}: torch {torch.__version__} finds none; leave the flag out")
     if device == "cpu" and not asked and shutil.which("nvidia-smi"):
         print("warning: torch finds no usable GPU. Update the driver, or install a torch for it.")
-    gpu = torch.cuda.get_device_name() if device == "cuda" else device
-    print(f"torch {torch.__version__} on {gpu}")
+    print(f"torch {torch.__version__} on {device}")
     torch.backends.cudnn.allow_tf32 = False  # cached states must equal live ones
     return device
 
 
-def load_inputs(
-    settings: Settings, corpus: list[Utterance], modalities: list[str], cache: Path, device: str
-) -> tuple[dict, dict, dict]:
+def load_inputs(s: Settings, corpus: list[Utterance], modalities: set, cache: Path, device: str):
     """Load what all runs of the command read: (upstreams, inputs, cached states) by modality."""
-    names = {"audio": settings.wavlm, "text": settings.bert}
-    inputs = {"text": [u.text for u in corpus]}
-    if settings.upstream == "tiny":
+    names, texts = {"audio": s.wavlm, "text": s.bert}, [u.text for u in corpus]
+    if s.upstream == "tiny":
         torch.set_num_threads(1)  # faster for small tensors, and the same sums on every machine
-        folder = cache / f"tiny-{digest(inputs['text'])}"
+        folder = cache / f"tiny-{digest(texts)}"
         if not folder.exists():
             part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-            model.make_tiny_upstreams(str(part), inputs["text"])
+            make_tiny_upstreams(str(part), texts)
             part.rename(folder)
         names = {m: str(folder / m) for m in names}
-    upstreams, cached = {}, {}
-    for m in modalities:
-        upstreams[m] = upstream = Upstream(names[m], m, settings.precision).to(device)
-        if m == "audio":
-            inputs[m] = data.load_clips(corpus, settings.trim)
-        states = f"{Path(names[m]).name}-{settings.precision}-{upstream.fingerprint}"
-        ids = [u.id for u in corpus]
-        cached[m] = data.cache_states(cache / states, upstream, ids, inputs[m], device)
+    upstreams = {m: Upstream(names[m], m, s.precision).to(device) for m in sorted(modalities)}
+    inputs = {m: data.load_clips(corpus, s.trim) if m == "audio" else texts for m in upstreams}
+    cached = {}
+    for m, upstream in upstreams.items():
+        states = cache / f"{Path(names[m]).name}-{s.precision}-{upstream.fingerprint}"
+        cached[m] = data.cache_states(states, upstream, [u.id for u in corpus], inputs[m], device)
     return upstreams, inputs, cached
 
 
-def digest(value) -> str:
-    """Return a short checksum of anything that JSON can hold."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=4).hexdigest()
-
-
-def claim(folder: Path, config: dict) -> bool:
-    """Write config.json, and tell whether the run is finished.
-
-    Raises RunError if the folder holds a run with other settings.
-    """
+def claim(folder: Path, config: dict) -> None:
+    """Write config.json. Raises RunError if the folder holds a run with other settings."""
     path = folder / "config.json"
-    if path.exists():
-        with data.reading(path, f"delete {folder} to start again", RunError):
-            old = json.loads(path.read_text())
-            changed = [k for k in config if k != "made_with" and old[k] != config[k]]
-        if changed:
-            differs = ", ".join(f"{k} {old[k]!r}, not {config[k]!r}" for k in changed)
-            raise RunError(f"{folder} holds a run with {differs}; delete it, or take another --out")
-    else:
+    if not path.exists():
         data.write_whole(path, json.dumps(config, indent=1).encode())
-    return (folder / "result.json").exists()
+    with data.reading(path, f"delete {folder}, or take another --out", RunError):
+        old = json.loads(path.read_text())
+        for key in config.keys() - {"upstreams", "made_with"}:  # these may move
+            if old[key] != config[key]:
+                raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args, given = parse(arguments)
     device = find_device(args.device)
-    name, corpus = read_corpus(args)
+    name, corpus = read_corpus(args.iemocap, args.corpus, args.partial)
     usual = Settings()
     if name.startswith("toy"):
         usual = Settings(upstream="tiny", max_epochs=TOY_EPOCHS)
-        print(f"Toy defaults: tiny random upstreams, at most {TOY_EPOCHS} epochs. The paper has no cap.")
+        print(f"Toy defaults: tiny random upstreams, at most {TOY_EPOCHS} epochs (the paper has no cap)")
 
     # The runs: systems x folds x seeds. A fold that cannot be split is an error now, not later.
-    base = dataclasses.replace(usual, **given)
-    table_1 = [(fusion, frozen) for fusion in FUSIONS for frozen in (True, False)]  # Sys. 1 to 18
-    systems = [table_1[int(n) - 1] for n in args.system or ()] or [(base.fusion, base.frozen)]
+    base = dataclasses.replace(usual, **{k: v for k, v in given.items() if k not in ("fold", "seed")})
+    table_1 = list(itertools.product(CHOICES["fusion"], (True, False)))  # Sys. 1 to 18
+    systems = [(base.fusion, base.frozen)]
+    if args.system:
+        systems = table_1 if "all" in args.system else [table_1[n - 1] for n in args.system]
     sessions = sorted({u.session for u in corpus if u.label is not None})
-    folds = sessions if args.fold == ["all"] else [int(k) for k in args.fold]
-    runs = list(itertools.product(systems, folds, map(int, args.seed)))
+    folds = sessions if "all" in args.fold else args.fold
+    runs = list(itertools.product(systems, folds, args.seed))
     for _, fold, seed in runs:
         data.split(corpus, fold, seed)
-    modalities = sorted({m for fusion, _ in systems for m in Config(fusion).modalities})
+    modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}
     upstreams, inputs, cached = load_inputs(base, corpus, modalities, args.cache, device)
 
     for (fusion, frozen), fold, seed in runs:
-        settings = dataclasses.replace(base, fusion=fusion, frozen=frozen, fold=fold, seed=seed)
+        s = dataclasses.replace(base, fusion=fusion, frozen=frozen, fold=fold, seed=seed)
         used = {m: upstreams[m] for m in Config(fusion).modalities}
+        states = {m: cached[m] for m in used}
 
         # The folder's name tells every setting that is not the usual one.
-        run = ("fusion", "frozen", "fold", "seed")
-        switches = {
-            k: v for k, v in vars(settings).items() if k not in run and v != getattr(usual, k)
-        }
+        switches = {k: v for k, v in vars(s).items() if v != getattr(usual, k)}
+        switches = {k: v for k, v in switches.items() if k not in ("fusion", "frozen", "fold", "seed")}
         system = f"{fusion}-{'frozen' if frozen else 'finetuned'}"
         tail = "".join(f"-{k}={v}" for k, v in switches.items())
-        tail = re.sub(r"[^\w.=-]", "_", tail)  # of a path, for example
+        tail = re.sub(r"[^\w.=-]", "_", tail)  # the value may be a path
         folder = args.out / name / (system + tail) / f"fold{fold}-seed{seed}"
-        files = [[f and f.name for f in cached[m].files] for m in used]  # checksums of all inputs
-        config = {
-            **vars(settings), "corpus": name, "sessions": sessions, "switches": switches,
-            "model": vars(model_config(settings, used)),
-            "upstreams": {m: {"name": u.name, "fingerprint": u.fingerprint} for m, u in used.items()},
-            "utterances": digest([files, [[u.id, u.emotion, u.speaker] for u in corpus]]),
-            "made_with": {"torch": torch.__version__, "device": device},
-        }  # fmt: skip
         number = evaluate.system_number(fusion, frozen)
-        title = f"Sys. {number} ({system}), fold {fold}, seed {seed}"
-        if claim(folder, config):
-            print(f"{title}: done before, see {folder}; delete that to train again")
+        print(f"\nSys. {number} ({system}{tail}), fold {fold}, seed {seed}")
+        files = [[file and file.name for file in states[m].files] for m in used]  # have checksums
+        claim(folder, {
+            **vars(s), "corpus": name, "sessions": sessions, "switches": switches,
+            "model": vars(model_config(s, used)),
+            "utterances": digest([files, [[u.id, u.emotion, u.speaker] for u in corpus]]),
+            "weights": {m: upstream.fingerprint for m, upstream in used.items()},
+            "upstreams": {m: {"name": u.name, "fingerprint": u.fingerprint} for m, u in used.items()},
+            "made_with": {"torch": torch.__version__, "device": device},
+        })  # fmt: skip
+        if (folder / "result.json").exists():
+            print(f"done before, see {folder}; delete that to train again")
             continue
-        train(settings, corpus, name, used, inputs, cached, folder, title, device, args.micro_batch)
+        train(s, corpus, name, used, inputs, states, folder, device, args.micro_batch)
 
 
 if __name__ == "__main__":

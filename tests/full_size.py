@@ -28,6 +28,14 @@ SAYS_IT = 0.35  # chance that a sentence contains the emotion's keywords
 STAY = 12.0  # how much more likely the next turn keeps the emotion
 REPEAT = 0.25  # chance that a scripted sentence is spoken in other sessions too
 
+SPEAKERS = {  # of the four classes: ang, hap with exc, sad, neu
+    "Ses01F": (147, 132, 78, 171), "Ses01M": (82, 146, 116, 213),
+    "Ses02F": (67, 166, 113, 135), "Ses02M": (70, 161, 84, 227),
+    "Ses03F": (92, 128, 172, 130), "Ses03M": (148, 158, 133, 190),
+    "Ses04F": (205, 185, 62, 76), "Ses04M": (122, 118, 81, 182),
+    "Ses05F": (78, 159, 132, 221), "Ses05M": (92, 283, 113, 163),
+}  # fmt: skip
+
 # An emotion sets the pitch in Hz and how fast the overtones fall.
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
 KEYWORDS = {
@@ -57,7 +65,7 @@ def write_full_size(root: str | Path, shorten: float = 1.0) -> Path:
     (root / "toy.json").write_text(json.dumps({"full_size": True, "shorten": shorten}))
 
     rng = np.random.default_rng(SEED)
-    speaker_fall = {speaker: SPREAD * rng.uniform(-1, 1) for speaker in data.SPEAKERS}
+    speaker_fall = {speaker: SPREAD * rng.uniform(-1, 1) for speaker in SPEAKERS}
     plan = [dialog for session in data.SESSIONS for dialog in plan_session(session, rng)]
     for number, (name, turns) in enumerate(tqdm(plan, desc="full size", leave=False, disable=None)):
         session = root / f"Session{name[4]}"
@@ -109,17 +117,31 @@ def write_full_size(root: str | Path, shorten: float = 1.0) -> Path:
     return root
 
 
+def dialog_names(session):
+    """List the dialogues of a session of the full release: 28, 30, 32, 30, 31."""
+    names = []
+    for letter in "FM":  # who wore the markers
+        acts = [f"impro{n:02}" for n in range(1, 8 if session == 1 else 9)]
+        if (session, letter) == (3, "M"):  # 05 and 08 were played twice
+            acts = [a for act in acts for a in ([act + "a", act + "b"] if act[-1] in "58" else [act])]
+        acts += [f"script{n}" for n in "01_1 01_2 01_3 02_1 02_2 03_1 03_2".split()]
+        if (session, letter) == (5, "M"):
+            acts.append("script01_1b")
+        names += [f"Ses{session:02}{letter}_{act}" for act in acts]
+    return names
+
+
 def plan_session(session: int, rng: np.random.Generator) -> list[tuple[str, list]]:
     """Plan a session's dialogs: [(name, [(letter of the speaker, label), ...]), ...].
 
     Each speaker, label and kind of dialog gets the number of utterances that data.py's tables give.
     """
-    total, _, _, n_excited, _, _, n_improvised, _ = data.SESSIONS[session]
+    _, total, _, _, n_excited, _, _, n_improvised, _, _, _ = data.SESSIONS[session]
 
     # The utterances of the four classes, of which some happy ones become excited.
     four = [
         (speaker[-1], emotion)
-        for speaker, row in data.SPEAKERS.items() if speaker.startswith(f"Ses{session:02}")
+        for speaker, row in SPEAKERS.items() if speaker.startswith(f"Ses{session:02}")
         for emotion, n in zip(("ang", "hap", "sad", "neu"), row) for _ in range(n)
     ]  # fmt: skip
     rng.shuffle(four)
@@ -131,7 +153,7 @@ def plan_session(session: int, rng: np.random.Generator) -> list[tuple[str, list
     # for all sessions. Each session takes the slice after those of the sessions before it.
     others = [e for e, n in data.EMOTIONS.items() if e not in data.LABELS for _ in range(n)]
     others = list(np.random.default_rng(SEED).permutation(others))
-    before = sum(row[0] - sum(row[6:]) for s, row in data.SESSIONS.items() if s < session)
+    before = sum(row[1] - sum(row[7:9]) for s, row in data.SESSIONS.items() if s < session)
     others = others[before : before + total - len(four)]
     rest = [("FM"[rng.integers(2)], str(emotion)) for emotion in others]
 
@@ -142,7 +164,7 @@ def plan_session(session: int, rng: np.random.Generator) -> list[tuple[str, list
     }
     dialogs = []
     for kind in turns:
-        names = [name for name in data.dialog_names(session) if kind in name]
+        names = [name for name in dialog_names(session) if kind in name]
         order = chain(Counter(turns[kind]), rng)
         # Dialogs have different lengths, of 24 turns or more, as in the release.
         share = rng.uniform(0.5, 1.5, len(names))

@@ -104,7 +104,7 @@ def test_lengths_are_distributed_as_in_the_release(replica, labels, transcripts)
 def test_the_reader_finds_the_full_release_and_says_that_it_is_a_toy(replica, capsys):
     data.main(["check", str(replica)])
     out = capsys.readouterr().out
-    assert "10039 utterances in 151 dialog" in out and "10 speakers" in out and "toy" in out
+    assert "10039 utterances in 151 dialogues" in out and "10 speakers" in out and "toy" in out
     assert "neu 1708, hap 1636, ang 1103, sad 1084" in out
 
 
@@ -114,8 +114,8 @@ def test_a_missing_session_is_reported_by_row(replica, tmp_path):
     corpus = data.read_iemocap(tmp_path)
     assert len(corpus) == 10039 - 2170
     text = "\n".join(data.reference_problems(corpus))
-    assert "31 dialogs missing" in text and "session 5: utterances 0 (not 2170)" in text
-    assert "speaker Ses05F: ang 0 (not 78)" in text and "labels:" in text
+    assert "session 5: dialogues 0 (not 31), utterances 0 (not 2170)" in text
+    assert "woman 0 (not 590), man 0 (not 651)" in text and "all sessions: xxx" in text
     assert "session 4" not in text
 
 
