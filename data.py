@@ -27,6 +27,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -53,9 +54,9 @@ LABELS = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}  # §3.1: happy is m
 class CorpusError(ValueError):
     """A corpus is unusable. `problems` has one line a problem, with the file and the remedy."""
 
-    def __init__(self, *problems: str):
-        self.problems = list(problems)
-        super().__init__("\n".join(problems))
+    def __init__(self, problems: str | list[str]):
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
 
 
 @contextlib.contextmanager
@@ -96,6 +97,12 @@ def write_whole(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def checksum(value) -> str:
+    """Return a short checksum of bytes, or of anything that JSON can hold."""
+    content = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def run_command(main: Callable, *errors: type) -> None:
@@ -165,7 +172,7 @@ def read_iemocap(root: str | Path) -> list[Utterance]:
     """
     corpus, problems = scan(root)
     if problems:
-        raise CorpusError(*problems)
+        raise CorpusError(problems)
     return corpus
 
 
@@ -324,7 +331,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
                 PLAIN_NAMES.get(emotion, emotion), wav,
             )  # fmt: skip
     if problems:
-        raise CorpusError(*problems)
+        raise CorpusError(problems)
     # Sorting is stable: without start times, a dialogue keeps the order of its rows.
     return sorted(corpus.values(), key=lambda u: (u.session, u.dialog, u.start))
 
@@ -537,11 +544,11 @@ def cache_states(folder: Path, upstream: Callable, ids: list, inputs: Sequence, 
     """
     # DEVIATION [D1]: the frozen phase reads states rounded to 16 bits, the paper does not mention a
     # cache. Why: the upstreams run once and not once an epoch, and files have half the size.
-    files = []
+    files: list[Path | None] = []
     for id, x in zip(ids, inputs):
         content = x.encode() if isinstance(x, str) else b"" if x is None else x.numpy().tobytes()
-        name = re.sub(r"[^A-Za-z0-9.-]", "_", id), hashlib.blake2b(content, digest_size=8).hexdigest()
-        files.append(None if x is None else folder / f"{'-'.join(name)}.npy")
+        name = re.sub(r"[^A-Za-z0-9.-]", "_", id)  # an id of your own may hold anything
+        files.append(None if x is None else folder / f"{name}-{checksum(content)}.npy")
     folder.mkdir(parents=True, exist_ok=True)
     there = set(os.listdir(folder))
     missing = [i for i, file in enumerate(files) if file and file.name not in there]
@@ -670,7 +677,7 @@ def main(arguments: list[str] | None = None) -> None:
     corpus, problems = scan(write_toy(args.dir) if args.command == "toy" else args.dir)
     problems += reference_problems(corpus) if args.command == "check" and corpus else []
     if problems:
-        raise CorpusError(*problems, f"{len(problems)} problem(s) in {args.dir}")
+        raise CorpusError([*problems, f"{len(problems)} problem(s) in {args.dir}"])
     counts = Counter(CLASSES[u.label] for u in corpus if u.label is not None)
     kind = "a toy corpus" if (args.dir / "toy.json").exists() else "the full release"
     dialogs, speakers = ({getattr(u, name) for u in corpus} for name in ("dialog", "speaker"))

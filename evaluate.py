@@ -95,13 +95,12 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
 
 
 # ----- The files of a run (train.py lists them)
-
-
 class RunError(RuntimeError):
     """A run, or something asked of it, is unusable. The message names the file and the remedy."""
 
 
-Run = SimpleNamespace  # a finished run: the keys of config.json, and those that read_run adds
+class Run(SimpleNamespace):
+    """A finished run: what config.json holds as attributes, and what read_run adds."""
 
 
 def read_run(folder: Path) -> Run:
@@ -122,16 +121,16 @@ def read_run(folder: Path) -> Run:
 
     with reading(folder / "predictions.csv", remedy, RunError):
         lines = (folder / "predictions.csv").read_text(encoding="utf-8").splitlines()
-        run.rows = list(csv.DictReader(lines))  # N dicts. We add some keys:
+        run.rows = list(csv.DictReader(lines))  # N rows, and some more columns:
         for row in run.rows:
             row["dialog"] = row["utterance"].rpartition("_")[0]  # Ses05F_impro01 of ..._F000
             row["truth"], row["guess"] = map(CLASSES.index, (row["label"], row["prediction"]))
             row["seen"] = bool(int(row["seen_text"]))  # another session has the same words
-            p = [float(row[c]) for c in CLASSES]
+            p = [float(row[c]) for c in CLASSES]  # probabilities
             if not (min(p) >= 0 and abs(sum(p) - 1) < 1e-4):  # NaN fails, too
                 raise ValueError(f"the probabilities of {row['utterance']} do not sum to 1")
         expected |= metrics(column([run], "truth"), column([run], "guess"))
-        expected["n_test"] = len(set(column([run], "utterance")))  # less if one occurs twice
+        expected["n_test"] = len(set(column([run], "utterance")))  # fewer if one occurs twice
 
     with reading(folder / "result.json", remedy, RunError):
         run.result = json.loads((folder / "result.json").read_bytes())
@@ -169,7 +168,7 @@ def column(runs: Sequence[Run], name: str) -> np.ndarray:
 
 def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen_text: list) -> None:
     """Write predictions.csv: one row an utterance, with the probability of each class."""
-    text = io.StringIO(newline="")  # csv ends the lines itself
+    text = io.StringIO(newline="")  # the csv module ends the lines itself
     table = csv.writer(text)
     table.writerow(["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"])
     guesses = log_probs.argmax(dim=1)  # (N,), as in `score`: exp can make unequal numbers equal
@@ -215,7 +214,7 @@ TABLE_2 = {15: (78.32, 80.56), 17: (78.32, 80.56), 18: (84.45, 84.39)}
 
 def system_number(fusion: str, frozen: bool) -> int:
     """Return Table 1's number: 1 to 18, odd numbers are frozen, even numbers fine-tuned."""
-    return 2 * list(FUSIONS).index(fusion) + (1 if frozen else 2)  # FUSIONS is in its order
+    return 2 * list(FUSIONS).index(fusion) + (1 if frozen else 2)  # in its order
 
 
 def normalized(counts: np.ndarray) -> np.ndarray:
@@ -241,11 +240,11 @@ def describe(result: dict) -> str:
     corpus, counts = result["corpus"], np.array(result["confusion"])  # (4, 4)
     size, rows = counts.sum(axis=1), []  # (4,): utterances of each class
     for name, row, n in zip(CLASSES, normalized(counts), size):
-        rows.append({"true": name} | {c: f"{x:.2f}" for c, x in zip(CLASSES, row)} | {"of": n})
+        rows.append({"true": name} | {c: f"{x:.2f}" for c, x in zip(CLASSES, row)} | {"n": n})
     return (
         f"{corpus}: WA {result['wa']:.2%}  UA {result['ua']:.2%}  on {result['n_test']} test "
         f"utterances of session {result['fold']}, after {result['epochs']} epochs\n{corpus}: WA "
-        f"{size.max() / size.sum():.2%}  UA {1 / (size > 0).sum():.2%}  by the largest class alone\n"
+        f"{size.max() / size.sum():.2%}  UA {1 / (size > 0).sum():.2%}  by the largest class\n"
         + markdown(f"{corpus}: fraction of each true class (row) predicted as (column)", rows)
     )
 
@@ -257,7 +256,7 @@ def table_1(runs: list[Run], name="Table 1", published=TABLE_1, sessions=None) -
     much the sessions differ. With several seeds, the last ± is that of the averages of the seeds.
     It shows the effect of initial weights, order and development speaker.
     """
-    rows, wanted = [], set(sessions or runs[0].sessions)
+    rows, wanted = [], set(sessions or runs[0].sessions)  # wanted: folds
     for number, mine in grouped([run for run in runs if run.system in published], "system").items():
         row = {"Sys.": number, "model": TABLE_1[number][0], "runs": len(mine)}
         for metric, figure in zip(("WA", "UA"), published[number][-2:]):
@@ -272,15 +271,16 @@ def table_1(runs: list[Run], name="Table 1", published=TABLE_1, sessions=None) -
                 row[f"diff {metric}"] = f"{values[0] - figure:+.2f}"  # ours minus the paper's
         # A mean over other folds than the paper's is not comparable with the paper's.
         gaps = {s: wanted - grouped(x, "fold").keys() for s, x in grouped(mine, "seed").items()}
-        gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]
+        gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]  # as text
         rows.append(row | {"missing folds": ", ".join(gaps)})
-    return markdown(f"{name} with {runs[0].title}, in %, mean ± sd", rows) if rows else ""
+    title = f"{name} with {runs[0].title if runs else ''}, in %: mean ± sd (folds) ± sd (seeds)"
+    return markdown(title, rows) if rows else ""
 
 
 def table_2(runs: list[Run]) -> str:
     """Format the rows "ours" of Table 2, on Session 5 of IEMOCAP, or return ""."""
     runs = [run for run in runs if run.fold == 5 and run.corpus == "iemocap"]
-    return table_1(runs, "Table 2, Session 5,", TABLE_2, sessions=[5]) if runs else ""
+    return table_1(runs, "Table 2, Session 5,", TABLE_2, sessions=[5])
 
 
 def breakdown(runs: list[Run]) -> str:
@@ -294,20 +294,18 @@ def breakdown(runs: list[Run]) -> str:
         truth, guess, seen, dialog, speaker = (column(mine, name) for name in names)  # (N,) each
         parts = {"all": truth >= 0, "text seen": seen, "text unseen": ~seen}  # (N,) bool each
         parts["improvised"] = np.char.find(dialog, "impro") >= 0  # IEMOCAP's names
-        parts["scripted"] = np.char.find(dialog, "script") >= 0
+        parts["scripted"] = np.char.find(dialog, "script") >= 0  # with other names, no rows
         parts |= {f"speaker {s}": speaker == s for s in np.unique(speaker)}  # two in a session
         parts |= {f"class {c}": truth == i for i, c in enumerate(CLASSES)}
         for name, part in parts.items():
-            if part.any():
+            if part.any():  # else its accuracy is 0 / 0
                 x = metrics(truth[part], guess[part])
                 wa, ua = f"{100 * x['wa']:.2f}", f"{100 * x['ua']:.2f}"
-                rows.append({"Sys.": number, "part": name, "of": part.sum(), "WA": wa, "UA": ua})
+                rows.append({"Sys.": number, "part": name, "n": part.sum(), "WA": wa, "UA": ua})
     return markdown(f"Parts of the test data with {runs[0].title}, in %, pooled over runs", rows)
 
 
 # ----- Is the difference between two systems real? (The paper has no tests.)
-
-
 def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     """Compute the p-value of McNemar's exact test: do a and b err equally often?
 
@@ -319,9 +317,10 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     0.21875
     """
     a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)  # (N,)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())  # n in all
-    tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1))  # of 2^n
-    return min(1.0, 2 * tail / 2 ** (only_a + only_b))
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    n = only_a + only_b  # coins, with 2^n equally likely outcomes
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))  # outcomes of one tail
+    return min(1.0, 2 * tail / 2**n)
 
 
 def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0) -> dict:
@@ -336,7 +335,8 @@ def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0
     (0.5, 0.5, 0.5)
     """
     members = [np.flatnonzero(dialogs == d) for d in np.unique(dialogs)]  # rows of each dialogue
-    drawn = np.random.default_rng(seed).integers(len(members), size=(draws, len(members)))
+    random = np.random.default_rng(seed)
+    drawn = random.integers(len(members), size=(draws, len(members)))  # dialogues of each draw
     samples = [np.arange(len(truth)), *(np.concatenate([members[d] for d in x]) for x in drawn)]
     result = {}
     for name, metric in (("wa", weighted_accuracy), ("ua", unweighted_accuracy)):
@@ -351,8 +351,8 @@ def compare(first: list[Run], second: list[Run], every_seed: bool = False) -> st
 
     Of each fold we take the lowest seed that both have, or with every_seed all of them.
     """
-    a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))  # by both
-    pairs = {}  # two runs for each fold, or for each fold and seed
+    a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))
+    pairs = {}  # a run of A and a run of B for each fold, or for each fold and seed
     for fold, seed in sorted(a.keys() & b.keys()):
         pairs.setdefault((fold, every_seed and seed), (a[fold, seed], b[fold, seed]))
     if not pairs or len(a) < len(first) or len(b) < len(second):
@@ -367,7 +367,7 @@ def compare(first: list[Run], second: list[Run], every_seed: bool = False) -> st
         f"folds {list(grouped(a, 'fold'))}, seeds {list(grouped(a, 'seed'))}: {len(truth)} "
         f"predictions in {len(set(dialogs))} dialogues",
         f"only A right: {(right_a & ~right_b).sum()}, only B right: {(right_b & ~right_a).sum()}; "
-        f"McNemar's exact test: p = {mcnemar(right_a, right_b):.3g} (takes them as independent)",
+        f"McNemar's exact test: p = {mcnemar(right_a, right_b):.3g} (if independent)",
     ]
     for metric, points in bootstrap(truth, guess_a, guess_b, dialogs).items():
         difference, low, high = (f"{100 * x:+.2f}" for x in points)  # in percentage points
@@ -378,15 +378,13 @@ def compare(first: list[Run], second: list[Run], every_seed: bool = False) -> st
 
 
 # ----- Pictures (matplotlib is the one optional package)
-
-
 def figure(width: float, height: float, title: str):
     """Create an empty matplotlib Figure, in inches. Raises RunError without matplotlib."""
     with reading("matplotlib", "for pictures: pip install matplotlib", RunError):
         import matplotlib.figure  # without pyplot there is no window to close
     matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 10, "figure.dpi": 200})
     fig = matplotlib.figure.Figure((width, height), layout="constrained")
-    fig.suptitle(title, wrap=True)
+    fig.suptitle(title, wrap=True)  # as many lines as it needs
     return fig
 
 
@@ -394,7 +392,7 @@ def draw_confusions(runs: list[Run], path: Path) -> None:
     """Draw Fig. 4 for its own four systems on Session 5, or else for the first four runs."""
     lowest = {(run.system, run.fold): run for run in sorted(runs, key=lambda run: -run.seed)}
     shown = [lowest[n, 5] for n in (4, 8, 18, 7) if (n, 5) in lowest] or runs[:4]  # panels a to d
-    fig = figure(3 * len(shown), 3.6, f"Fig. 4 with {runs[0].title}")
+    fig = figure(3 * len(shown), 3.6, f"Fig. 4 with {runs[0].title}")  # one row of panels
     for ax, letter, run in zip(fig.subplots(1, len(shown), squeeze=False)[0], "abcd", shown):
         fractions = normalized(np.array(run.result["confusion"]))  # (4, 4)
         ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)  # the colours of the paper
@@ -411,17 +409,16 @@ def draw_curves(runs: list[Run], path: Path) -> None:
     """Draw loss and development UA of one system's runs over the epochs, one colour a run."""
     fig = figure(6.5, 6.5, runs[0].name)
     loss, ua = fig.subplots(2, 1, sharex=True)
-    for run in runs:
-        file, name = run.folder / "log.jsonl", f"fold {run.fold}, seed {run.seed}"
-        with reading(file, "restore it, or leave out --pictures", RunError):
-            log = [json.loads(line) for line in file.read_text().splitlines()]  # a dict an epoch
-            start = run.result["finetune_epoch"]  # the epoch before fine-tuning, or None
+    for k, run in enumerate(runs):
+        path_of_log = run.folder / "log.jsonl"
+        with reading(path_of_log, "restore it, or leave out --pictures", RunError):
+            log = [json.loads(line) for line in path_of_log.read_text().splitlines()]
             x = {key: [row[key] for row in log] for key in log[0]}  # a list of values by epoch
-            (line,) = loss.plot(x["epoch"], x["dev_loss"], label=name)
-            loss.plot(x["epoch"], x["train_loss"], ":", color=line.get_color())  # dotted
-            ua.plot(x["epoch"], x["dev_ua"])
-            if start:
-                loss.plot(start, x["dev_loss"][start - 1], "kv", label=f"{name}: fine-tuning")
+            loss.plot(x["epoch"], x["dev_loss"], f"C{k}", label=f"fold {run.fold}, seed {run.seed}")
+            loss.plot(x["epoch"], x["train_loss"], f"C{k}:")  # dotted
+            ua.plot(x["epoch"], x["dev_ua"], f"C{k}")
+            if start := run.result["finetune_epoch"]:  # the last frozen epoch, or None
+                loss.plot(start, x["dev_loss"][start - 1], f"C{k}v", label="fine-tuning starts")
     loss.legend(ncols=2)  # the lower panel has the same colours
     loss.set_ylabel("cross-entropy (dotted: training)")
     ua.set(xlabel="epoch", ylabel="development UA")
@@ -446,23 +443,22 @@ def draw_attention(recognizer: "Recognizer", text: str, path: Path) -> None:
     fusion, tokenizer = recognizer.model.fusion, recognizer.upstreams["text"].preprocessor
     x, mask = recognizer.model.features(**recognizer.batch)  # X_A and X_T by modality
     n = x["text"].shape[1]  # X_T is as long as the longest text of the context
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) + ["(context)"] * n
+    ids = tokenizer(text, truncation=True, max_length=n)["input_ids"]  # as the model reads it
+    tokens = tokenizer.convert_ids_to_tokens(ids) + ["(context)"] * (n - len(ids))
     fig = figure(6.5, 1 + 4 * len(fusion.paths), f"Eq. (1) on one utterance, {recognizer.name}")
     axes = fig.subplots(len(fusion.paths), 1, squeeze=False)[:, 0]
     for ax, (target, source) in zip(axes, fusion.paths):
         block = fusion.blocks[f"{source}-to-{target}"]
         _, weights = block.attend(x[target], x[source], mask[source])  # (1, T_t, T_s)
         weights = weights[0] if target == "text" else weights[0].T  # (T_T, T_A) in both panels
-        fig.colorbar(ax.imshow(weights, aspect="auto", cmap="Blues", vmin=0), ax=ax)
-        ax.set_yticks(range(0, n, 1 + n // 20), tokens[: n : 1 + n // 20])  # at most 20 labels
+        fig.colorbar(ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0), ax=ax)
+        ax.set_yticks(range(0, n, 1 + n // 20), tokens[:: 1 + n // 20])  # at most 20 labels
         line = "row" if target == "text" else "column"
         ax.set(title=f"{source} to {target}: each {line} sums to 1", xlabel="frame of 20 ms")
     fig.savefig(path)
 
 
 # ----- An utterance of your own, and the command
-
-
 class Recognizer:
     """A finished run that predicts the emotion of your own utterances. In a notebook:
 
@@ -472,7 +468,7 @@ class Recognizer:
 
     def __init__(self, folder: str | Path):
         self.run = run = read_run(Path(folder))
-        self.name = f"{run.name}, fold {run.fold}, seed {run.seed}"
+        self.name = f"{run.name}, fold {run.fold}, seed {run.seed}"  # in titles and errors
         state = load_checkpoint(run.folder / "checkpoint.pt")  # of the last epoch
         with reading(run.folder, "checkpoint.pt does not fit config.json; train again", RunError):
             weights = (state["selected"] or state)["weights"]  # [A10]
@@ -508,11 +504,12 @@ class Recognizer:
                 remark(f"Of {len(x) / SAMPLE_RATE:.1f} s of audio, {CLIP_SECONDS} s are used.")
         if "text" in self.upstreams:
             upstream, half = self.upstreams["text"], self.model.config.n_context // 2
-            before, after = list(before)[max(0, len(before) - half) :], list(after)[:half]
+            before, after = ([x] if isinstance(x, str) else list(x) for x in (before, after))
+            before, after = before[max(0, len(before) - half) :], after[:half]  # the nearest
             texts = [*before, text, *after]  # U texts
             context = [-1] * (half - len(before)) + [*range(len(texts))]  # -1: none there [A6]
             context += [-1] * (2 * half + 1 - len(context))  # C indices of texts
-            self.batch["text"] = (*upstream(texts), torch.tensor([context]))
+            self.batch["text"] = (*upstream(texts), torch.tensor([context]))  # context (1, C)
             tokens, missing = len(upstream.preprocessor(text)["input_ids"]), context.count(-1)
             if tokens > upstream.max_tokens:
                 remark(f"Of {tokens} tokens, {upstream.max_tokens} are used.")
@@ -529,7 +526,7 @@ def recognize_one(args: argparse.Namespace) -> None:
     for line in (answer, *recognizer.remarks):
         print(f"{recognizer.run.title}: {line}")
     if args.pictures:
-        draw_gates(recognizer, args.pictures / "gates.png")
+        draw_gates(recognizer, args.pictures / "gates.png")  # no second run of the upstreams
         if recognizer.run.fusion in ("cmt-a2t", "cmt-t2a", "mmt"):
             draw_attention(recognizer, args.text, args.pictures / "attention.png")
 
@@ -547,7 +544,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-    if args.wav is not None or args.text is not None:  # an utterance of your own
+    if args.wav is not None or args.text is not None or args.before or args.after:
         return recognize_one(args)
 
     runs, others = find_runs(args.runs)
@@ -556,7 +553,7 @@ def main(arguments: list[str] | None = None) -> None:
     damaged = [line for line in others if not line.startswith("unfinished")]  # or duplicate
     for line in others:
         print(line, file=sys.stderr if line in damaged else sys.stdout)
-    groups = list(grouped(runs, "title").values())  # a group for each table
+    groups = list(grouped(runs, "title").values())  # a table for each title
     if args.compare:
         by_folder = not "".join(args.compare).isdigit()  # else by number, title by title
         pairs = [[[r for r in x if str(r.system) == n] for n in args.compare] for x in groups]
@@ -564,11 +561,11 @@ def main(arguments: list[str] | None = None) -> None:
             pairs = [[find_runs(Path(folder))[0] for folder in args.compare]]
         for first, second in [pair for pair in pairs if all(pair)] or pairs:
             print(compare(first, second, every_seed=by_folder))
-        groups = []
+        groups = []  # no other report
     for group in groups:
         print(breakdown(group) if args.parts else f"{table_1(group)}\n{table_2(group)}")
         if args.pictures:
-            stem = re.sub(r"\W+", "-", group[0].title)[:100]
+            stem = re.sub(r"\W+", "-", group[0].title)[:100]  # the title as a file name
             draw_confusions(group, args.pictures / f"{stem}-confusions.png")
             for number, mine in grouped(group, "system").items():
                 draw_curves(mine, args.pictures / f"{stem}-curves-{number:02}.png")

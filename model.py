@@ -2,8 +2,7 @@
 
     python model.py     every block of the MMT system, with shapes and parameters at full size
 
-Read this file with §2 of the paper and its Figures 1-3 open. It goes from the equations to the
-blocks (Fig. 2), to the fusions (Fig. 3), to the whole (Fig. 1), to the pre-trained upstreams.
+Read this file with §2 of the paper and its Figures 1-3 open.
 
 Symbol      meaning                                                      in the paper
 ------      ----------------------------------------------------------   --------------------------
@@ -128,12 +127,11 @@ def cross_modal_attention(
     q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v  # (B, T_t, d_k), (B, T_s, d_k), (B, T_s, d_v)
     scores = q @ k.transpose(1, 2) / math.sqrt(w_k.shape[1])  # (B, T_t, T_s)
     if mask_s is None:
-        weights = scores.softmax(dim=-1)
-    else:
-        # Subtle: fill with the lowest finite number. A row of -inf has the softmax NaN.
-        padded = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
-        weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(dim=-1)
-        weights = weights.masked_fill(padded, 0.0)
+        mask_s = torch.ones_like(x_s[..., 0], dtype=torch.bool)
+    # Subtle: fill with the lowest finite number. A row of -inf has the softmax NaN.
+    padded = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
+    weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    weights = weights.masked_fill(padded, 0.0)  # (B, T_t, T_s)
     return weights @ v, weights
 
 
@@ -151,10 +149,10 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, n_layers: int):
         super().__init__()
-        # UNSPECIFIED [A2]: the paper says "layer-wise" and "the reduction ratio is simply the
-        # number of layers". We use the layers as channels, so the bottleneck has L / L = 1 unit.
-        # Alternative: the features as channels. Careful: a single ReLU can die, and then all
-        # utterances get the same gates. We start it alive (bias 1), and train.py warns if it dies.
+        # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
+        # use the layers as channels, so the bottleneck has L / L = 1 unit. Alternative: the
+        # features. Careful: if the one ReLU dies, all utterances get the same gates. It starts
+        # alive (bias 1), and train.py warns if it dies.
         self.reduce = nn.Linear(n_layers, 1)
         self.expand = nn.Linear(1, n_layers)
         nn.init.ones_(self.reduce.bias)
@@ -176,9 +174,9 @@ class SqueezeExcitation(nn.Module):
 class Projector(nn.Module):
     """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
 
-    x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat".
-    gates (B, 1, L) or None: if given, each layer is scaled by its gate on the way. The result
-    equals a projection of S&E's output, without a scaled copy of the states.
+    x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat". With
+    gates (B, 1, L), each layer is scaled on the way. That equals a projection of S&E's output, but
+    makes no scaled copy of the states.
     """
 
     def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
@@ -207,8 +205,8 @@ class Projector(nn.Module):
 class FeatureExtractor(nn.Module):
     """Fig. 2a without the upstream: states (B, T, L, D), mask (B, T) -> (X (B, T, d), mask).
 
-    The cache has no padding. It gives states (N, L, D): the N real steps of the B utterances, one
-    after another, which is less to read and to compute. `mask` tells where each step belongs.
+    The cache gives states (N, L, D) without padding: the N real steps of all utterances, one after
+    another, which is less to compute. The mask tells where each step belongs.
     """
 
     def __init__(self, n_layers: int, in_dim: int, config: Config):
@@ -245,10 +243,9 @@ class ContextConv(nn.Module):
     def __init__(self, n_context: int = 9, text_mask: str = "union"):
         super().__init__()
         # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3"
-        # (§2.1). We use the utterances as input channels and convolve over (token, feature), so
-        # X_T is still a sequence: 9 * 3 * 3 + 1 = 82 parameters. Alternative: two such layers with
-        # LayerNorm between them, as in the author's other code. Careful: token t of one utterance
-        # meets tokens t - 1 to t + 1 of the others, which share a position and nothing more.
+        # (§2.1). We use the utterances as channels and convolve over (token, feature), so X_T is a
+        # sequence: 9 * 3 * 3 + 1 = 82 parameters. Alternative: two layers and LayerNorm, as in the
+        # author's other code. Careful: tokens of two utterances meet because of their position.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
         self.text_mask = text_mask
 
@@ -256,17 +253,15 @@ class ContextConv(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         C = x.shape[1]
 
-        # UNSPECIFIED [A6]: the paper does not say what stands beyond a dialogue's edge. We put
-        # zeros, as implementations of [23] do. Alternative: repeat the edge. A missing neighbour
-        # has an all-False mask, so this line turns it into a map of zeros. It zeroes padding too,
-        # so the result does not depend on how far the batch was padded.
+        # UNSPECIFIED [A6]: what is beyond a dialogue's edge. We put zeros, as implementations of
+        # [23] do. Alternative: repeat the edge. A missing neighbour has an all-False mask, so this
+        # line turns it into a map of zeros. It zeroes padding, too.
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # (B, C, T, d)
 
         x = self.conv(x).squeeze(1)  # (B, T, d)
 
-        # UNSPECIFIED [A5]: the paper does not say which steps of X_T are real. We take each
-        # position where any of the C utterances has a token. Alternative: --text-mask target, the
-        # target's own tokens. Effect: tests/COURSE.md.
+        # UNSPECIFIED [A5]: which steps of X_T are real. We take each position where any of the C
+        # utterances has a token. Alternative: --text-mask target. Effect: tests/COURSE.md.
         mask = mask.any(dim=1) if self.text_mask == "union" else mask[:, C // 2]  # (B, T)
         return x, mask
 
@@ -309,11 +304,10 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int = 16, dropout: float = 0.1, residual: bool = True):
         super().__init__()
-        # UNSPECIFIED [A8]: heads, depth, width, norm and positions. Eq. (1) has one head and no
-        # output matrix. "The same backbone as the vanilla Transformer" (§2.2) gives post-norm, a
-        # feed-forward of 4 d with ReLU, and dropout 0.1. We use one block and add no positions,
-        # because the upstreams already did. Alternative: the author's other code has 2 heads, a
-        # feed-forward of width 2 and dropout 0.5.
+        # UNSPECIFIED [A8]: heads, depth, width, norm, positions. Eq. (1) has one head and no output
+        # matrix. "The same backbone as the vanilla Transformer" (§2.2) gives post-norm, 4 d, ReLU,
+        # dropout 0.1. We use one block, and no positions, because the upstreams add them.
+        # Alternative: 2 heads, width 2, dropout 0.5, as in the author's other code.
         self.w_q = nn.Parameter(torch.empty(dim, dim))
         self.w_k = nn.Parameter(torch.empty(dim, dim))
         self.w_v = nn.Parameter(torch.empty(dim, dim))
@@ -326,9 +320,8 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         # UNSPECIFIED [A7]: the vanilla Transformer adds the queries to the attention's output. Then
-        # CMT(A->T) would carry the text itself, but in Table 1 it scores nearer to audio than to
-        # text (Sys. 9, 10). We add them in the encoder, and not across modalities. Alternative:
-        # --cma-residual. Effect: tests/COURSE.md.
+        # CMT(A->T) carries the text itself, but in Table 1 it is near audio (Sys. 9, 10). We do not
+        # add them across modalities. Alternative: --cma-residual. Effect: tests/COURSE.md.
         self.residual = residual
 
     def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None):
@@ -390,9 +383,9 @@ class EmotionRecognizer(nn.Module):
             self.extractor["text"] = TextFeatureExtractor(config)
         self.fusion = Fusion(config)
         # UNSPECIFIED [A16]: "a dropout layer (0.5) between every two modules" (§3.2). We take the
-        # boxes of Fig. 1 as modules: extractor -> fusion -> classifier. A unimodal system has no
-        # fusion box and so one dropout. Alternative: --dropout-at projector, between S&E and
-        # "Project & Norm", as in the author's other code, or both. Effect: tests/COURSE.md.
+        # boxes of Fig. 1: extractor -> fusion -> classifier. A unimodal system has no fusion box.
+        # Alternative: --dropout-at projector, after S&E, as in the author's other code, or both.
+        # Effect: tests/COURSE.md.
         between = 0.0 if config.dropout_at == "projector" else config.dropout
         self.dropout = nn.Dropout(between)
         self.fusion_dropout = nn.Dropout(between if len(config.modalities) == 2 else 0.0)
@@ -455,8 +448,8 @@ class Upstream(nn.Module):
         super().__init__()
         self.name, self.modality, self.precision = name, modality, "fp32"
         label = f"{'--wavlm' if modality == 'audio' else '--bert'} {name}"
-        with upstream_errors(label, f"use another {modality} encoder, or download it again"):
-            self.preprocessor, self.model = load_pretrained(name, modality)
+        with upstream_errors(label, f"use a whole {modality} encoder, or download it again"):
+            self.preprocessor, self.model = load_pretrained(name, modality, label)
             self.preprocessor.padding_side = "right"  # some configurations say left
             self.requires_grad_(False)
             self.eval()
@@ -474,9 +467,9 @@ class Upstream(nn.Module):
         self.original: dict[str, Tensor] = {}  # what fine-tuning opened, as it was before
 
     def train(self, mode: bool = True) -> "Upstream":
-        # UNSPECIFIED [A12]: dropout inside the upstreams. The frozen phase needs eval mode, because
-        # it reads cached states. We keep it while fine-tuning. Alternative: train mode then, as in
-        # the author's other code. Careful: WavLM would also drop layers and mask its input.
+        # UNSPECIFIED [A12]: dropout inside the upstreams. A cache needs eval mode, and we keep it
+        # while fine-tuning. Alternative: train mode then, as in the author's other code. Careful:
+        # in train mode, WavLM drops layers and masks its input, too.
         return super().train(False)
 
     def forward(self, raw: list) -> tuple[Tensor, Tensor]:
@@ -535,9 +528,8 @@ class Upstream(nn.Module):
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put weights back. Raises RuntimeError for other names or shapes than the model's."""
-        if self.model.load_state_dict(weights, strict=False).unexpected_keys:
-            raise RuntimeError(f"{self.name} has no weights of these names")
+        """Put weights back. Raises RuntimeError for names or shapes that the model does not have."""
+        self.model.load_state_dict(self.model.state_dict() | weights)
 
     @torch.no_grad()
     def check(self) -> bool:
@@ -596,7 +588,7 @@ def load_transformers():
     return transformers
 
 
-def load_pretrained(name: str, modality: str):
+def load_pretrained(name: str, modality: str, label: str):
     """Load (preprocessor, model) from a folder, the download cache, or the Hugging Face hub."""
     hf = load_transformers()
     loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
@@ -617,7 +609,7 @@ def load_pretrained(name: str, modality: str):
 
         # Ask first, because from_pretrained retries for half a minute without a network.
         advice = "give the model's folder, or use --upstream tiny for a dry run"
-        with upstream_errors(f"{name}: no such folder, and the Hugging Face hub fails", advice):
+        with upstream_errors(f"{label}: no such folder, and the Hugging Face hub fails", advice):
             HfApi().model_info(name, timeout=5)
         preprocessor, model, info = load(local=False)
 

@@ -19,9 +19,7 @@ runs/ and cache/. Read Patience (the triggers) first, and then train(), from top
 """
 
 import argparse
-import copy
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -166,6 +164,7 @@ def train(
         cached[m].keep()
 
     # The trained part, and AdamW at 1e-3 (§3.2).
+    torch.backends.cudnn.allow_tf32 = False  # cached states must equal live ones
     torch.manual_seed(settings.seed)  # initial weights, then dropout
     order = torch.Generator().manual_seed(settings.seed)  # of the batches
     recognizer = EmotionRecognizer(model_config(settings, upstreams)).to(device)
@@ -259,13 +258,19 @@ def train(
             "dev_loss": dev["loss"], "dev_wa": dev["wa"], "dev_ua": dev["ua"],
             "since_best": since_best, "seconds": time.perf_counter() - started,
         })  # fmt: skip
-        print(describe(name, log[-1], settings.stop_after))
+        since = f"no improvement for {since_best} of {settings.stop_after} epochs"
+        print(
+            f"{name} epoch {len(log):3} {log[-1]['phase']:8} train loss {train_loss:.4f}  "
+            f"dev loss {dev['loss']:.4f} WA {dev['wa']:6.2%} UA {dev['ua']:6.2%}  "
+            f"{log[-1]['seconds']:.1f} s  {since if since_best else 'dev loss improved'}"
+        )
 
         # UNSPECIFIED [A10]: "the last model is selected and then evaluated". We test the last
         # epoch's weights. Alternative: --select best, those of the lowest development loss. Effect:
         # tests/COURSE.md.
         if settings.select == "best" and since_best == 0:
-            selected = {"weights": copy.deepcopy(weights()), "finetune_epoch": finetune_epoch}
+            kept = {m: {k: x.clone() for k, x in part.items()} for m, part in weights().items()}
+            selected = {"weights": kept, "finetune_epoch": finetune_epoch}
 
         # §2.4: "partially fine-tune them after training convergence".
         if event == "finetune":
@@ -284,11 +289,11 @@ def train(
             state[device] = getattr(torch, device).get_rng_state()
         content = io.BytesIO()
         torch.save(state, content)
+        lines = "".join(json.dumps(row) + "\n" for row in log)
+        data.write_whole(folder / "log.jsonl", lines.encode())
         data.write_whole(path, content.getvalue())
-        data.write_whole(folder / "log.jsonl", json_lines(log))
 
     # Test the last model on the test session, which is read here for the first time.
-    data.write_whole(folder / "log.jsonl", json_lines(log))  # a kill may have come before the last
     capped = patience.since_best < settings.stop_after
     print(f"{name}: training stops, {'at the cap of epochs' if capped else 'no improvement'}")
     if selected:
@@ -318,25 +323,6 @@ def finite(loss: float, epoch: int, ids: list[str]) -> float:
         advice = "look at these inputs, or try --precision fp32. The run keeps the epoch before"
         raise RunError(f"the loss is {loss} {where}; {advice}")
     return loss
-
-
-def describe(name: str, row: dict, stop_after: int) -> str:
-    """Describe an epoch in one line, in the user's words."""
-    since = f"no improvement for {row['since_best']} of {stop_after} epochs"
-    return (
-        f"{name} epoch {row['epoch']:3} {row['phase']:8} train loss {row['train_loss']:.4f}  "
-        f"dev loss {row['dev_loss']:.4f} WA {row['dev_wa']:6.2%} UA {row['dev_ua']:6.2%}  "
-        f"{row['seconds']:.1f} s  {since if row['since_best'] else 'dev loss improved'}"
-    )
-
-
-def json_lines(rows: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def digest(value) -> str:
-    """Return a short checksum of anything that JSON can hold."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=4).hexdigest()
 
 
 def model_config(settings: Settings, upstreams: dict[str, Upstream]) -> Config:
@@ -369,7 +355,7 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
         problems += data.reference_problems(corpus)
     if problems and not (partial and corpus):
         advice = "add --partial to train on the rest of it, or on a part of the full release"
-        raise CorpusError(*problems, f"{len(problems)} problem(s) in {root}; {advice}")
+        raise CorpusError([*problems, f"{len(problems)} problem(s) in {root}; {advice}"])
     print("\n".join([*problems, f"{name}: {len(corpus)} utterances, {len(problems)} problem(s)"]))
     return name, corpus
 
@@ -409,14 +395,13 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]
         (low, high), value = f.metadata["range"], given.get(f.name)
         if isinstance(value, (int, float)) and not low <= value <= high:
             p.error(f"--{f.name.replace('_', '-')} {value}: expected a number from {low} to {high:g}")
-    for wrong, complaint in (
-        (args.system and "frozen" in given, "--frozen: --system says it already (odd: frozen)"),
-        (args.iemocap and args.corpus, "--corpus: give one of --iemocap and --corpus"),
-        (args.partial and not args.iemocap, "--partial: of which folder? Add --iemocap DIR"),
-        (given.get("context", 9) % 2 == 0, "--context: expected an odd number"),
-        ((args.micro_batch or 1) < 1, "--micro-batch: expected a number from 1"),
-        (min(args.seed) < 0, "--seed: expected numbers from 0"),
-    ):  # fmt: skip
+    for complaint, wrong in {
+        "--frozen: --system says it already (odd: frozen)": args.system and "frozen" in given,
+        "--corpus: give one of --iemocap and --corpus": args.iemocap and args.corpus,
+        "--partial: of which folder? Add --iemocap DIR": args.partial and not args.iemocap,
+        "--context: expected an odd number": given.get("context", 1) % 2 == 0,
+        "--micro-batch, --seed: too low": (args.micro_batch or 1) < 1 or min(args.seed) < 0,
+    }.items():
         if wrong:
             p.error(complaint)
     return args, given
@@ -424,14 +409,13 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]
 
 def find_device(asked: str | None) -> str:
     """Choose the device, and print it. Raises RunError if the one asked for is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = asked or next(d for d, found in there.items() if found)
-    if not there[device]:
-        raise RunError(f"--device {asked}: torch {torch.__version__} finds none; leave the flag out")
-    if device == "cpu" and not asked and shutil.which("nvidia-smi"):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = asked or next((d for d, found in there.items() if found), "cpu")
+    if not there.get(device, True):
+        raise RunError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
+    if device != asked and device == "cpu" and shutil.which("nvidia-smi"):
         print("warning: torch finds no usable GPU. Update the driver, or install a torch for it.")
     print(f"torch {torch.__version__} on {device}")
-    torch.backends.cudnn.allow_tf32 = False  # cached states must equal live ones
     return device
 
 
@@ -440,7 +424,7 @@ def load_inputs(s: Settings, corpus: list[Utterance], modalities: set, cache: Pa
     names, texts = {"audio": s.wavlm, "text": s.bert}, [u.text for u in corpus]
     if s.upstream == "tiny":
         torch.set_num_threads(1)  # faster for small tensors, and the same sums on every machine
-        folder = cache / f"tiny-{digest(texts)}"
+        folder = cache / f"tiny-{data.checksum(texts)}"
         if not folder.exists():
             part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
             make_tiny_upstreams(str(part), texts)
@@ -499,8 +483,7 @@ def main(arguments: list[str] | None = None) -> None:
         switches = {k: v for k, v in vars(s).items() if v != getattr(usual, k)}
         switches = {k: v for k, v in switches.items() if k not in ("fusion", "frozen", "fold", "seed")}
         system = f"{fusion}-{'frozen' if frozen else 'finetuned'}"
-        tail = "".join(f"-{k}={v}" for k, v in switches.items())
-        tail = re.sub(r"[^\w.=-]", "_", tail)  # the value may be a path
+        tail = "".join(f"-{k}={Path(str(v)).name}" for k, v in switches.items())
         folder = args.out / name / (system + tail) / f"fold{fold}-seed{seed}"
         number = evaluate.system_number(fusion, frozen)
         print(f"\nSys. {number} ({system}{tail}), fold {fold}, seed {seed}")
@@ -508,7 +491,7 @@ def main(arguments: list[str] | None = None) -> None:
         claim(folder, {
             **vars(s), "corpus": name, "sessions": sessions, "switches": switches,
             "model": vars(model_config(s, used)),
-            "utterances": digest([files, [[u.id, u.emotion, u.speaker] for u in corpus]]),
+            "utterances": data.checksum([files, [[u.id, u.emotion, u.speaker] for u in corpus]]),
             "weights": {m: upstream.fingerprint for m, upstream in used.items()},
             "upstreams": {m: {"name": u.name, "fingerprint": u.fingerprint} for m, u in used.items()},
             "made_with": {"torch": torch.__version__, "device": device},
