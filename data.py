@@ -551,13 +551,14 @@ def cache_states(folder: Path, upstream: Callable, ids: list, inputs: Sequence, 
         files.append(None if x is None else folder / f"{name}-{checksum(content)}.npy")
     folder.mkdir(parents=True, exist_ok=True)
     there = set(os.listdir(folder))
-    missing = [i for i, file in enumerate(files) if file and file.name not in there]
-    if missing:
-        print(f"layer states of {len(missing)} utterances to compute; they go to {folder}")
-
-    missing.sort(key=lambda i: -len(inputs[i]))  # longest first: too little memory shows at once
-    for k in tqdm(range(0, len(missing), 32), desc=folder.name, leave=False, disable=None):
-        rows = missing[k : k + 32]
+    # Longest first: too little memory shows at once. A batch is computed as a whole, because the
+    # last bits depend on it. So the states are the same after a kill.
+    rows = sorted((i for i, file in enumerate(files) if file), key=lambda i: -len(inputs[i]))
+    parts = [rows[k : k + 32] for k in range(0, len(rows), 32)]
+    parts = [part for part in parts if not all(files[i].name in there for i in part)]
+    if parts:
+        print(f"layer states of {sum(map(len, parts))} utterances to compute, into {folder}")
+    for rows in tqdm(parts, desc=folder.name, leave=False, disable=None):
         with torch.no_grad():
             states, mask = upstream([inputs[i] for i in rows])  # (U, T, L, D), (U, T)
         for i, x, real in zip(rows, states.half().cpu(), mask.cpu()):

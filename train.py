@@ -19,6 +19,7 @@ runs/ and cache/. Read Patience (the triggers) first, and then train(), from top
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -428,7 +429,9 @@ def load_inputs(s: Settings, corpus: list[Utterance], modalities: set, cache: Pa
         if not folder.exists():
             part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
             make_tiny_upstreams(str(part), texts)
-            part.rename(folder)
+            with contextlib.suppress(OSError):  # another process was first
+                part.rename(folder)
+            shutil.rmtree(part, ignore_errors=True)
         names = {m: str(folder / m) for m in names}
     upstreams = {m: Upstream(names[m], m, s.precision).to(device) for m in sorted(modalities)}
     inputs = {m: data.load_clips(corpus, s.trim) if m == "audio" else texts for m in upstreams}

@@ -103,7 +103,7 @@ def test_lines_and_files_that_are_no_utterances_are_passed_over(tmp_path):
 def test_a_dialog_in_another_sessions_folder_is_said(tmp_path):
     write_dialog(tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm")])
     (tmp_path / "Session1").rename(tmp_path / "Session2")
-    with pytest.raises(CorpusError, match="dialog of another session"):
+    with pytest.raises(CorpusError, match="not an utterance of Ses01F_impro01 in session 2"):
         data.read_iemocap(tmp_path)
 
 
@@ -216,7 +216,7 @@ def test_forms_that_are_not_read_are_named(tmp_path):
     with wave.open(str(tmp_path / "stereo.wav"), "wb") as file:
         file.setnchannels(2), file.setsampwidth(2), file.setframerate(16000)
         file.writeframes(b"\0" * 400)
-    with pytest.raises(CorpusError, match="stereo.wav.*2 channel.*mono"):
+    with pytest.raises(CorpusError, match="stereo.wav.*2 channel.*ffmpeg"):
         data.load_wav(tmp_path / "stereo.wav")
 
 
@@ -240,92 +240,116 @@ def test_clip_never_gives_back_nothing():
 # --- the cache
 
 
-def test_cached_clips_are_trimmed_cut_and_only_of_the_four_classes(tmp_path):
+def test_clips_are_trimmed_cut_and_only_of_the_four_classes(tmp_path):
     session = write_dialog(tmp_path, "Ses01F_impro01", [
         ("F000", 0, 7, "neu", "long"), ("M000", 8, 9, "fru", "out of class"), ("F001", 9, 10, "sad", "x"),
     ])  # fmt: skip
     quiet = session / "sentences" / "wav" / "Ses01F_impro01" / "Ses01F_impro01_F001.wav"
     write_wav(quiet, [0.0] * 8000 + [0.5] * 8000)
     corpus = data.read_iemocap(tmp_path)
-    clips = data.cache_clips(tmp_path / "clips", corpus)
-    assert clips.lengths.tolist() == [80000, 0, 8000]
+    clips = data.load_clips(corpus)
+    assert clips[1] is None and [len(clips[i]) for i in (0, 2)] == [80000, 8000]
     torch.testing.assert_close(clips[0], data.load_wav(corpus[0].wav)[:80000])
-    again = data.cache_clips(tmp_path / "clips", corpus)
-    assert torch.equal(again[2], clips[2])
 
 
-def test_a_cut_cache_file_is_refused(tmp_path, capsys):
-    write_dialog(tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm")])
-    corpus = data.read_iemocap(tmp_path)
-    whole = data.cache_clips(tmp_path / "clips", corpus)[0].clone()
-    path = tmp_path / "clips" / "data.bin"
-    path.write_bytes(path.read_bytes()[:100])
-    assert torch.equal(data.cache_clips(tmp_path / "clips", corpus)[0], whole)
-    assert "size of data.bin" in capsys.readouterr().out
+def test_clip_all_removes_every_silent_window():
+    loud, quiet = torch.full((800,), 0.5), torch.full((1200,), 1e-5)
+    x = torch.cat([quiet, loud, quiet, 2 * loud, quiet])
+    assert torch.equal(data.clip(x, "all"), torch.cat([loud, 2 * loud]))
+    assert len(data.clip(torch.zeros(16000), "all")) == 16000
 
 
-def test_cached_states_are_the_live_ones_rounded_to_16_bits(tiny, tmp_path):
-    g = torch.Generator().manual_seed(0)
-    raw = {
-        "audio": [torch.randn(n, generator=g) for n in (5000, 400, 2345, 7000)],
-        "text": ["i hate it", "", "all alone again", "lovely [LAUGHTER] party"],
-    }
+RAW = {
+    "audio": [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (5000, 400, 2345, 7000)],
+    "text": ["i hate it", "", "all alone again", "lovely [LAUGHTER] party"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_cached_states_are_the_live_ones_rounded_to_16_bits(kept, tiny, tmp_path):
     for m, upstream in tiny.items():
-        cached = data.cache_states(
-            tmp_path / m, upstream, raw[m], upstream.steps(raw[m]), {"weights": "x"}
-        )
-        live = data.live(upstream, raw[m])
-        rows = torch.tensor([2, 0, 3])
-        (x, mask), (y, live_mask) = cached(rows), live(rows)
-        assert torch.equal(mask, live_mask) and x.dtype == torch.float16
-        torch.testing.assert_close(x[mask].float(), y[mask].detach(), atol=1e-3, rtol=2**-10)
+        cached = data.cache_states(tmp_path / m, upstream, list("abcd"), RAW[m], "cpu")
+        if kept:
+            cached.keep()
+        for rows in (torch.tensor([2, 0, 3]), torch.tensor([1])):
+            x, mask = cached(rows)
+            y, live_mask = data.live(upstream, RAW[m])(rows)
+            assert torch.equal(mask, live_mask)
+            torch.testing.assert_close(x, y[mask].detach(), atol=1e-3, rtol=2**-10)
+            assert torch.equal(x, x.half().float())  # 16 bits were stored
+        address = cached(torch.tensor([0]))[0].data_ptr()
+        assert cached(torch.tensor([1]))[0].data_ptr() == address  # one kept buffer
+        cached.release()
+        assert torch.equal(cached(torch.tensor([1]))[0], x)
 
 
-def test_a_cache_is_read_again_goes_on_after_a_kill_and_is_refused_when_stale(
-    tiny, tmp_path, capsys
-):
-    class Counting:
-        n_layers, dim, calls = tiny["text"].n_layers, tiny["text"].dim, 0
+class Counting:
+    """Counts the utterances that an upstream is asked for, and dies at one call."""
 
-        def __call__(self, raw):
-            self.calls += 1
-            if self.calls == self.dies_at:
-                raise KeyboardInterrupt
-            return tiny["text"](raw)
+    def __init__(self, upstream, dies_at=None):
+        self.upstream, self.dies_at, self.calls = upstream, dies_at, 0
 
-    raw = [f"i hate it {'so ' * (i % 9)}" for i in range(32 * 60)]
-    lengths = tiny["text"].steps(raw)
+    def __call__(self, raw):
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise KeyboardInterrupt
+        return self.upstream(raw)
 
-    def cache(weights, dies_at=None):
-        upstream = Counting()
-        upstream.dies_at = dies_at
+
+def test_the_cache_goes_on_after_a_kill_and_never_reads_a_stale_state(tiny, tmp_path, monkeypatch):
+    raw = [f"i hate it {'so ' * (i % 9)}" for i in range(32 * 6)]
+    ids = [str(i) for i in range(len(raw))]
+
+    def cache(folder, raw=raw, dies_at=None):
+        upstream = Counting(tiny["text"], dies_at)
         try:
-            return upstream, data.cache_states(
-                tmp_path / "c", upstream, raw, lengths, {"weights": weights}
-            )
+            return upstream.calls, data.cache_states(folder, upstream, ids, raw, "cpu"), upstream
         except KeyboardInterrupt:
-            return upstream, None
+            return None
 
-    _, whole = cache("a")
-    expected = whole.data.clone()
-    assert cache("a")[0].calls == 0
-    cache("b", dies_at=55)  # progress is noted after 50 batches
-    assert "another weights" in capsys.readouterr().out
-    upstream, again = cache("b")
-    assert upstream.calls == 10 and torch.equal(again.data, expected)
+    def everything(cached):
+        return [np.load(file) for file in cached.files]
+
+    _, whole, _ = cache(tmp_path / "a")
+    assert len(list((tmp_path / "a").glob("*.npy"))) == len(raw)
+    assert cache(tmp_path / "a")[2].calls == 0
+    # A kill between two batches, then one in the middle of a batch.
+    assert cache(tmp_path / "b", dies_at=3) is None
+    write, written = data.write_whole, []
+
+    def dying(path, content):
+        written.append(path)
+        if len(written) == 50:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(data, "write_whole", dying)
+    assert cache(tmp_path / "b") is None
+    monkeypatch.setattr(data, "write_whole", write)
+    _, again, upstream = cache(tmp_path / "b")
+    assert upstream.calls == 3  # of six batches two and one were whole
+    assert all(np.array_equal(a, b) for a, b in zip(everything(whole), everything(again)))
+    # Another text of the same id has another file.
+    changed = ["lovely party", *raw[1:]]
+    _, other, upstream = cache(tmp_path / "b", changed)
+    assert upstream.calls >= 1 and other.files[0] != again.files[0] and other.files[1:] == again.files[1:]
+    expected, _ = tiny["text"](["lovely party"])
+    torch.testing.assert_close(other(torch.tensor([0]))[0], expected[0].detach(), atol=2e-3, rtol=2e-3)
+
+
+def test_a_damaged_state_is_named(tiny, tmp_path):
+    cached = data.cache_states(tmp_path, tiny["text"], ["a"], ["i hate it"], "cpu")
+    cached.files[0].write_bytes(cached.files[0].read_bytes()[:100])
+    with pytest.raises(CorpusError, match=r"a-.*\.npy: .*delete it"):
+        cached(torch.tensor([0]))
 
 
 def test_a_state_that_does_not_fit_16_bits_is_an_error_not_infinity(tmp_path):
-    class Loud:
-        n_layers, dim = 1, 1
+    def loud(raw):
+        return torch.full((len(raw), 1, 1, 1), 70000.0), torch.ones(len(raw), 1, dtype=torch.bool)
 
-        def __call__(self, raw):
-            return torch.full((len(raw), 1, 1, 1), 70000.0), torch.ones(
-                len(raw), 1, dtype=torch.bool
-            )
-
-    with pytest.raises(CorpusError, match="16 bits"):
-        data.cache_states(tmp_path, Loud(), ["a"], torch.tensor([1]), {})
+    with pytest.raises(CorpusError, match="an-id.*16 bits"):
+        data.cache_states(tmp_path, loud, ["an-id"], ["a"], "cpu")
 
 
 def test_a_batch_embeds_each_distinct_utterance_once():
@@ -349,83 +373,35 @@ def test_a_batch_embeds_each_distinct_utterance_once():
 
 def test_reference_tables_agree_with_the_paper_and_with_themselves():
     assert sum(data.EMOTIONS.values()) == 10039
-    rows = data.SESSIONS
-    assert sum(r[0] for r in rows.values()) == 10039
-    totals = [sum(r[i] for r in rows.values()) for i in range(8)]
-    assert (
-        totals[1] == 1103
-        and totals[2] + totals[3] == 1636
-        and totals[4] == 1084
-        and totals[5] == 1708
-    )
-    assert sum(totals[1:6]) == 5531 == totals[6] + totals[7]
-    for s, r in rows.items():
-        assert sum(r[1:6]) == r[6] + r[7]
-        pair = [data.SPEAKERS[f"Ses0{s}{x}"] for x in "FM"]
-        assert [a + b for a, b in zip(*pair)] == [r[1], r[2] + r[3], r[4], r[5]]
-    names = [n for s in rows for n in data.dialog_names(s)]
-    assert [len(data.dialog_names(s)) for s in rows] == [28, 30, 32, 30, 31]
-    assert len(set(names)) == 151 and sum("impro" in n for n in names) == 80
-    assert (
-        "Ses05M_script01_1b" in names
-        and "Ses03M_impro05b" in names
-        and "Ses01F_impro08" not in names
-    )
-
-
-@pytest.fixture(scope="module")
-def full_size_toy(tmp_path_factory):
-    return data.write_toy(tmp_path_factory.mktemp("toy") / "full", full_size=True, shorten=0.02)
-
-
-def test_the_full_size_toy_passes_the_check_of_the_full_release(full_size_toy):
-    corpus = data.read_iemocap(full_size_toy, full=True)
-    assert len(corpus) == 10039
-    sizes = Counter(u.dialog for u in corpus)
-    assert 24 <= min(sizes.values()) and max(sizes.values()) <= 167
-    lengths = np.array([u.end - u.start for u in corpus]) / 0.02
-    assert abs(np.median(lengths) - 3.58) < 0.15 and abs(lengths.mean() - 4.55) < 0.2
-    words = np.array([len(u.text.split()) for u in corpus])
-    assert abs(np.median(words) - 8) <= 1 and abs(words.mean() - 11.5) < 1.5 and words.max() <= 98
-    files = full_size_toy.glob("Session*/dialog/transcriptions/Ses*.txt")
-    ids = [
-        line.split()[0]
-        for f in files
-        for line in f.read_text().splitlines()
-        if line.startswith("Ses")
-    ]
-    assert len(ids) == 10087 and sum("XX" in id for id in ids) == 48  # FACTS of the full release
-
-
-def test_a_corpus_that_is_not_complete_is_refused_with_the_rows_that_differ(
-    full_size_toy, tmp_path
-):
-    for session in full_size_toy.glob("Session*"):
-        (tmp_path / session.name).symlink_to(session)
-    (tmp_path / "Session5").unlink()
-    with pytest.raises(CorpusError) as error:
-        data.read_iemocap(tmp_path, full=True)
-    text = str(error.value)
-    assert "31 dialogs missing" in text and "session 5: utterances 0 (not 2170)" in text
-    assert (
-        "speaker Ses05F: ang 0 (not 78)" in text and "labels:" in text and "session 4" not in text
-    )
-    assert len(data.read_iemocap(tmp_path)) == 10039 - 2170
+    columns = dict(zip(data.SESSION_COLUMNS, zip(*data.SESSIONS.values())))
+    totals = {name: sum(column) for name, column in columns.items()}
+    assert totals == {
+        "dialogues": 151, "utterances": 10039, "ang": 1103, "hap": 595, "exc": 1041, "sad": 1084,
+        "neu": 1708, "impro": 2943, "script": 2588, "woman": 2649, "man": 2882,
+    }  # fmt: skip
+    assert totals["hap"] + totals["exc"] == 1636
+    for row in data.SESSIONS.values():
+        assert sum(row[2:7]) == row[7] + row[8] == row[9] + row[10]
 
 
 def test_the_toy_is_written_once_and_never_over_other_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(CorpusError, match="other files"):
+    with pytest.raises(CorpusError, match="is not empty"):
         data.write_toy(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+    root = data.write_toy(tmp_path / "toy")
+    files = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert data.write_toy(root) == root
+    again = data.write_toy(tmp_path / "again")
+    assert {p.relative_to(again): p.read_bytes() for p in again.rglob("*") if p.is_file()} == {
+        p.relative_to(root): content for p, content in files.items()
+    }
 
 
 def test_data_py_check_lists_every_problem_and_fails(small_corpus, capsys):
-    data.main(["check", str(small_corpus), "--partial"])
-    assert "70 utterances in 5 dialogs of 10 speakers" in capsys.readouterr().out
     command = [sys.executable, ROOT / "data.py", "check", small_corpus]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "dialogs missing" in done.stderr
+    assert done.returncode == 1 and "session 1: dialogues 1 (not 28)" in done.stderr
     assert "problem(s)" in done.stderr and "Traceback" not in done.stderr
 
 
