@@ -28,6 +28,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -426,8 +427,8 @@ def _read_wav(path: str | Path) -> tuple[int, np.ndarray]:
         if (form[0], form[1], form[5]) != (1, 1, 16):
             kind = f"unknown format: {form[0]}, {form[1]} channel(s) of {form[5]} bits"
             raise ValueError(f"{kind}; expected format 1 (PCM), 1 channel of 16 bits")
-        if not 8000 <= form[2] <= 192000:
-            raise ValueError(f"{form[2]} Hz")
+        if not 8000 <= form[2] <= 192000 or math.gcd(form[2], SAMPLE_RATE) < 25:
+            raise ValueError(f"{form[2]} Hz")  # resampling an odd rate takes minutes
         left = len(raw) - start
         size = left if size in (0, 0xFFFFFFFF) else size  # a writer that streamed left it open
         if name != b"data" or size > left or size < 2:

@@ -7,6 +7,7 @@ Between the two, find it: train, read, run the tests. Do not read on here before
 """
 
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,10 +32,10 @@ BUGS = {  # what is wrong -> (file, what stands there, what to put there instead
         ("model.py", "(*output.hidden_states[:-1], output.last_hidden_state)", "output.hidden_states"),
     ],
     "the optimiser does not know the weights that fine-tuning opens": [
-        ("train.py", "AdamW(parameters, lr=LR_FINETUNE", "AdamW(self.model.parameters(), lr=LR_FINETUNE"),
+        ("train.py", "groups += [{\"params\": opened}] if opened else []", "groups += []"),
     ],
     "dropout stays on while predicting": [
-        ("evaluate.py", "    model.eval()\n    parts = tqdm(", "    parts = tqdm("),
+        ("evaluate.py", "    model.eval()  # no dropout", "    model.train()  # no dropout"),
     ],
     "Eq. (1) normalises over the queries": [
         ("model.py", "torch.finfo(scores.dtype).min).softmax(dim=-1)", "torch.finfo(scores.dtype).min).softmax(dim=1)"),
@@ -63,16 +64,24 @@ def hidden(root=ROOT):
     ]  # fmt: skip
 
 
+def forget(root=ROOT):
+    """Delete the toy's runs and the cache, because neither knows the code that made it."""
+    for folder in ("cache", "runs/toy"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+
+
 def main():
     command = sys.argv[1:]
     if command == ["hide"]:
         if hidden():
             sys.exit("There is one in the code already: find it, or reveal it.")
         swap(random.choice(list(BUGS.values())))
+        forget()
         print("Something is wrong now. git diff would be cheating.")
     elif command == ["reveal"]:
         for what in hidden() or sys.exit("No bug of ours is in the code."):
             swap(BUGS[what], back=True)
+            forget()
             print(f"It was: {what}. The code is whole again; what you trained meanwhile is not.")
     else:
         sys.exit(__doc__)

@@ -252,6 +252,13 @@ def test_an_unfinished_run_is_listed_and_is_no_error(report, tmp_path):
         evaluate.Recognizer(folder)
 
 
+def test_a_single_run_is_described(report, tmp_path):
+    folder = write_run(tmp_path, "ef", True, 1)
+    assert "toy: WA 75.00%  UA 75.00%  on 8 test utterances of session 1" in report(folder).out
+    write_run(tmp_path, "ef", True, 2)
+    assert "toy: WA" not in report(tmp_path).out
+
+
 def test_a_second_run_of_the_same_kind_is_left_out(report, tmp_path):
     write_run(tmp_path / "a", "ef", True, 1, right=8)
     write_run(tmp_path / "b", "ef", True, 1, right=4)
@@ -271,7 +278,7 @@ def test_upstreams_are_no_runs(report, tmp_path):
 @pytest.mark.parametrize("harm", [
     lambda text: text.replace("neu,neu", "neu,joy", 1), lambda text: text[:80], lambda text: "",
     lambda text: text.replace("neu,neu", "neu,sad", 1), lambda text: text + text.splitlines()[1] + "\n",
-    lambda text: "other,columns\n1,2\n", None, lambda text: text.replace(".4", "nan", 1),
+    lambda text: "other,columns\n1,2\n", None, lambda text: text.replace(".4,.2", ".4,nan", 1),
     lambda text: text.replace(".4", "1.4", 1).replace(".2", "-.8", 1), lambda text: text.replace(".4", "4", 1),
     lambda text: text.replace(",0\n", "\n", 1), lambda text: text.replace("F000", "F001", 1),
     lambda text: text.replace("neu,neu,", "neu,", 1), lambda text: "".join(text.splitlines(True)[:-1]),
@@ -569,6 +576,7 @@ def test_figure_4_has_the_papers_panels_in_its_order(report, figures, tmp_path):
         for fold in (1, 5):
             folder = write_run(tmp_path / "runs", fusion, frozen, fold, right=k + 2)
             write_log(folder, [0.5, 0.4])
+    write_log(write_run(tmp_path / "runs", "mmt", False, 5, seed=1, right=8), [0.5, 0.4])
     done = report(tmp_path / "runs", "--pictures", str(tmp_path / "pictures"))
     assert done.returncode == 0
     axes = figures[0].axes
@@ -710,6 +718,8 @@ def test_of_many_turns_the_nearest_are_read(own):
     recognizer.recognize(None, "oh", before, after)
     assert run.used[-1] == ["b2", "b3", "b4", "b5", "oh", "a0", "a1", "a2", "a3"]
     assert recognizer.remarks == []
+    recognizer.recognize(None, "oh", "one turn", "another turn")  # no letters
+    assert run.used[-1] == ["one turn", "oh", "another turn"]
     alone = evaluate.Recognizer(own("text-fc", context=1).folder)
     alone.recognize(text="oh", before=before, after=after)
     assert run.used[-1] == ["oh"] and alone.remarks == []
@@ -739,6 +749,18 @@ def test_every_line_about_a_toy_model_says_toy(own, report):
     assert done.returncode == 0 and len(lines) == 3 and all(line.startswith("toy: ") for line in lines)
     assert re.fullmatch(r"toy: (\w{3} \d+\.\d%(, )?){4}", lines[0]) and "real speech" in lines[1]
     assert "6 turns" in lines[2]
+    with pytest.raises(evaluate.RunError, match="needs audio"):  # a turn belongs to an utterance
+        report(run.folder, "--before", "a")
+
+
+def test_audio_is_trimmed_as_in_training(own, tmp_path):
+    write_wav(tmp_path / "gap.wav", [0.3] * 8000 + [0] * 8000 + [0.3, -0.3] * 4000)
+    run = own("audio-fc")
+    for trim, samples in (("leading", 24000), ("all", 16000)):
+        path = run.folder / "config.json"
+        path.write_text(path.read_text().replace('"leading"', f'"{trim}"'))
+        evaluate.Recognizer(run.folder).recognize(tmp_path / "gap.wav")
+        assert len(run.used[-1][0]) == samples
 
 
 def test_selected_and_fine_tuned_weights_are_used(own):
@@ -780,6 +802,20 @@ def test_a_damaged_checkpoint_is_named(own):
         evaluate.Recognizer(run.folder)
 
 
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_runs_no_code(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = own("text-fc")
+    torch.save({"weights": Hostile()}, run.folder / "checkpoint.pt")
+    with pytest.raises(evaluate.RunError, match="checkpoint.pt: "):
+        evaluate.Recognizer(run.folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_pictures_of_an_utterance_hold_what_they_show(own, figures, report, tmp_path):
     run = own("mmt", corpus="toy")
     done = report(
@@ -796,7 +832,7 @@ def test_pictures_of_an_utterance_hold_what_they_show(own, figures, report, tmp_
     recognizer.recognize(run.wav, "i lovely party", ["hate it"])
     states, mask, _ = recognizer.batch["text"]
     target = recognizer.model.extractor["text"].se.gates(states.float(), mask)[1]
-    assert ax.lines[1].get_ydata().tolist() == pytest.approx(target.tolist())
+    assert ax.lines[1].get_ydata().tolist() == pytest.approx(target.tolist(), abs=1e-7)
     a2t, t2a = [ax for ax in attention.axes if ax.get_title()]
     assert "audio to text: each row" in a2t.get_title()
     assert "text to audio: each column" in t2a.get_title()
@@ -806,6 +842,17 @@ def test_pictures_of_an_utterance_hold_what_they_show(own, figures, report, tmp_
     words = [t.get_text() for t in a2t.get_yticklabels()]
     assert words == ["[CLS]", "i", "lovely", "party", "[SEP]"]
     assert all("Sys. 18 (MMT fine-tuned), toy, fold 5, seed 0" in f.get_suptitle() for f in figures)
+
+
+def test_the_gates_are_those_of_the_utterance_not_of_its_context(own, figures, report, tmp_path, monkeypatch):
+    import model
+
+    # Random weights give all texts the same gates. These are 0, 0.1, 0.2 for text 0, 1, 2.
+    by_row = lambda self, x, mask: torch.arange(len(x))[:, None] / 10 + torch.zeros(x.shape[2])  # noqa: E731
+    run = own("text-te")
+    monkeypatch.setattr(model.SqueezeExcitation, "gates", by_row)
+    report(run.folder, "--text", "oh", "--before", "a", "b", "--pictures", str(tmp_path / "p"))
+    assert figures[0].axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.2] * 3)
 
 
 def test_without_cross_attention_there_is_one_picture(own, figures, report, tmp_path):
