@@ -124,6 +124,7 @@ def read_run(folder: Path) -> Run:
         run.rows = list(csv.DictReader(lines))  # N rows, and some more columns:
         for row in run.rows:
             row["dialog"] = row["utterance"].rpartition("_")[0]  # Ses05F_impro01 of ..._F000
+            row["speaker"] = row["speaker"] or "unknown"  # a KeyError if there is no such column
             row["truth"], row["guess"] = map(CLASSES.index, (row["label"], row["prediction"]))
             row["seen"] = bool(int(row["seen_text"]))  # another session has the same words
             p = [float(row[c]) for c in CLASSES]  # probabilities

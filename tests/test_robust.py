@@ -439,7 +439,7 @@ def test_mutated_run_folders_are_named_or_count_the_same(finished, tmp_path):
         path.write_bytes(mutate(raw, rng))
         try:
             run = evaluate.read_run(folder)
-            pairs = [sorted(zip(r.test["truth"].tolist(), r.test["guess"].tolist())) for r in (run, clean)]  # lines may have moved
+            pairs = [sorted(zip(evaluate.column([r], "truth"), evaluate.column([r], "guess"))) for r in (run, clean)]  # lines may have moved
             assert pairs[0] == pairs[1], seed
             evaluate.table_1([run]), evaluate.breakdown([run])
         except RunError as error:

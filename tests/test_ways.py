@@ -1,6 +1,7 @@
 """Smaller, faster and simultaneous ways against the plain one: same gradients, same results."""
 
 import itertools
+import json
 import subprocess
 import sys
 
@@ -83,3 +84,31 @@ def test_two_processes_at_once_fill_one_cache_and_end_alike(small_corpus, tmp_pa
     for a, b in zip(*found.values()):
         assert a.read_text() == b.read_text()
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_selecting_on_test_is_marked_and_trains_on_no_test_row(small_corpus, tmp_path, monkeypatch):
+    import data
+    import evaluate
+    import select_on_test
+
+    monkeypatch.chdir(tmp_path)
+    trained, batch = set(), data.batch
+
+    def watch(rows, *rest):
+        if torch.is_grad_enabled():  # a training step
+            trained.update(rows.tolist())
+        return batch(rows, *rest)
+
+    monkeypatch.setattr(data, "batch", watch)
+    select_on_test.main([
+        "--iemocap", str(small_corpus), "--partial", "--upstream", "tiny", "--fusion", "text-fc",
+        "--frozen", "--max-epochs", "3", "--device", "cpu",
+    ])  # fmt: skip
+    corpus = data.read_iemocap(small_corpus)
+    assert trained and not any(corpus[i].session == 5 for i in trained)
+    (run,), complaints = evaluate.find_runs(tmp_path / "runs")
+    assert "SELECTED-ON-TEST" in run.title and not complaints
+    log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    best = min(log, key=lambda row: row["dev_loss"])  # its development loss is the test loss
+    assert run.result["loss"] == pytest.approx(best["dev_loss"], abs=1e-6)
+    assert data.split is select_on_test.honest_split
