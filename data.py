@@ -536,26 +536,29 @@ def live(upstream: Callable, inputs: Sequence) -> Callable:
     return lambda rows: upstream([inputs[i] for i in rows.tolist()])
 
 
-def cache_states(folder: Path, upstream: Callable, ids: list, inputs: Sequence, device: str):
+def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequence, device: str):
     """Compute the layer states that are not yet in `folder`, and return a CachedStates.
 
-    inputs: a clip (n,) or a text for each id, None where no states are needed. A file is named by
-    the id and a checksum of the input, so states of another input are never read. After a kill
-    the files that exist are not computed again. Raises CorpusError for states beyond 16 bits.
+    inputs: a clip (n,) or a text of each utterance, None where no states are needed. A file is
+    named by the id and a checksum of the input, so states of another input are never read. After a
+    kill, existing files are not computed again. Raises CorpusError for states beyond 16 bits.
     """
     # DEVIATION [D1]: the frozen phase reads states rounded to 16 bits, the paper does not mention a
     # cache. Why: the upstreams run once and not once an epoch, and files have half the size.
     files: list[Path | None] = []
-    for id, x in zip(ids, inputs):
+    for u, x in zip(corpus, inputs):
         content = x.encode() if isinstance(x, str) else b"" if x is None else x.numpy().tobytes()
-        name = re.sub(r"[^A-Za-z0-9.-]", "_", id)  # an id of your own may hold anything
+        name = re.sub(r"[^A-Za-z0-9.-]", "_", u.id)  # an id of your own may hold anything
         files.append(None if x is None else folder / f"{name}-{checksum(content)}.npy")
     folder.mkdir(parents=True, exist_ok=True)
     there = set(os.listdir(folder))
-    # Longest first: too little memory shows at once. A batch is computed as a whole, because the
-    # last bits depend on it. So the states are the same after a kill.
-    rows = sorted((i for i, file in enumerate(files) if file), key=lambda i: -len(inputs[i]))
-    parts = [rows[k : k + 32] for k in range(0, len(rows), 32)]
+    # A batch is of one session and computed as a whole, because the last bits of a state depend on
+    # its batch. So they depend neither on the test session nor on a kill.
+    parts = []
+    for session in sorted({u.session for u in corpus}):
+        rows = [i for i, u in enumerate(corpus) if files[i] and u.session == session]
+        rows.sort(key=lambda i: -len(inputs[i]))  # equal lengths together: little padding
+        parts += [rows[k : k + 32] for k in range(0, len(rows), 32)]
     parts = [part for part in parts if not all(files[i].name in there for i in part)]
     if parts:
         print(f"layer states of {sum(map(len, parts))} utterances to compute, into {folder}")
@@ -565,7 +568,7 @@ def cache_states(folder: Path, upstream: Callable, ids: list, inputs: Sequence, 
         for i, x, real in zip(rows, states.half().cpu(), mask.cpu()):
             if not x[real].isfinite().all():
                 why = "a layer state is not finite, or over 65,504 and too large for 16 bits"
-                raise CorpusError(f"{ids[i]}: {why}; look at this input, or try --precision fp32")
+                raise CorpusError(f"{corpus[i].id}: {why}; look at this input, or try --precision fp32")
             content = io.BytesIO()
             np.save(content, x[real].numpy())  # (T, L, D)
             write_whole(files[i], content.getvalue())

@@ -438,7 +438,7 @@ def load_inputs(s: Settings, corpus: list[Utterance], modalities: set, cache: Pa
     cached = {}
     for m, upstream in upstreams.items():
         states = cache / f"{Path(names[m]).name}-{s.precision}-{upstream.fingerprint}"
-        cached[m] = data.cache_states(states, upstream, [u.id for u in corpus], inputs[m], device)
+        cached[m] = data.cache_states(states, upstream, corpus, inputs[m], device)
     return upstreams, inputs, cached
 
 

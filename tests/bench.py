@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -186,7 +187,7 @@ def upstream_rows(args):
 
             def build():
                 target = Path(folder) / f"{m}{next(count)}"
-                ids = [str(i) for i in range(args.n)]
+                ids = [SimpleNamespace(id=str(i), session=1) for i in range(args.n)]
                 data.cache_states(target, upstream, ids, raw, DEVICE)
 
             def bare():

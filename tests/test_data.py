@@ -4,6 +4,7 @@ import subprocess
 import sys
 import wave
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,10 +266,25 @@ RAW = {
 }  # fmt: skip
 
 
+def named(ids):
+    return [SimpleNamespace(id=id, session=1) for id in ids]
+
+
+def test_a_cached_state_never_depends_on_another_session(tiny, tmp_path):
+    """To the last bit: batches hold one session, whatever the lengths in the others."""
+    corpus = [SimpleNamespace(id=f"{k}", session=1 + k % 2) for k in range(20)]
+    texts = [" ".join(["hate"] * (1 + k % 7)) for k in range(20)]
+    other = [t if u.session == 1 else "so lovely , all alone again " * 4 for u, t in zip(corpus, texts)]
+    a = data.cache_states(tmp_path / "a", tiny["text"], corpus, texts, "cpu")
+    b = data.cache_states(tmp_path / "b", tiny["text"], corpus, other, "cpu")
+    for k in range(0, 20, 2):
+        assert torch.equal(a.read(k), b.read(k))
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_cached_states_are_the_live_ones_rounded_to_16_bits(kept, tiny, tmp_path):
     for m, upstream in tiny.items():
-        cached = data.cache_states(tmp_path / m, upstream, list("abcd"), RAW[m], "cpu")
+        cached = data.cache_states(tmp_path / m, upstream, named("abcd"), RAW[m], "cpu")
         if kept:
             cached.keep()
         for rows in (torch.tensor([2, 0, 3]), torch.tensor([1])):
@@ -298,7 +314,7 @@ class Counting:
 
 def test_the_cache_goes_on_after_a_kill_and_never_reads_a_stale_state(tiny, tmp_path, monkeypatch):
     raw = [f"i hate it {'so ' * (i % 9)}" for i in range(32 * 6)]
-    ids = [str(i) for i in range(len(raw))]
+    ids = named(map(str, range(len(raw))))
 
     def cache(folder, raw=raw, dies_at=None):
         upstream = Counting(tiny["text"], dies_at)
@@ -338,7 +354,7 @@ def test_the_cache_goes_on_after_a_kill_and_never_reads_a_stale_state(tiny, tmp_
 
 
 def test_a_damaged_state_is_named(tiny, tmp_path):
-    cached = data.cache_states(tmp_path, tiny["text"], ["a"], ["i hate it"], "cpu")
+    cached = data.cache_states(tmp_path, tiny["text"], named("a"), ["i hate it"], "cpu")
     cached.files[0].write_bytes(cached.files[0].read_bytes()[:100])
     with pytest.raises(CorpusError, match=r"a-.*\.npy: .*delete it"):
         cached(torch.tensor([0]))
@@ -349,7 +365,7 @@ def test_a_state_that_does_not_fit_16_bits_is_an_error_not_infinity(tmp_path):
         return torch.full((len(raw), 1, 1, 1), 70000.0), torch.ones(len(raw), 1, dtype=torch.bool)
 
     with pytest.raises(CorpusError, match="an-id.*16 bits"):
-        data.cache_states(tmp_path, loud, ["an-id"], ["a"], "cpu")
+        data.cache_states(tmp_path, loud, named(["an-id"]), ["a"], "cpu")
 
 
 def test_a_batch_embeds_each_distinct_utterance_once():
