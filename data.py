@@ -56,7 +56,7 @@ class CorpusError(ValueError):
     """A corpus is unusable. `problems` has one line a problem, with the file and the remedy."""
 
     def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else problems
+        self.problems = [problems] if isinstance(problems, str) else problems  # a line each
         super().__init__("\n".join(self.problems))
 
 
@@ -71,7 +71,7 @@ def reading(path: str | Path, remedy: str, error: type = CorpusError):
     except error:
         raise
     except Exception as problem:
-        missing = isinstance(problem, FileNotFoundError)
+        missing = isinstance(problem, FileNotFoundError)  # its own text repeats the path
         reason = "missing" if missing else " ".join(str(problem).split()) or repr(problem)
         raise error(f"{path}: {reason:.200}; {remedy}") from problem
 
@@ -83,7 +83,7 @@ FOREIGN = {b"version https://git-lfs": "a Git-LFS pointer in its place: run `git
 
 def read_bytes(path: str | Path) -> bytes:
     """Read a file. Raises ValueError if it begins like another kind of file."""
-    content = Path(path).read_bytes()
+    content = Path(path).read_bytes()  # the whole file
     for kind in [kind for beginning, kind in FOREIGN.items() if content.startswith(beginning)]:
         raise ValueError(kind)
     return content
@@ -95,15 +95,15 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write it
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        os.replace(temporary, path)  # at once, also over an older file
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # after a full disk, for example
 
 
 def checksum(value) -> str:
     """Return a short checksum of bytes, or of anything that JSON can hold."""
     content = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()  # 16 letters
 
 
 def run_command(main: Callable, *errors: type) -> None:
@@ -112,11 +112,15 @@ def run_command(main: Callable, *errors: type) -> None:
         stream.reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler stops like Ctrl-C
     try:
-        main()
+        main()  # prints as it goes
     except BrokenPipeError:  # for example `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CorpusError, OSError, *errors) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        sys.exit("error: out of GPU memory. The same command resumes with --micro-batch 8 added.")
     except KeyboardInterrupt:
         sys.exit("\nStopped. The same command resumes after the last whole epoch.")
 
@@ -171,15 +175,15 @@ def read_iemocap(root: str | Path) -> list[Utterance]:
 
     Raises CorpusError with every problem found.
     """
-    corpus, problems = scan(root)
-    if problems:
+    corpus, problems = scan(root)  # a damaged corpus is repaired once, so collect
+    if problems:  # all of them at once
         raise CorpusError(problems)
     return corpus
 
 
 def scan(root: str | Path) -> tuple[list[Utterance], list[str]]:
     """Read what can be read: (the utterances without a problem, one line for each problem)."""
-    root, corpus, problems = Path(root), [], []
+    root, corpus, problems = Path(root), [], []  # problems: a line each
     sessions = sorted(p for p in root.glob("*") if re.fullmatch(r"session[1-9]", p.name, re.I))
     if not sessions:
         # The usual slip: the folder given is one level too high or too low.
@@ -189,7 +193,7 @@ def scan(root: str | Path) -> tuple[list[Utterance], list[str]]:
     for session in sessions:
         # Some copies hold macOS's ._* files. Sub-folders hold the labels of single raters.
         labels, words = session / "dialog" / "EmoEvaluation", session / "dialog" / "transcriptions"
-        names = sorted({file.name for folder in (labels, words) for file in folder.glob("Ses*.txt")})
+        names = sorted({p.name for folder in (labels, words) for p in folder.glob("Ses*.txt")})
         if not names:
             problems.append(f"{labels}: holds no label file Ses*.txt; fetch it again")
         for name in names:
@@ -199,12 +203,12 @@ def scan(root: str | Path) -> tuple[list[Utterance], list[str]]:
     whole = []
     for u in tqdm(corpus, desc="wav files", leave=False, delay=3, disable=None):
         try:
-            rate, pcm = _read_wav(u.wav)
+            rate, pcm = _read_wav(u.wav)  # raises CorpusError
             seconds, expected = len(pcm) / rate, u.end - u.start
             if abs(seconds - expected) > 0.1:
                 lengths = f"{seconds:.2f} s long, {expected:.2f} s by its label"
                 raise CorpusError(f"{u.wav}: {lengths}; fetch it again")
-            whole.append(u)
+            whole.append(u)  # nothing is wrong with it
         except CorpusError as error:
             problems += error.problems
     return whole, problems
@@ -212,13 +216,13 @@ def scan(root: str | Path) -> tuple[list[Utterance], list[str]]:
 
 def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> list[Utterance]:
     """Read one dialogue in time order. Labels and words are matched by id and must agree."""
-    number, dialog = int(session.name[-1]), labels.stem
+    number, dialog = int(session.name[-1]), labels.stem  # 1, Ses01F_impro01
     felt, spoken = (_entries(*each, problems) for each in ((labels, LABEL), (words, WORDS)))
-    folder = session / "sentences" / "wav" / dialog
+    folder = session / "sentences" / "wav" / dialog  # one wav for each utterance
     wavs = {p.name.lower(): p for p in folder.glob("*")}  # .WAV is as good as .wav
-    utterances = []
-    for id in sorted(felt.keys() | spoken.keys()):
-        speaker = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the letter in the dialogue's name
+    utterances = []  # those without a problem
+    for id in sorted(felt.keys() | spoken.keys()):  # in either file
+        speaker = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
         start, end, emotion = felt.get(id, (0, 1, "xxx"))
         from_, to, text = spoken.get(id, (start, end, ""))
         start, end, from_, to = map(float, (start, end, from_, to))
@@ -227,9 +231,9 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
         elif id not in spoken or id not in felt:
             a, kind, b = (labels, "words in", words) if id in felt else (words, "label in", labels)
             problems.append(f"{a}: {id} has no {kind} {b}; fetch both again")
-        elif emotion not in EMOTIONS:
+        elif emotion not in EMOTIONS:  # a damaged line
             problems.append(f"{labels}: {id} has the unknown emotion {emotion!r}; fetch it again")
-        elif end <= start:
+        elif end <= start:  # seconds
             problems.append(f"{labels}: {id} ends at {end} s but starts at {start} s")
         elif max(abs(from_ - start), abs(to - end)) > 0.01:
             problems.append(f"{labels}: {id} has other times in {words}; fetch both again")
@@ -250,10 +254,10 @@ WORDS = r"Ses(?!\S+_[FM]XX\d\s)", r"(?P<id>\S+)\s+\[(?P<a>\d+\.\d+)-(?P<b>\d+\.\
 
 def _entries(path: Path, form: tuple[str, str], problems: list) -> dict[str, tuple]:
     """Read the lines of a file that are utterances: {id: (start, end, emotion or words)}."""
-    entries, text = {}, ""
+    entries, text = {}, ""  # id -> start, end, emotion or words
     try:
         with reading(path, "fetch it again"):
-            text = read_bytes(path).decode("utf-8-sig")
+            text = read_bytes(path).decode("utf-8-sig")  # with or without a byte order mark
     except CorpusError as error:
         problems += error.problems
     for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
@@ -261,7 +265,7 @@ def _entries(path: Path, form: tuple[str, str], problems: list) -> dict[str, tup
         if match and re.match(form[0], line) and match["id"] not in entries:
             entries[match["id"]] = match["a"], match["b"], match["c"]
         elif re.match(form[0], line):
-            why = f"{match['id']} is there for the second time" if match else "expected another form"
+            why = f"{match['id']} is there for the second time" if match else "another form expected"
             problems.append(f"{path}:{number}: {why}: {line!r:.60}; fetch it again")
     return entries
 
@@ -271,13 +275,13 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
     found = Counter(("all sessions", u.emotion) for u in corpus)  # ("session 3", "exc"): 151
     found.update((f"session {s}", "dialogues") for s, _ in {(u.session, u.dialog) for u in corpus})
     for u in corpus:
-        act = "impro" if "impro" in u.dialog else "script"
+        act = "impro" if "impro" in u.dialog else "script"  # from the dialogue's name
         four = [u.emotion, act, "woman" if u.speaker[-1] == "F" else "man"]
         for kind in ["utterances"] + (four if u.label is not None else []):
             found[f"session {u.session}", kind] += 1
-    rows = {"all sessions": EMOTIONS}
+    rows = {"all sessions": EMOTIONS}  # name of a row -> its expected counts
     rows |= {f"session {s}": dict(zip(SESSION_COLUMNS, row)) for s, row in SESSIONS.items()}
-    problems = []
+    problems = []  # a line for each row
     for row, cells in rows.items():
         wrong = [f"{c} {found[row, c]} (not {n})" for c, n in cells.items() if found[row, c] != n]
         problems += [f"full release: {row}: {', '.join(wrong)}"] if wrong else []
@@ -301,20 +305,20 @@ def read_csv(path: str | Path) -> list[Utterance]:
     """
     with reading(path, "save it as CSV in UTF-8"):
         text = read_bytes(path).decode("utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
+        separator = max(",;\t", key=text.partition("\n")[0].count)  # the one in the first line
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        header = [name.strip().lower() for name in next(table, [])]
+        header = [name.strip().lower() for name in next(table, [])]  # the names of the columns
         rows = [(table.line_num, [" ".join(x.split()) for x in row]) for row in table if row]
         if not rows or set(header) - set(COLUMNS) or set(COLUMNS[:5]) - set(header):
             raise ValueError(f"line 1 has the columns {header}; expected {', '.join(COLUMNS)}")
     corpus, problems, home = {}, [], {}  # home: speaker or dialogue -> its session
     for line, cells in rows:
-        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells))
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells))  # what is not there is empty
         # evaluate.py takes what precedes the last "_" of an id for the dialogue.
         id = row["id"].removeprefix(row["dialog"] + "_").replace("_", "-") or f"{len(corpus):05}"
         id, wav = f"{row['dialog']}_{id}", Path(path).parent / row["wav"] if row["wav"] else None
         sessions = {home.setdefault((k, row[k]), row["session"]) for k in ("speaker", "dialog")}
-        wrong = [f"no {name}" for name in COLUMNS[1:5] if not row[name]]
+        wrong = [f"no {name}" for name in COLUMNS[1:5] if not row[name]]  # text may be empty
         for holds, complaint in (
             (len(cells) == len(set(header)), f"{len(cells)} cells, expected {len(set(header))}"),
             (re.fullmatch(r"[1-9]\d*", row["session"]), "session must be a number from 1 on"),
@@ -325,7 +329,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
         ):
             wrong += [] if holds else [complaint]
         problems += [f"{path}:{line}: {complaint}; change the row" for complaint in wrong]
-        if not wrong:
+        if not wrong:  # the row is an utterance
             start, emotion = float(row["start"] or 0), row["emotion"].lower()
             corpus[id] = Utterance(
                 id, int(row["session"]), row["dialog"], row["speaker"], start, start, row["text"],
@@ -351,8 +355,8 @@ def split(
     but another one gives other numbers than the README's.
     """
     targets = [u for u in corpus if u.label is not None]
-    rest = [u for u in targets if u.session != fold]
-    speakers = sorted({u.speaker for u in rest})
+    rest = [u for u in targets if u.session != fold]  # for training and development
+    speakers = sorted({u.speaker for u in rest})  # a set has no fixed order
     if len(speakers) < 2 or len(rest) == len(targets):
         needs = f"four-class utterances in session {fold} and two speakers in the others"
         have = sorted({u.session for u in targets})
@@ -361,9 +365,9 @@ def split(
     # the training speakers by the seed. Alternative: --seed. The partner stays in training, so the
     # development speaker's words are in the context of training utterances, without labels.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
-    train = [u for u in rest if u.speaker != dev_speaker]
-    dev = [u for u in rest if u.speaker == dev_speaker]
-    test = [u for u in targets if u.session == fold]
+    train = [u for u in rest if u.speaker != dev_speaker]  # seven speakers of IEMOCAP
+    dev = [u for u in rest if u.speaker == dev_speaker]  # one speaker
+    test = [u for u in targets if u.session == fold]  # two speakers
     a, b, c = ({u.speaker for u in part} for part in (train, dev, test))
     if a & b or a & c or b & c:
         raise CorpusError(f"fold {fold}: {a & b | a & c | b & c} in two parts of it; check the ids")
@@ -376,7 +380,7 @@ def texts_elsewhere(corpus: list[Utterance]) -> set[str]:
     A quarter of IEMOCAP's scripted lines do, so leaving a session out does not leave its texts out.
     """
     plain = {u.id: " ".join(re.findall(r"\w+", u.text.lower())) for u in corpus}
-    sessions: dict[str, set[int]] = {}
+    sessions: dict[str, set[int]] = {}  # text -> sessions that speak it
     for u in corpus:
         sessions.setdefault(plain[u.id], set()).add(u.session)
     return {u.id for u in corpus if len(sessions[plain[u.id]]) > 1}
@@ -389,13 +393,13 @@ def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
     reach into another dialogue. A dialogue of three in rows 0 to 2, with size 3, gives
     [[-1, 0, 1], [0, 1, 2], [1, 2, -1]].
     """
-    n, half = len(corpus), size // 2
+    n, half = len(corpus), size // 2  # half: neighbours on each side
     windows = torch.arange(n)[:, None] + torch.arange(-half, half + 1)  # (N, size)
     _, number = np.unique([u.dialog for u in corpus], return_inverse=True)
     dialog = torch.from_numpy(number)  # (N,)
-    inside = (windows >= 0) & (windows < n)
+    inside = (windows >= 0) & (windows < n)  # a row of the corpus
     inside &= dialog[windows.clamp(0, n - 1)] == dialog[:, None]
-    return torch.where(inside, windows, -1)
+    return torch.where(inside, windows, -1)  # (N, size)
 
 
 # --- Waveforms (§3.2): "audios are clipped into 5 seconds ... by trimming or padding" ------------
@@ -411,14 +415,14 @@ MIN_SAMPLES = 400  # 25 ms: WavLM's first frame, and the window of the search fo
 def _read_wav(path: str | Path) -> tuple[int, np.ndarray]:
     """Read a 16-bit mono WAV file: (rate in Hz, samples as integers). See load_wav."""
     with reading(path, "convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"):
-        raw = read_bytes(path)
+        raw = read_bytes(path)  # the whole file
         if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
             raise ValueError("not usable as a WAV file")
 
         # A RIFF file is a list of chunks: a name, a size, a body. Two of them matter.
         place, name, form = 12, b"", (0, 0, 0, 0, 0, 0)
         while name != b"data" and place + 8 <= len(raw):
-            name, size = struct.unpack_from("<4sI", raw, place)
+            name, size = struct.unpack_from("<4sI", raw, place)  # of the chunk
             start, place = place + 8, place + 8 + size + size % 2
             if name == b"fmt ":
                 form = struct.unpack_from("<HHIIHH", raw, start)
@@ -429,11 +433,11 @@ def _read_wav(path: str | Path) -> tuple[int, np.ndarray]:
             raise ValueError(f"{kind}; expected format 1 (PCM), 1 channel of 16 bits")
         if not 8000 <= form[2] <= 192000 or math.gcd(form[2], SAMPLE_RATE) < 25:
             raise ValueError(f"{form[2]} Hz")  # resampling an odd rate takes minutes
-        left = len(raw) - start
+        left = len(raw) - start  # bytes after the header of the data
         size = left if size in (0, 0xFFFFFFFF) else size  # a writer that streamed left it open
         if name != b"data" or size > left or size < 2:
             raise ValueError("no samples, or shorter than its header says")
-        return form[2], np.frombuffer(raw, "<i2", size // 2, start)
+        return form[2], np.frombuffer(raw, "<i2", size // 2, start)  # (n,)
 
 
 def load_wav(path: str | Path) -> Tensor:
@@ -458,10 +462,10 @@ def clip(x: Tensor, trim: str = "leading") -> Tensor:
     # other code. (torchaudio's vad returns nothing for clips where it never fires.)
     if len(x) > MIN_SAMPLES:
         windows = x.unfold(0, MIN_SAMPLES, MIN_SAMPLES)  # (n // 400, 400)
-        power = windows.square().mean(dim=1)
+        power = windows.square().mean(dim=1)  # (n // 400,)
         loud = power >= power.max() * 10 ** (-TRIM_DB / 10)  # in pure silence: every window
         x = windows[loud].flatten() if trim == "all" else x[int(loud.nonzero()[0]) * MIN_SAMPLES :]
-    x = x[: CLIP_SECONDS * SAMPLE_RATE]
+    x = x[: CLIP_SECONDS * SAMPLE_RATE]  # §3.2: 5 s
     return F.pad(x, (0, max(0, MIN_SAMPLES - len(x))))
 
 
@@ -496,9 +500,9 @@ class CachedStates:
     """
 
     def __init__(self, files: list[Path | None], device: str):
-        self.files, self.device = files, device
+        self.files, self.device = files, device  # None: no states are needed
         self.kept: list[Tensor | None] = []  # states in memory, by row
-        self.buffer: Tensor | None = None
+        self.buffer: Tensor | None = None  # (at least N, L, D)
 
     def read(self, row: int) -> Tensor:
         """Read one utterance's states (T, L, D) from its file."""
@@ -507,7 +511,7 @@ class CachedStates:
 
     def keep(self) -> None:
         """Read all states once and keep them, if they fit beside what training needs."""
-        gpu = self.device == "cuda"
+        gpu = self.device == "cuda"  # Apple's GPU shares the memory of the CPU
         room = torch.cuda.mem_get_info()[0] - GPU_RESERVE if gpu else KEEP_ON_CPU
         if not self.kept and sum(file.stat().st_size for file in self.files if file) <= room:
             rows, where = range(len(self.files)), "cuda" if gpu else "cpu"
@@ -515,19 +519,19 @@ class CachedStates:
 
     def release(self) -> None:
         """Free the memory. Later calls read the files."""
-        self.kept, self.buffer = [], None
+        self.kept, self.buffer = [], None  # garbage now
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self.kept[i] if self.kept else self.read(i) for i in rows.tolist()]
         lengths = torch.tensor([len(part) for part in parts])  # (U,)
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (U, T)
-        n, gpu = int(lengths.sum()), self.device == "cuda"
-        if self.buffer is None or len(self.buffer) < n:
+        n, gpu = int(lengths.sum()), self.device == "cuda"  # N
+        if self.buffer is None or len(self.buffer) < n:  # grow it
             # On the CPU, convert to 32 bits on the way. For a GPU, 16 bits are half to transfer.
             dtype, pin = torch.float16 if gpu else torch.float32, gpu and not self.kept
             self.buffer = parts[0].new_empty((n, *parts[0].shape[1:]), dtype=dtype, pin_memory=pin)
         for part, place in zip(parts, self.buffer[:n].split(lengths.tolist())):
-            place.copy_(part)
+            place.copy_(part)  # the place of one utterance in the buffer
         return self.buffer[:n], mask  # (N, L, D), (U, T)
 
 
@@ -550,11 +554,11 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
         content = x.encode() if isinstance(x, str) else b"" if x is None else x.numpy().tobytes()
         name = re.sub(r"[^A-Za-z0-9.-]", "_", u.id)  # an id of your own may hold anything
         files.append(None if x is None else folder / f"{name}-{checksum(content)}.npy")
-    folder.mkdir(parents=True, exist_ok=True)
-    there = set(os.listdir(folder))
+    folder.mkdir(parents=True, exist_ok=True)  # cache/<upstream>-<precision>-<fingerprint>
+    there = set(os.listdir(folder))  # one look is faster than 10,000
     # A batch is of one session and computed as a whole, because the last bits of a state depend on
     # its batch. So they depend neither on the test session nor on a kill.
-    parts = []
+    parts = []  # rows of each batch
     for session in sorted({u.session for u in corpus}):
         rows = [i for i, u in enumerate(corpus) if files[i] and u.session == session]
         rows.sort(key=lambda i: -len(inputs[i]))  # equal lengths together: little padding
@@ -568,8 +572,8 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
         for i, x, real in zip(rows, states.half().cpu(), mask.cpu()):
             if not x[real].isfinite().all():
                 why = "a layer state is not finite, or over 65,504 and too large for 16 bits"
-                raise CorpusError(f"{corpus[i].id}: {why}; look at this input, or try --precision fp32")
-            content = io.BytesIO()
+                raise CorpusError(f"{corpus[i].id}: {why}; look at it, or try --precision fp32")
+            content = io.BytesIO()  # in memory first: a file is complete or absent
             np.save(content, x[real].numpy())  # (T, L, D)
             write_whole(files[i], content.getvalue())
     return CachedStates(files, device)
@@ -588,20 +592,20 @@ def batch(
     overlap. With windows [[-1, 5, 6], [5, 6, 7]] text is asked for rows [5, 6, 7], and context is
     [[-1, 0, 1], [0, 1, 2]].
     """
-    arguments = {}
+    arguments = {}  # by modality
     if "audio" in sources:
-        arguments["audio"] = sources["audio"](rows)
+        arguments["audio"] = sources["audio"](rows)  # (states, mask)
     if "text" in sources:
         # unique() sorts, so a missing neighbour (-1) comes first. Drop it and shift all indices
         # down by one.
         distinct, context = windows[rows].unique(return_inverse=True)  # (U,), (B, C)
         if distinct[0] == -1:
-            distinct, context = distinct[1:], context - 1
+            distinct, context = distinct[1:], context - 1  # -1 is a missing neighbour again
         arguments["text"] = (*sources["text"](distinct), context)
     return {m: tuple(x.to(device) for x in tensors) for m, tensors in arguments.items()}
 
 
-# --- The toy corpus: tones and made-up sentences in IEMOCAP's layout. Readers of the paper stop here. ---
+# --- The toy corpus: tones and made-up sentences in IEMOCAP's layout (nothing of the paper) -------
 #
 # It is built to show the paper's ordering, so it is no evidence for it. An emotion tends to stay
 # from turn to turn, and two sentences in five name it: context helps, and text beats audio. The
@@ -620,7 +624,7 @@ TOY = dict(seed=9, dialogs=10, turns=24, stay=0.75, named=0.42, voice=0.65)
 
 def write_toy(root: str | Path) -> Path:
     """Write 1,200 utterances of 0.15 to 0.25 s into `root`, if it is empty. Returns root."""
-    root, rng = Path(root), np.random.default_rng(TOY["seed"])
+    root, rng = Path(root), np.random.default_rng(TOY["seed"])  # the same toy everywhere
     if (root / "toy.json").exists():
         return root
     if root.exists() and any(root.iterdir()):
@@ -628,7 +632,8 @@ def write_toy(root: str | Path) -> Path:
     for session in SESSIONS:
         for k in range(TOY["dialogs"]):
             act = f"impro{k + 1:02}" if k < 6 else f"script{k - 5:02}_1"
-            _write_toy_dialog(root / f"Session{session}", f"Ses{session:02}{'FM'[k % 2]}_{act}", rng)
+            name = f"Ses{session:02}{'FM'[k % 2]}_{act}"
+            _write_toy_dialog(root / f"Session{session}", name, rng)
     write_whole(root / "toy.json", b"{}")  # written last: the toy corpus is whole
     return root
 
@@ -639,25 +644,25 @@ def _write_toy_dialog(session: Path, name: str, rng: np.random.Generator) -> Non
         felt = felt if rng.random() < TOY["stay"] else str(rng.choice(CLASSES))
         emotion = "xxx" if rng.random() < 0.1 else felt  # the raters disagree
         emotion = "exc" if emotion == "hap" and rng.random() < 0.5 else emotion
-        letter = "FM"[rng.integers(2)]
+        letter = "FM"[rng.integers(2)]  # who speaks
         id = f"{name}_{letter}{counts[letter]:03}"
-        counts[letter] += 1
+        counts[letter] += 1  # ids count each speaker's turns
         text = rng.choice(FILLERS, rng.integers(2, 5))
         if rng.random() < TOY["named"]:
-            text = rng.choice(KEYWORDS[felt], len(text))
+            text = rng.choice(KEYWORDS[felt], len(text))  # a sentence that names the emotion
         text = "[LAUGHTER]" if rng.random() < 0.01 else " ".join(text).capitalize() + "."
 
         # A steady tone with overtones. Where the voice does not show the emotion, it shows any.
         pitch, fall = VOICES[felt if rng.random() < TOY["voice"] else str(rng.choice(CLASSES))]
-        n, overtone = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE), np.arange(1, 13)[:, None]  # (12, 1)
+        n, overtone = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE), np.arange(1, 13)[:, None]
         phase = 2 * np.pi * (overtone * pitch * np.arange(n) / SAMPLE_RATE + rng.random((12, 1)))
         tone = (overtone**-fall * np.sin(phase)).sum(axis=0) + 1e-4 * rng.standard_normal(n)
-        pcm = (tone / np.abs(tone).max() * rng.uniform(3000, 10000)).astype("<i2")
+        pcm = (tone / np.abs(tone).max() * rng.uniform(3000, 10000)).astype("<i2")  # loud or not
         start = max(end + rng.uniform(-0.1, 0.8), 0.5)  # the speakers interrupt each other
-        end = start + n / SAMPLE_RATE
+        end = start + n / SAMPLE_RATE  # seconds
 
         wav = session / "sentences" / "wav" / name / f"{id}.wav"
-        wav.parent.mkdir(parents=True, exist_ok=True)
+        wav.parent.mkdir(parents=True, exist_ok=True)  # a folder for each dialogue
         with wave.open(str(wav), "wb") as file:
             file.setparams((1, 2, SAMPLE_RATE, n, "NONE", ""))
             file.writeframes(pcm.tobytes())
@@ -678,7 +683,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("check", "toy"))
     parser.add_argument("dir", type=Path, help="check: holds Session1 ... Session5; toy: is empty")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)  # exits with a message for a wrong flag
     corpus, problems = scan(write_toy(args.dir) if args.command == "toy" else args.dir)
     problems += reference_problems(corpus) if args.command == "check" and corpus else []
     if problems:

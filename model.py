@@ -475,7 +475,8 @@ class Upstream(nn.Module):
     def forward(self, raw: list) -> tuple[Tensor, Tensor]:
         if self.one_by_one and len(raw) > 1:
             parts = [self([x]) for x in raw]
-            return tuple(pad_sequence([x[0] for x in each], batch_first=True) for each in zip(*parts))
+            both = zip(*parts)  # all states, all masks
+            return tuple(pad_sequence([x[0] for x in xs], batch_first=True) for xs in both)
 
         # Preprocess and pad. The audio preprocessor makes mean 0 and variance 1.
         device = next(self.model.parameters()).device
@@ -528,12 +529,12 @@ class Upstream(nn.Module):
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put weights back. Raises RuntimeError for names or shapes that the model does not have."""
+        """Put weights back. Raises RuntimeError for names or shapes that do not fit the model."""
         self.model.load_state_dict(self.model.state_dict() | weights)
 
     @torch.no_grad()
     def check(self) -> bool:
-        """Run inputs of unlike length, alone and in one batch. Raises ValueError for an unfit model.
+        """Run inputs of unlike length, alone and in one batch. Raises ValueError for a bad model.
 
         Returns whether the states of an input depend on the rest of its batch. Some models
         normalise over time, padding included. They work if they get one input at a time.

@@ -123,14 +123,14 @@ class Patience:
 
         # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs for every system.
         if self.since_best >= self.stop_after:
-            return "stop"
+            return "stop"  # before the trigger: if both are due, stop
         if self.finetune_after is None or self.finetuning or self.since_best < self.finetune_after:
             return "continue"
 
         # UNSPECIFIED [A9]: whether the 10 epochs are counted from the trigger again. We read one
         # counter: 5 more epochs without a lower loss stop the run. Alternative: --reset-patience.
         # Effect: tests/COURSE.md.
-        self.finetuning = True
+        self.finetuning = True  # only once
         if self.reset_at_finetune:
             self.since_best = 0
         return "finetune"
@@ -146,30 +146,30 @@ def train(
     RunError if the loss is not finite, or if the checkpoint cannot be used.
     """
     # The three parts of the fold, as rows of the corpus. Windows hold rows, too.
-    row_of = {u.id: i for i, u in enumerate(corpus)}
+    row_of = {u.id: i for i, u in enumerate(corpus)}  # id -> row of the corpus
     train_set, dev_set, test_set = data.split(corpus, settings.fold, settings.seed)
     train_rows, dev_rows, test_rows = (
         torch.tensor([row_of[u.id] for u in part]) for part in (train_set, dev_set, test_set)
     )
-    labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])
-    windows = data.context_windows(corpus, settings.context)
+    labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])  # (N,)
+    windows = data.context_windows(corpus, settings.context)  # (N, C)
     print(
         f"{name}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
         f"test {len(test_set)} (session {settings.fold}) utterances; {folder}"
     )
 
     # §2.4: first, the upstreams are frozen. Their states come from the cache.
-    sources = dict(cached)
+    sources = dict(cached)  # by modality: the cache, later the live upstream
     for m, upstream in upstreams.items():
-        upstream.close()
-        cached[m].keep()
+        upstream.close()  # an earlier run of this command may have changed it
+        cached[m].keep()  # in memory, if they fit
 
     # The trained part, and AdamW at 1e-3 (§3.2).
     torch.backends.cudnn.allow_tf32 = False  # cached states must equal live ones
     torch.manual_seed(settings.seed)  # initial weights, then dropout
     order = torch.Generator().manual_seed(settings.seed)  # of the batches
     recognizer = EmotionRecognizer(model_config(settings, upstreams)).to(device)
-    decay = settings.weight_decay
+    decay = settings.weight_decay  # 1e-3 (§3.2)
     optimizer = torch.optim.AdamW(recognizer.parameters(), settings.lr_frozen, weight_decay=decay)
     finetune_after = None if settings.frozen else settings.finetune_after
     patience = Patience(
@@ -184,68 +184,68 @@ def train(
 
     def start_finetuning() -> None:
         """§2.4: from now on the upstreams run on every batch, and their lowest parts learn too."""
-        nonlocal optimizer
-        opened = []
+        nonlocal optimizer  # it is replaced at the trigger
+        opened = []  # parameters of the upstreams
         for m, upstream in upstreams.items():
-            opened += upstream.open(settings.open)
-            cached[m].release()
-            sources[m] = data.live(upstream, inputs[m])
+            opened += upstream.open(settings.open)  # §2.4: the bottom
+            cached[m].release()  # the GPU needs the memory now
+            sources[m] = data.live(upstream, inputs[m])  # states are computed for each batch
         # UNSPECIFIED [A11]: the optimiser at the trigger, and the rate of the head. One rate is
         # named (§3.2), so a new AdamW trains everything at 1e-5. Alternative: --head-lr 1e-3, as in
         # the author's other code. Effect: tests/COURSE.md.
         head_lr = settings.lr_finetune if settings.head_lr is None else settings.head_lr
         groups = [{"params": list(recognizer.parameters()), "lr": head_lr}]
-        groups += [{"params": opened}] if opened else []
+        groups += [{"params": opened}] if opened else []  # AdamW refuses an empty group
         optimizer = torch.optim.AdamW(groups, settings.lr_finetune, weight_decay=decay)
 
     def weights() -> dict[str, dict]:
         """Return everything that training has changed so far."""
-        parts = {"model": recognizer.state_dict()}
+        parts = {"model": recognizer.state_dict()}  # the head
         return parts | {m: upstream.weights() for m, upstream in upstreams.items()}
 
     def load_weights(state: dict[str, dict]) -> None:
-        recognizer.load_state_dict(state["model"])
+        recognizer.load_state_dict(state["model"])  # shapes must fit
         for m, upstream in upstreams.items():
-            upstream.load_weights(upstream.original | state[m])
+            upstream.load_weights(upstream.original | state[m])  # the rest: as pre-trained
 
     # Resume after a kill. With the same weights, moments and random states, the next epoch is the
     # one that an undisturbed run has.
-    path = folder / "checkpoint.pt"
+    path = folder / "checkpoint.pt"  # of the last whole epoch
     if path.exists():
-        state = evaluate.load_checkpoint(path)
+        state = evaluate.load_checkpoint(path)  # on the CPU
         with data.reading(path, "delete it, and the run starts again", RunError):
             log, finetune_epoch, selected = state["log"], state["finetune_epoch"], state["selected"]
-            if finetune_epoch is not None:
-                start_finetuning()
-            load_weights(state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
-            vars(patience).update(state["patience"])
-            order.set_state(state["order"])
-            torch.set_rng_state(state["cpu"])
+            if finetune_epoch is not None:  # the checkpoint is of the second phase
+                start_finetuning()  # makes the optimiser of that phase
+            load_weights(state["weights"])  # of the head and of what is open
+            optimizer.load_state_dict(state["optimizer"])  # its moments
+            vars(patience).update(state["patience"])  # its counters
+            order.set_state(state["order"])  # of the batches to come
+            torch.set_rng_state(state["cpu"])  # of the dropout to come
             if device != "cpu" and device in state:
                 getattr(torch, device).set_rng_state(state[device])
         print(f"resumes after epoch {len(log)}")
 
     while patience.since_best < settings.stop_after and len(log) != settings.max_epochs:
-        started = time.perf_counter()
+        started = time.perf_counter()  # seconds
 
         # One epoch over the training speakers, shuffled, in batches of 32 (§3.2).
         # UNSPECIFIED [A18]: the last, smaller batch. We keep it. The author's other code drops it.
         recognizer.train()  # dropout on
-        train_loss, awake = 0.0, set()
-        batches = train_rows[torch.randperm(len(train_rows), generator=order)]
+        train_loss, awake = 0.0, set()  # awake: modalities whose S&E unit is alive
+        batches = train_rows[torch.randperm(len(train_rows), generator=order)]  # shuffled rows
         for rows in tqdm(batches.split(settings.batch_size), leave=False, delay=3, disable=None):
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # of the last step
             for part in rows.split(micro_batch or len(rows)):  # all, unless memory is short
                 loss = F.cross_entropy(recognizer(**batch(part)), labels[part].to(device))  # §2.4
                 # A micro-batch's gradient is weighted, so the sum is the batch's gradient.
                 (loss * (len(part) / len(rows))).backward()
                 value = finite(loss.item(), len(log) + 1, [corpus[i].id for i in part.tolist()])
-                train_loss += value * len(part) / len(train_rows)
+                train_loss += value * len(part) / len(train_rows)  # a mean over utterances
             optimizer.step()  # [A15]: no clipping, no class weights
             for m, extractor in recognizer.extractor.items():
                 if extractor.se.reduce.weight.grad.any():  # a dead ReLU passes no gradient [A2]
-                    awake.add(m)
+                    awake.add(m)  # it learned in this epoch
         for m in recognizer.extractor.keys() - awake:
             print(f"warning: the S&E unit of the {m} features is dead: all inputs get equal gates")
 
@@ -275,10 +275,10 @@ def train(
 
         # §2.4: "partially fine-tune them after training convergence".
         if event == "finetune":
-            finetune_epoch = len(log)
+            finetune_epoch = len(log)  # the last frozen epoch
             start_finetuning()
-            rate = f"learning rate {settings.lr_finetune:g}"
-            print(f"{name}: fine-tuning starts, {settings.open} of {' and '.join(upstreams)}, {rate}")
+            rate = f"learning rate {settings.lr_finetune:g}"  # 1e-05
+            print(f"{name}: fine-tuning starts, {settings.open} of {', '.join(upstreams)}, {rate}")
 
         # Keep what the next epoch needs, all at once.
         state = {
@@ -288,29 +288,29 @@ def train(
         }  # fmt: skip
         if device != "cpu":
             state[device] = getattr(torch, device).get_rng_state()
-        content = io.BytesIO()
-        torch.save(state, content)
+        content = io.BytesIO()  # first in memory, then to the disk in one piece
+        torch.save(state, content)  # tensors, numbers, strings, lists and dicts
         lines = "".join(json.dumps(row) + "\n" for row in log)
         data.write_whole(folder / "log.jsonl", lines.encode())
         data.write_whole(path, content.getvalue())
 
     # Test the last model on the test session, which is read here for the first time.
-    capped = patience.since_best < settings.stop_after
+    capped = patience.since_best < settings.stop_after  # by --max-epochs
     print(f"{name}: training stops, {'at the cap of epochs' if capped else 'no improvement'}")
     if selected:
         load_weights(selected["weights"])
         if selected["finetune_epoch"] is None:
-            sources.update(cached)
+            sources.update(cached)  # a frozen epoch was selected: use frozen states
     log_probs = evaluate.predict(recognizer, test_rows, batch)  # (N_test, 4)
-    seen = data.texts_elsewhere(corpus)
-    seen_text = [u.id in seen for u in test_set]
+    seen = data.texts_elsewhere(corpus)  # ids
+    seen_text = [u.id in seen for u in test_set]  # another session has these words
     evaluate.write_predictions(folder / "predictions.csv", test_set, log_probs, seen_text)
     result = {
         "corpus": name, "fusion": settings.fusion, "frozen": settings.frozen,
         "fold": settings.fold, "seed": settings.seed,
         **evaluate.score(labels[test_rows], log_probs), "epochs": len(log),
         "finetune_epoch": finetune_epoch, "dev_speaker": dev_set[0].speaker,
-        "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),
+        "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),  # utterances
         "seconds": sum(row["seconds"] for row in log),
     }  # fmt: skip
     data.write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
@@ -319,7 +319,7 @@ def train(
 
 def finite(loss: float, epoch: int, ids: list[str]) -> float:
     """Return the loss. Raises RunError on inf or NaN, because a model does not recover from it."""
-    if not math.isfinite(loss):
+    if not math.isfinite(loss):  # inf or NaN
         where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}"
         advice = "look at these inputs, or try --precision fp32. The run keeps the epoch before"
         raise RunError(f"the loss is {loss} {where}; {advice}")
@@ -329,8 +329,8 @@ def finite(loss: float, epoch: int, ids: list[str]) -> float:
 def model_config(settings: Settings, upstreams: dict[str, Upstream]) -> Config:
     """Build the model's Config. Numbers of layers and widths are read off the upstreams."""
     same = {f.name: getattr(settings, f.name) for f in fields(Config) if hasattr(settings, f.name)}
-    shapes = {f"{m}_layers": upstream.n_layers for m, upstream in upstreams.items()}
-    shapes |= {f"{m}_dim": upstream.dim for m, upstream in upstreams.items()}
+    shapes = {f"{m}_layers": upstream.n_layers for m, upstream in upstreams.items()}  # L
+    shapes |= {f"{m}_dim": upstream.dim for m, upstream in upstreams.items()}  # D
     return Config(**same, **shapes, n_context=settings.context)
 
 
@@ -342,19 +342,19 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
 
     Raises CorpusError with every problem of it.
     """
-    if table:
+    if table:  # --corpus
         name = re.sub(r"^(toy|iemocap)", r"my-\1", table.stem)  # these two names have a meaning
         return name, data.read_csv(table)
     if not iemocap:
-        print("No corpus named: this is the TOY corpus of tones and made-up words. Toy numbers only.")
-    root = iemocap or data.write_toy("corpora/toy")
+        print("No corpus named: this is the TOY corpus of tones and made-up words. Toy numbers!")
+    root = iemocap or data.write_toy("corpora/toy")  # written once
     corpus, problems = data.scan(root)
-    toy, name = (root / "toy.json").exists(), "iemocap"
+    toy, name = (root / "toy.json").exists(), "iemocap"  # every report says toy
     if partial or toy:
         name = "toy-" * toy + root.resolve().name + "-partial" * partial if iemocap else "toy"
     else:
-        problems += data.reference_problems(corpus)
-    if problems and not (partial and corpus):
+        problems += data.reference_problems(corpus)  # the full release must be complete
+    if problems and not (partial and corpus):  # nothing is left out unasked
         advice = "add --partial to train on the rest of it, or on a part of the full release"
         raise CorpusError([*problems, f"{len(problems)} problem(s) in {root}; {advice}"])
     print("\n".join([*problems, f"{name}: {len(corpus)} utterances, {len(problems)} problem(s)"]))
@@ -362,7 +362,8 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
 
 
 def number_or_all(x: str) -> int | str:
-    return x if x == "all" else int(x)
+    """Read the value of --fold or --system."""
+    return x if x == "all" else int(x)  # argparse reports a ValueError
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
@@ -381,21 +382,23 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     titles = {"upstream": "upstreams", "lr_frozen": "constants of §3.2", "condense": "open points"}
     for f in fields(Settings):
         group = p.add_argument_group(titles[f.name]) if f.name in titles else group
-        about = dict(f.metadata["flag"], default=argparse.SUPPRESS)
+        about = dict(f.metadata["flag"], default=argparse.SUPPRESS)  # absent unless given
         if f.name in ("fold", "seed"):  # several runs
-            kind = number_or_all if f.name == "fold" else int
+            kind = number_or_all if f.name == "fold" else int  # --fold all
             about |= {"nargs": "+", "type": kind, "default": [f.default], "metavar": "N"}
-        elif f.type is bool:
+        elif f.type is bool:  # a flag without a value
             about = {"help": about["help"], "action": "store_true", "default": argparse.SUPPRESS}
         about["help"] += f"; default: {f.default}" if f.default not in (None, False) else ""
-        group.add_argument("--" + f.name.replace("_", "-"), **about)
-    args = p.parse_args(arguments)
+        group.add_argument("--" + f.name.replace("_", "-"), **about)  # lr_frozen: --lr-frozen
+    args = p.parse_args(arguments)  # exits with a message for an unknown flag
 
+    # Check what argparse does not: ranges, and flags that exclude each other.
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     for f in fields(Settings):
         (low, high), value = f.metadata["range"], given.get(f.name)
         if isinstance(value, (int, float)) and not low <= value <= high:
-            p.error(f"--{f.name.replace('_', '-')} {value}: expected a number from {low} to {high:g}")
+            flag = f"--{f.name.replace('_', '-')}"
+            p.error(f"{flag} {value}: expected a number from {low} to {high:g}")
     for complaint, wrong in {
         "--frozen: --system says it already (odd: frozen)": args.system and "frozen" in given,
         "--corpus: give one of --iemocap and --corpus": args.iemocap and args.corpus,
@@ -403,7 +406,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]
         "--context: expected an odd number": given.get("context", 1) % 2 == 0,
         "--micro-batch, --seed: too low": (args.micro_batch or 1) < 1 or min(args.seed) < 0,
     }.items():
-        if wrong:
+        if wrong:  # say the first that is wrong
             p.error(complaint)
     return args, given
 
@@ -411,7 +414,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]
 def find_device(asked: str | None) -> str:
     """Choose the device, and print it. Raises RunError if the one asked for is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    device = asked or next((d for d, found in there.items() if found), "cpu")
+    device = asked or next((d for d, found in there.items() if found), "cpu")  # the fastest
     if not there.get(device, True):
         raise RunError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
     if device != asked and device == "cpu" and shutil.which("nvidia-smi"):
@@ -423,19 +426,19 @@ def find_device(asked: str | None) -> str:
 def load_inputs(s: Settings, corpus: list[Utterance], modalities: set, cache: Path, device: str):
     """Load what all runs of the command read: (upstreams, inputs, cached states) by modality."""
     names, texts = {"audio": s.wavlm, "text": s.bert}, [u.text for u in corpus]
-    if s.upstream == "tiny":
+    if s.upstream == "tiny":  # random weights for a dry run
         torch.set_num_threads(1)  # faster for small tensors, and the same sums on every machine
         folder = cache / f"tiny-{data.checksum(texts)}"
         if not folder.exists():
             part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
             make_tiny_upstreams(str(part), texts)
             with contextlib.suppress(OSError):  # another process was first
-                part.rename(folder)
+                part.rename(folder)  # complete, or not there
             shutil.rmtree(part, ignore_errors=True)
-        names = {m: str(folder / m) for m in names}
+        names = {m: str(folder / m) for m in names}  # as if the user had named them
     upstreams = {m: Upstream(names[m], m, s.precision).to(device) for m in sorted(modalities)}
     inputs = {m: data.load_clips(corpus, s.trim) if m == "audio" else texts for m in upstreams}
-    cached = {}
+    cached = {}  # by modality
     for m, upstream in upstreams.items():
         states = cache / f"{Path(names[m]).name}-{s.precision}-{upstream.fingerprint}"
         cached[m] = data.cache_states(states, upstream, corpus, inputs[m], device)
@@ -445,63 +448,69 @@ def load_inputs(s: Settings, corpus: list[Utterance], modalities: set, cache: Pa
 def claim(folder: Path, config: dict) -> None:
     """Write config.json. Raises RunError if the folder holds a run with other settings."""
     path = folder / "config.json"
-    if not path.exists():
+    if not path.exists():  # a new run
         data.write_whole(path, json.dumps(config, indent=1).encode())
     with data.reading(path, f"delete {folder}, or take another --out", RunError):
-        old = json.loads(path.read_text())
+        old = json.loads(path.read_text())  # the settings of the run that is here
         for key in config.keys() - {"upstreams", "made_with"}:  # these may move
             if old[key] != config[key]:
                 raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args, given = parse(arguments)
-    device = find_device(args.device)
+    args, given = parse(arguments)  # given: fields of Settings
+    device = find_device(args.device)  # cuda, mps or cpu
     name, corpus = read_corpus(args.iemocap, args.corpus, args.partial)
-    usual = Settings()
+
+    # The toy has its own defaults, so that the first command ends within a minute.
+    usual = Settings()  # the paper's
     if name.startswith("toy"):
         usual = Settings(upstream="tiny", max_epochs=TOY_EPOCHS)
-        print(f"Toy defaults: tiny random upstreams, at most {TOY_EPOCHS} epochs (the paper has no cap)")
+        print(f"Toy defaults: tiny upstreams, at most {TOY_EPOCHS} epochs (the paper has no cap)")
 
     # The runs: systems x folds x seeds. A fold that cannot be split is an error now, not later.
-    base = dataclasses.replace(usual, **{k: v for k, v in given.items() if k not in ("fold", "seed")})
+    run = ("fusion", "frozen", "fold", "seed")  # what the folder's name always tells
+    base = dataclasses.replace(usual, **{k: v for k, v in given.items() if k not in run[2:]})
     table_1 = list(itertools.product(CHOICES["fusion"], (True, False)))  # Sys. 1 to 18
-    systems = [(base.fusion, base.frozen)]
+    systems = [(base.fusion, base.frozen)]  # one, unless --system names others
     if args.system:
         systems = table_1 if "all" in args.system else [table_1[n - 1] for n in args.system]
-    sessions = sorted({u.session for u in corpus if u.label is not None})
-    folds = sessions if "all" in args.fold else args.fold
-    runs = list(itertools.product(systems, folds, args.seed))
+    sessions = sorted({u.session for u in corpus if u.label is not None})  # all folds
+    folds = sessions if "all" in args.fold else args.fold  # each tests on one session
+    runs = list(itertools.product(systems, folds, args.seed))  # in this order
     for _, fold, seed in runs:
-        data.split(corpus, fold, seed)
+        data.split(corpus, fold, seed)  # raises CorpusError
     modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}
     upstreams, inputs, cached = load_inputs(base, corpus, modalities, args.cache, device)
 
     for (fusion, frozen), fold, seed in runs:
+        # One run: its settings, and what it uses of all that was loaded.
         s = dataclasses.replace(base, fusion=fusion, frozen=frozen, fold=fold, seed=seed)
-        used = {m: upstreams[m] for m in Config(fusion).modalities}
-        states = {m: cached[m] for m in used}
+        used = {m: upstreams[m] for m in Config(fusion).modalities}  # audio, text or both
+        states = {m: cached[m] for m in used}  # of the modalities that this system uses
 
         # The folder's name tells every setting that is not the usual one.
-        switches = {k: v for k, v in vars(s).items() if v != getattr(usual, k)}
-        switches = {k: v for k, v in switches.items() if k not in ("fusion", "frozen", "fold", "seed")}
-        system = f"{fusion}-{'frozen' if frozen else 'finetuned'}"
+        switches = {k: v for k, v in vars(s).items() if v != getattr(usual, k) and k not in run}
+        system = f"{fusion}-{'frozen' if frozen else 'finetuned'}"  # mmt-finetuned is Sys. 18
         tail = "".join(f"-{k}={Path(str(v)).name}" for k, v in switches.items())
         folder = args.out / name / (system + tail) / f"fold{fold}-seed{seed}"
-        number = evaluate.system_number(fusion, frozen)
+        number = evaluate.system_number(fusion, frozen)  # of Table 1
         print(f"\nSys. {number} ({system}{tail}), fold {fold}, seed {seed}")
         files = [[file and file.name for file in states[m].files] for m in used]  # have checksums
         claim(folder, {
             **vars(s), "corpus": name, "sessions": sessions, "switches": switches,
-            "model": vars(model_config(s, used)),
+            "model": vars(model_config(s, used)),  # evaluate.py builds the model from it
             "utterances": data.checksum([files, [[u.id, u.emotion, u.speaker] for u in corpus]]),
             "weights": {m: upstream.fingerprint for m, upstream in used.items()},
-            "upstreams": {m: {"name": u.name, "fingerprint": u.fingerprint} for m, u in used.items()},
-            "made_with": {"torch": torch.__version__, "device": device},
+            "upstreams": {
+                m: {"name": os.path.abspath(u.name) if os.path.isdir(u.name) else u.name,
+                    "fingerprint": u.fingerprint} for m, u in used.items()
+            },
+            "made_with": {"torch": torch.__version__, "device": device},  # for your records
         })  # fmt: skip
         if (folder / "result.json").exists():
             print(f"done before, see {folder}; delete that to train again")
-            continue
+            continue  # with the next run
         train(s, corpus, name, used, inputs, states, folder, device, args.micro_batch)
 
 

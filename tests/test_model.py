@@ -1,9 +1,12 @@
 """model.py against hand-worked numbers, naive loops, PyTorch's own blocks, and gradients."""
 
+import dataclasses
+import json
 import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,10 @@ from torch.nn import functional as F
 import model
 from conftest import ROOT
 from model import FUSIONS, Config, EmotionRecognizer, TransformerBlock, Upstream, UpstreamError
+
+
+# What model.py does not do yet. Strict: delete the mark where the test passes.
+LATER = pytest.mark.xfail(strict=True, reason="model.py does not do this yet")
 
 
 def small_config(fusion, tiny, **changes):
@@ -176,46 +183,86 @@ def test_gates_inside_the_sum_equal_the_papers_block(condense):
     torch.manual_seed(3)
     x, mask = torch.randn(3, 6, 4, 5), torch.rand(3, 6) > 0.4
     mask[1] = False
-    config = Config("audio-fc", audio_layers=4, audio_dim=5, condense=condense)
-    extractor = model.FeatureExtractor(4, 5, config)
-    expected = extractor.projector(extractor.se(x, mask))  # S&E's output, then Project & Norm
-    found, _ = extractor(x, mask)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    # Without padding: the real steps alone, one utterance after another.
-    packed, same = extractor(x[mask], mask)
-    torch.testing.assert_close(packed[mask], expected[mask], atol=1e-5, rtol=1e-5)
-    assert (packed[~mask] == 0).all() and same is mask
-    grads = []
-    for out in (expected[mask], packed[mask]):
-        extractor.zero_grad()
-        out.square().sum().backward()
-        grads.append([p.grad.clone() for p in extractor.parameters()])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    se = model.SqueezeExcitation(4)
+    projector = model.Projector(5 if condense == "sum" else 20, 16, condense)
+    scaled = se(x, mask)  # S&E's output, then "Project & Norm" in plain torch
+    flat = scaled.sum(dim=2) if condense == "sum" else scaled.reshape(3, 6, 20)
+    linear, norm = projector.linear, projector.norm
+    expected = F.linear(flat, linear.weight, linear.bias)
+    expected = F.layer_norm(expected, (16,), norm.weight, norm.bias)
+    for found in (projector(x, se.gates(x, mask)[:, None]), projector(scaled)):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("condense", ["sum", "concat"])
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_states_without_padding_give_the_same(modality, condense):
+    torch.manual_seed(4)
+    config = Config("mmt", 4, 5, 4, 5, n_context=3, condense=condense)
+    recognizer = EmotionRecognizer(config)
+    extractor = recognizer.extractor[modality]
+    mask = torch.rand(5, 6) > 0.4
+    mask[1] = False  # an utterance without a real step
+    assert mask.any(dim=1).sum() == 4 and not mask.all(dim=0).any()
+    padded = torch.randn(5, 6, 4, 5)
+    padded[~mask] = 7.0
+    packed = padded[mask].requires_grad_()  # (N, L, D)
+    padded.requires_grad_()
+    context = torch.tensor([[-1, 0, 1], [0, 1, 2], [3, 4, -1]])
+    rest = (mask, context) if modality == "text" else (mask,)
+    results = []
+    for states in (padded, packed):
+        recognizer.zero_grad()
+        x, real = extractor(states, *rest)
+        (x * torch.linspace(-1, 1, x[0].numel()).view(x.shape[1:]))[real].sum().backward()
+        results.append((x, real, [p.grad.clone() for p in extractor.parameters()]))
+    (x, real, grads), (found, same, found_grads) = results
+    assert torch.equal(real, same)
+    torch.testing.assert_close(found[real], x[real], atol=1e-5, rtol=1e-5)
+    for a, b in zip(grads, found_grads, strict=True):
+        torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed.grad, padded.grad[mask], atol=1e-5, rtol=1e-4)
+    assert (padded.grad[~mask] == 0).all() and packed.grad.abs().sum() > 0.1
+    inner = extractor if modality == "audio" else extractor.utterance
+    assert (inner(packed, mask)[0][~mask] == 0).all()
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_nothing_of_the_head_stays_on_another_device(fusion):
     """On torch's meta device, an operand that was left on the CPU raises."""
-    recognizer = EmotionRecognizer(Config(fusion, 3, 8, 3, 8)).to("meta").train()
-    audio = torch.empty(2, 5, 3, 8, device="meta"), torch.ones(2, 5, device="meta", dtype=torch.bool)
-    text = torch.empty(4, 6, 3, 8, device="meta"), torch.ones(4, 6, device="meta", dtype=torch.bool)
-    context = torch.zeros(2, 9, device="meta", dtype=torch.long)
-    assert recognizer(audio, (*text, context)).shape == (2, 4)
+    def real(*shape):
+        return torch.ones(*shape, device="meta", dtype=torch.bool)
+
+    for changes in ({}, {"condense": "concat", "text_mask": "target", "head": "linear"}):
+        recognizer = EmotionRecognizer(Config(fusion, 3, 8, 3, 8, **changes)).to("meta").train()
+        audio = torch.empty(2, 5, 3, 8, device="meta"), real(2, 5)
+        text = torch.empty(4, 6, 3, 8, device="meta"), real(4, 6)
+        context = torch.zeros(2, 9, device="meta", dtype=torch.long)
+        windows = torch.empty(2, 9, 6, 3, 8, device="meta"), real(2, 9, 6)
+        for given in ((*text, context), windows):
+            logits = recognizer(audio, given)
+            assert logits.shape == (2, 4) and logits.device.type == "meta"
+            logits.sum().backward()
 
 
-def test_which_blocks_have_a_residual():  # A7
-    of = {f: EmotionRecognizer(Config(f, 3, 8, 3, 8)).fusion.blocks for f in FUSIONS}
-    found = {f: {n: b.residual for n, b in blocks.items()} for f, blocks in of.items()}
-    assert found == {
-        "audio-fc": {}, "audio-te": {"audio-to-audio": True}, "text-fc": {},
-        "text-te": {"text-to-text": True}, "cmt-a2t": {"audio-to-text": False},
-        "cmt-t2a": {"text-to-audio": False}, "ef": {},
-        "lf": {"audio-to-audio": True, "text-to-text": True},
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_which_blocks_have_a_residual(fusion):  # A7
+    blocks = {  # by hand: each block, and whether the queries come from the source's own modality
+        "audio-fc": {}, "audio-te": {"audio-to-audio": True},
+        "text-fc": {}, "text-te": {"text-to-text": True},
+        "cmt-a2t": {"audio-to-text": False}, "cmt-t2a": {"text-to-audio": False},
+        "ef": {}, "lf": {"audio-to-audio": True, "text-to-text": True},
         "mmt": {"audio-to-text": False, "text-to-audio": False},
-    }  # fmt: skip
-    switched = EmotionRecognizer(Config("mmt", 3, 8, 3, 8, cma_residual=True)).fusion.blocks
-    assert all(block.residual for block in switched.values())
+    }[fusion]  # fmt: skip
+    for switch in (False, True):
+        config = Config(fusion, 3, 8, 3, 8, cma_residual=switch)
+        found = EmotionRecognizer(config).fusion.blocks
+        expected = {name: own or switch for name, own in blocks.items()}
+        assert {name: block.residual for name, block in found.items()} == expected
+        for block in found.values():  # what it does: with W_V = 0, only the residual is left
+            nn.init.zeros_(block.w_v)
+            x_t, x_s = torch.randn(1, 3, 16), torch.randn(1, 4, 16)
+            assert (block.eval()(x_t, x_s).std(dim=1).max() > 0.01) == block.residual
 
 
 def test_context_convolution_against_loops():
@@ -384,22 +431,74 @@ def test_first_loss_is_near_chance_and_one_batch_can_be_learnt_by_heart(fusion, 
     assert loss.item() < 0.05
 
 
-@pytest.mark.parametrize("fusion, between", [("text-fc", 1), ("text-te", 1), ("ef", 2), ("mmt", 2)])
-def test_dropout_of_one_half_stands_between_the_modules(fusion, between, tiny):  # A16
-    config = small_config(fusion, tiny)
+@pytest.mark.parametrize("dropout_at", ["modules", "projector", "both"])
+@pytest.mark.parametrize("fusion", ["text-fc", "text-te", "audio-te", "ef", "mmt"])
+def test_dropout_of_one_half_acts_where_it_is_told(fusion, dropout_at, tiny):  # A16
+    config = small_config(fusion, tiny, dropout_at=dropout_at)
     assert config.dropout == 0.5
     recognizer, seen = EmotionRecognizer(config).train(), []
-    for layer in (recognizer.dropout, recognizer.fusion_dropout):
-        layer.register_forward_hook(lambda layer, args, out: seen.append((layer.p, args[0], out)))
+    for name, layer in recognizer.named_modules():
+        if isinstance(layer, nn.Dropout) and "blocks" not in name:  # a block has its own, of 0.1
+            layer.register_forward_hook(
+                lambda layer, args, out, name=name: seen.append((name, args[0], out))
+            )
     audio, text, context = sample(tiny)
     recognizer(tiny["audio"](audio), (*tiny["text"](text), context))
-    active = [(x, out) for p, x, out in seen if p]
-    extracted = len(config.modalities)
-    assert len(active) == extracted + (between == 2)
-    for x, out in active:  # what is kept is doubled, about half is not kept
+    active = [(name, x, out) for name, x, out in seen if not torch.equal(x, out)]
+    projectors = {"audio": "extractor.audio.projector.dropout",
+                  "text": "extractor.text.utterance.projector.dropout"}  # fmt: skip
+    modalities = [m for m in ("audio", "text") if m in fusion or fusion in ("ef", "mmt")]
+    expected = []
+    if dropout_at != "modules":
+        expected += [projectors[m] for m in modalities]
+    if dropout_at != "projector":
+        expected += ["dropout"] * len(modalities) + ["fusion_dropout"] * (len(modalities) == 2)
+    assert [name for name, _, _ in active] == expected
+    for _, x, out in active:  # what is kept is doubled, about half is not kept
         kept = out != 0
         torch.testing.assert_close(out[kept], 2 * x[kept])
         assert 0.3 < kept.float().mean() < 0.7
+    recognizer.eval()
+    seen.clear()
+    recognizer(tiny["audio"](audio), (*tiny["text"](text), context))
+    assert seen and all(torch.equal(x, out) for _, x, out in seen)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_linear_head_is_one_matrix(fusion):  # A15
+    paths = 2 if fusion in ("ef", "lf", "mmt") else 1
+    kinds = {}
+    for head in ("linear", "mlp"):
+        recognizer = EmotionRecognizer(Config(fusion, 3, 8, 3, 8, head=head)).eval()
+        kinds[head] = [type(layer) for layer in recognizer.classifier]
+        first, last = recognizer.classifier[0], recognizer.classifier[-1]
+        assert first.in_features == 16 * paths and last.out_features == 4
+        caught = []
+        recognizer.fusion.register_forward_hook(lambda *call: caught.append(call[2]))
+        audio = torch.randn(2, 5, 3, 8), torch.ones(2, 5, dtype=torch.bool)
+        text = torch.randn(2, 9, 6, 3, 8), torch.ones(2, 9, 6, dtype=torch.bool)
+        logits, h = recognizer(audio, text), caught[0]
+        if head == "mlp":
+            assert last.in_features == 16
+            h = (h @ first.weight.T + first.bias).clamp(min=0)
+        torch.testing.assert_close(logits, h @ last.weight.T + last.bias)
+    assert kinds == {"linear": [nn.Linear], "mlp": [nn.Linear, nn.ReLU, nn.Linear]}
+
+
+def test_defaults_are_the_papers():
+    import train
+
+    assert dataclasses.asdict(Config()) == {
+        "fusion": "mmt", "audio_layers": 25, "audio_dim": 1024, "text_layers": 13, "text_dim": 768,
+        "dim": 16, "n_classes": 4, "n_context": 9, "dropout": 0.5, "condense": "sum",
+        "text_mask": "union", "cma_residual": False, "head": "mlp", "dropout_at": "modules",
+    }  # fmt: skip
+    settings = train.Settings()
+    assert settings.wavlm == "microsoft/wavlm-large" and settings.bert == "bert-base-uncased"
+    assert settings.upstream == "paper" and settings.open == "bottom"
+    same = "fusion dropout condense text_mask cma_residual head dropout_at".split()
+    assert all(getattr(settings, name) == getattr(Config(), name) for name in same)
+    assert settings.context == 9
 
 
 def test_the_audio_is_normalised_before_the_upstream(tiny):
@@ -437,52 +536,344 @@ def test_texts_are_cut_at_512_tokens(tiny):
     assert tiny["text"](["hate " * 600])[0].shape[1] == 512
 
 
-def test_upstreams_stay_in_eval_mode_and_open_only_what_they_are_told(tiny):
-    for m, part in (("audio", "feature_extractor."), ("text", "embeddings.")):
-        upstream = tiny[m].train()
-        assert not any(module.training for module in upstream.modules())
-        names = {n for n, _ in upstream.model.named_parameters()}
-        before = {n: p.clone() for n, p in upstream.model.named_parameters()}
-        for what, expected in (
-            ("nothing", set()), ("bottom", {n for n in names if n.startswith(part)}), ("all", names)
-        ):  # fmt: skip
-            opened = upstream.open(what)
-            assert {n for n, p in upstream.model.named_parameters() if p.requires_grad} == expected
-            assert len(opened) == len(expected) and set(upstream.weights()) == expected
-            for p in opened:
-                p.data += 1.0
-            upstream.close()  # the pre-trained bits are back
-            assert all(torch.equal(p, before[n]) for n, p in upstream.model.named_parameters())
-            assert not any(p.requires_grad for p in upstream.parameters())
+def raw_inputs(modality):
+    if modality == "text":
+        return ["i hate it", "lovely party, so lovely"]
+    g = torch.Generator().manual_seed(7)
+    return [torch.randn(3000, generator=g), torch.randn(4000, generator=g)]
 
 
-def test_every_layer_state_is_transformers_own(tiny):
-    clips = [torch.randn(4000), torch.randn(3000)]
-    texts = ["i hate it", "lovely party, so lovely"]
-    for m, raw in (("audio", clips), ("text", texts)):
-        states, mask = tiny[m](raw)
-        for i, x in enumerate(raw):  # each input alone, straight through the library
-            given = (
-                tiny[m].preprocessor(x.numpy(), sampling_rate=16000, return_tensors="pt")
-                if m == "audio" else tiny[m].preprocessor(x, return_tensors="pt")
-            )  # fmt: skip
-            given.pop("attention_mask")
-            out = tiny[m].model(**given, output_hidden_states=True)
-            n = int(mask[i].sum())
-            for layer in range(states.shape[2] - 1):
-                theirs = out.hidden_states[layer][0]
-                torch.testing.assert_close(states[i, :n, layer], theirs, atol=1e-4, rtol=1e-4)
-            last = out.last_hidden_state[0]
-            torch.testing.assert_close(states[i, :n, -1], last, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("what", ["nothing", "bottom", "all"])
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_upstreams_stay_in_eval_mode_and_open_only_what_they_are_told(modality, what, tiny):
+    upstream = tiny[modality].train()
+    assert not any(module.training for module in upstream.modules())
+    before = {n: x.clone() for n, x in upstream.model.state_dict().items()}
+    bottom = {"audio": "feature_extractor.", "text": "embeddings."}[modality]
+    names = {n for n, _ in upstream.model.named_parameters()}
+    starts = {"nothing": "nothing", "bottom": bottom, "all": ""}[what]
+    expected = {n for n in names if n.startswith(starts)}
+    opened = upstream.open(what)
+    try:
+        assert {n for n, p in upstream.model.named_parameters() if p.requires_grad} == expected
+        assert len(opened) == len(expected) and set(upstream.weights()) == expected
+        states, _ = upstream(raw_inputs(modality))
+        assert states.requires_grad == bool(expected)
+        if expected:  # a step of an optimizer changes what is open, and nothing else
+            states.square().sum().backward()
+            torch.optim.AdamW(opened, lr=0.1, weight_decay=0.1).step()
+        now = upstream.model.state_dict()
+        changed = {n for n, x in now.items() if not torch.equal(x, before[n])}
+        learnt = {n for n, p in upstream.model.named_parameters() if p.grad is not None}
+        assert changed <= expected and changed >= {n for n in learnt if before[n].any()}
+        assert bool(learnt) == bool(expected)
+        tuned = {n: x.clone() for n, x in upstream.weights().items()}
+    finally:
+        upstream.close()  # the pre-trained bits are back
+        upstream.zero_grad()
+    assert all(torch.equal(x, before[n]) for n, x in upstream.model.state_dict().items())
+    assert not any(p.requires_grad for p in upstream.parameters()) and not upstream.weights()
+    assert not upstream(raw_inputs(modality))[0].requires_grad
+
+    upstream.open(what)
+    upstream.load_weights(tuned)  # a checkpoint
+    for n, x in upstream.model.state_dict().items():
+        assert torch.equal(x, tuned.get(n, before[n])), n
+    for wrong in ({"nobody": torch.zeros(1)}, {sorted(names)[0]: torch.zeros(1, 2, 3)}):
+        with pytest.raises(RuntimeError):
+            upstream.load_weights(wrong)
+    upstream.close()
+    assert all(torch.equal(x, before[n]) for n, x in upstream.model.state_dict().items())
 
 
-def test_truncation_keeps_the_beginning(tiny):
-    words = [f"{a}{b}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"]
-    ids = tiny["text"].preprocessor(" ".join(words))["input_ids"]
-    assert len(ids) > 512 and tiny["text"].max_tokens == 512
-    whole, _ = tiny["text"]([" ".join(words)])
-    start = tiny["text"].model.embeddings(torch.tensor([ids[:511] + [ids[-1]]]))
-    torch.testing.assert_close(whole[:, :, 0], start, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_every_layer_state_is_transformers_own(modality, tiny):
+    """By hooks on the library's layers: input of the first, output of each, last after the norm."""
+    import transformers as hf
+
+    folder, raw = tiny[modality].name, raw_inputs(modality)
+    states, mask = tiny[modality](raw)
+    library = hf.AutoModel.from_pretrained(folder).eval()
+    layers = library.encoder.layers if modality == "audio" else library.encoder.layer
+    seen = []
+
+    def note(layer, args, kwargs, out):
+        if layer is layers[0]:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    for layer in layers:
+        layer.register_forward_hook(note, with_kwargs=True)
+    for i, x in enumerate(raw):  # each input alone
+        seen.clear()
+        if modality == "audio":
+            library(((x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt())[None])
+            seen[-1] = library.encoder.layer_norm(seen[-1])
+        else:
+            library(**hf.AutoTokenizer.from_pretrained(folder)(x, return_tensors="pt"))
+        n = int(mask[i].sum())
+        assert len(seen) == states.shape[2] == 3 and mask[i, :n].all() and seen[0].shape[1] == n
+        for k in range(3):
+            torch.testing.assert_close(states[i, :n, k], seen[k][0], atol=1e-4, rtol=1e-4)
+            assert (seen[k] - seen[k - 1]).abs().max() > 0.01  # no two layers give the same
+
+
+@pytest.fixture(scope="module")
+def six_hundred_words(tmp_path_factory):
+    words = [f"w{i}" for i in range(600)]
+    return words, model.make_tiny_upstreams(str(tmp_path_factory.mktemp("long")), [" ".join(words)])
+
+
+@pytest.mark.parametrize("side", ["right", pytest.param("left", marks=LATER)])
+def test_truncation_keeps_the_beginning(side, six_hundred_words):
+    words, folders = six_hundred_words
+    edit(Path(folders["text"]) / "tokenizer_config.json", truncation_side=side)
+    upstream = Upstream(folders["text"], "text")
+    n = upstream.max_tokens - 2  # without [CLS] and [SEP]
+    assert n == 510
+    whole, mask = upstream([" ".join(words)])
+    torch.testing.assert_close(whole, upstream([" ".join(words[:n])])[0], atol=1e-5, rtol=1e-5)
+    assert mask.shape == (1, 512) and mask.all()
+    assert not torch.allclose(whole, upstream([" ".join(words[-n:])])[0], atol=1e-2)
+
+
+def test_tiny_weights_do_not_depend_on_the_random_state(tmp_path):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model.make_tiny_upstreams(str(tmp_path / str(seed)), ["i hate it", "lovely party"])
+    files = {p.relative_to(tmp_path / "1") for p in (tmp_path / "1").rglob("*") if p.is_file()}
+    assert {p.name for p in files} >= {"model.safetensors", "config.json", "tokenizer.json"}
+    for file in files:
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
+
+
+# --- kinds of upstreams: tiny folders with random weights, as a user may give them
+
+SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+CNN = dict(
+    conv_dim=(16, 16), conv_kernel=(40, 16), conv_stride=(20, 16), num_feat_extract_layers=2,
+    num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=4,
+)  # fmt: skip
+LAYER = dict(feat_extract_norm="layer", do_stable_layer_norm=True)
+VOCABULARY = "[PAD] [UNK] [CLS] [SEP] [MASK] you know that i am so happy and are not sad or angry yes"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def audio_folder(folder, kind="Wav2Vec2", preprocessor={}, change=None, drop=None, **config):
+    import transformers as hf
+
+    torch.manual_seed(0)
+    encoder = getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(**{**SIZE, **CNN, **config}))
+    save(encoder, folder, change, drop)
+    preprocessor = {"return_attention_mask": True, **preprocessor}
+    hf.Wav2Vec2FeatureExtractor(**preprocessor).save_pretrained(folder)
+
+
+def text_folder(
+    folder, kind="Bert", words=VOCABULARY, tokenizer={}, change=None, drop=None, **config
+):
+    import transformers as hf
+
+    torch.manual_seed(0)
+    words = words.split()
+    if tokenizer is not None:
+        vocabulary = {word: i for i, word in enumerate(words)}
+        hf.BertTokenizer(vocab=vocabulary, **tokenizer).save_pretrained(folder)
+    config = getattr(hf, f"{kind}Config")(**{**SIZE, "vocab_size": len(words), **config})
+    save(getattr(hf, f"{kind}Model")(config), folder, change, drop)
+
+
+def bytes_folder(folder, kind, special, **config):
+    """RoBERTa and GPT-2: the tokenizer knows every byte, and merges none."""
+    import transformers as hf
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    torch.manual_seed(0)
+    entries = special.split() + sorted(bytes_to_unicode().values())
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    getattr(hf, f"{kind}Tokenizer")(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    config = getattr(hf, f"{kind}Config")(vocab_size=len(entries), **SIZE, **config)
+    getattr(hf, f"{kind}Model")(config).save_pretrained(folder)
+
+
+def roberta_folder(folder, positions):
+    special = "<s> <pad> </s> <unk> <mask>"
+    bytes_folder(folder, "Roberta", special, pad_token_id=1, max_position_embeddings=positions)
+
+
+def save(encoder, folder, change, drop):
+    weights = encoder.state_dict()
+    if change:  # (name, value): one number of one tensor
+        weights[change[0]].view(-1)[0] = change[1]
+    kept = {n: x for n, x in weights.items() if not drop or drop not in n}
+    assert bool(drop) == (len(kept) < len(weights))
+    encoder.save_pretrained(folder, state_dict=kept)
+
+
+def after(make, file, **changes):
+    def both(folder):
+        make(folder)
+        edit(folder / file, **changes)
+
+    return both
+
+
+def remove(make, file):
+    def both(folder):
+        make(folder)
+        (folder / file).unlink()
+
+    return both
+
+
+def damaged(folder):
+    text_folder(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+
+
+def of(make, *args, **kwargs):
+    return lambda folder: make(folder, *args, **kwargs)
+
+
+BATCH, ALONE = "runs in a batch", "runs one by one"
+KINDS = {  # modality, folder, and what Upstream makes of it: one of the two, or the reason it gives
+    # audio
+    "WavLM": ("audio", of(audio_folder, "WavLM", **LAYER), BATCH),
+    "wav2vec2, layer norm": ("audio", of(audio_folder, **LAYER), BATCH),
+    "wav2vec2, group norm": ("audio", of(audio_folder), ALONE),
+    "wav2vec2, fine-tuned for CTC": (
+        "audio",
+        after(of(audio_folder, **LAYER), "config.json", architectures=["Wav2Vec2ForCTC"]), BATCH),
+    "HuBERT, layer norm": ("audio", of(audio_folder, "Hubert", **LAYER), BATCH),
+    "HuBERT, group norm": ("audio", of(audio_folder, "Hubert"), ALONE),
+    "wav2vec2-conformer": ("audio", of(audio_folder, "Wav2Vec2Conformer", **LAYER), ALONE),
+    "data2vec-audio": ("audio", of(audio_folder, "Data2VecAudio", conv_pos_kernel_size=3), ALONE),
+    "UniSpeech-SAT": ("audio", of(audio_folder, "UniSpeechSat", **LAYER), BATCH),
+    "extractor pads left": (
+        "audio", of(audio_folder, preprocessor={"padding_side": "left"}, **LAYER), BATCH),
+    "extractor without masks": (
+        "audio", of(audio_folder, preprocessor={"return_attention_mask": False}, **LAYER), BATCH),
+    "8 kHz": ("audio", of(audio_folder, preprocessor={"sampling_rate": 8000}, **LAYER), "8000 Hz"),
+    "add_adapter": ("audio", of(audio_folder, add_adapter=True, **LAYER), ""),
+    "no extractor": (
+        "audio", remove(of(audio_folder, **LAYER), "preprocessor_config.json"), "feature extractor"),
+    "audio: weights missing": (
+        "audio", of(audio_folder, drop="layers.1.attention.k_proj", **LAYER),
+        "no weights for encoder.layers.1.attention.k_proj"),
+    "audio: more layers than weights": (
+        "audio", after(of(audio_folder, **LAYER), "config.json", num_hidden_layers=3),
+        "no weights for encoder.layers.2"),
+    "audio: NaN": (
+        "audio",
+        of(audio_folder, change=("encoder.layers.0.attention.k_proj.bias", math.nan), **LAYER),
+        "not finite"),
+    "audio: inf": (
+        "audio",
+        of(audio_folder, change=("encoder.layers.1.final_layer_norm.weight", math.inf), **LAYER),
+        "not finite"),
+    "text given as audio": ("audio", of(text_folder), ""),
+    # text
+    "BERT": ("text", of(text_folder), BATCH),
+    "BERT without pooler": ("text", of(text_folder, drop="pooler"), BATCH),
+    "BERT of 64 positions": ("text", of(text_folder, max_position_embeddings=64), BATCH),
+    "RoBERTa of 514 positions": ("text", of(roberta_folder, 514), BATCH),
+    "RoBERTa of 130 positions": ("text", of(roberta_folder, 130), BATCH),
+    "ELECTRA": ("text", of(text_folder, "Electra", embedding_size=16), BATCH),
+    "tokenizer pads left": ("text", of(text_folder, tokenizer={"padding_side": "left"}), BATCH),
+    "no tokenizer files": ("text", of(text_folder, tokenizer=None), "tokenizer has 5 entries"),
+    "embedding too small": (
+        "text", of(text_folder, vocab_size=15), "tokenizer has 19 entries, the embedding 15"),
+    "tokenizer of another model": (
+        "text", of(text_folder, vocab_size=60), "tokenizer has 19 entries, the embedding 60"),
+    "ordinary words unknown": (
+        "text", of(text_folder, words="[PAD] [UNK] [CLS] [SEP] [MASK] foo bar baz"),
+        "14 of 16 ordinary words are unknown"),
+    "no pad token": (
+        "text", after(of(text_folder), "tokenizer_config.json", pad_token=None), "padding token"),
+    "GPT-2": ("text", of(bytes_folder, "GPT2", "<|endoftext|>"), ""),
+    "text: weights missing": (
+        "text", of(text_folder, drop="layer.1.attention.self.key"),
+        "no weights for encoder.layer.1.attention.self.key"),
+    "text: NaN": ("text", of(text_folder, change=("encoder.layer.1.output.dense.bias", math.nan)),
+                  "not finite"),
+    "damaged weights": ("text", damaged, ""),
+    "audio given as text": ("text", of(audio_folder, **LAYER), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_upstreams(kind, tmp_path):
+    import transformers as hf
+
+    modality, make, verdict = KINDS[kind]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    make(folder)
+    flag = {"audio": "--wavlm", "text": "--bert"}[modality]
+    if verdict not in (BATCH, ALONE):
+        with pytest.raises(UpstreamError) as error:
+            Upstream(str(folder), modality)
+        sentence = str(error.value)
+        assert sentence.startswith(f"{flag} {folder}: ") and verdict in sentence
+        assert "\n" not in sentence
+        assert sentence.endswith(f"use a whole {modality} encoder, or download it again")
+        return
+
+    upstream = Upstream(str(folder), modality)
+    assert upstream.one_by_one == (verdict == ALONE)
+    # Each input alone, straight through the library, against a batch of unlike lengths.
+    g = torch.Generator().manual_seed(8)
+    if modality == "audio":
+        raw = [torch.randn(n, generator=g) for n in (2500, 9000, 4000)]
+        given = [{"input_values": ((x - x.mean()) / x.std(correction=0))[None]} for x in raw]
+    else:
+        raw = ["yes", "i know that you are angry and so sad", "happy or not"]
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        given = [tokenizer(x, return_tensors="pt") for x in raw]
+    library = hf.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        states, mask = upstream(raw)
+        for x, real, inputs in zip(states, mask, given, strict=True):
+            out = library(**inputs, output_hidden_states=True)
+            expected = torch.stack((*out.hidden_states[:-1], out.last_hidden_state), dim=2)[0]
+            n = len(expected)
+            assert real.tolist() == [True] * n + [False] * (len(real) - n)
+            torch.testing.assert_close(x[:n], expected, atol=1e-4, rtol=1e-3)
+        if modality == "text":  # the longest text that the positions allow
+            longest = {"BERT of 64 positions": 64, "RoBERTa of 130 positions": 128}.get(kind, 512)
+            assert upstream(["you know " * 400])[0].shape[1] == longest == upstream.max_tokens
+
+
+@LATER
+@pytest.mark.parametrize("kind", ["add_adapter", "GPT-2", "audio given as text"])
+def test_a_refusal_gives_a_reason_that_a_user_understands(kind, tmp_path):
+    modality, make, _ = KINDS[kind]
+    make(tmp_path)
+    with pytest.raises(UpstreamError) as error:
+        Upstream(str(tmp_path), modality)
+    assert not re.search("has no attribute|NoneType|stack expects", str(error.value))
+
+
+@LATER
+def test_code_in_a_folder_never_runs(tmp_path, monkeypatch):
+    text_folder(tmp_path)
+    (tmp_path / "code.py").write_text(
+        "from transformers import BertConfig, BertModel\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class C(BertConfig):\n    model_type = 'other'\n"
+        "class M(BertModel):\n    config_class = C\n"
+    )
+    auto = {"AutoConfig": "code.C", "AutoModel": "code.M"}
+    edit(tmp_path / "config.json", model_type="other", auto_map=auto)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")  # an eager user
+    with pytest.raises(UpstreamError):
+        Upstream(str(tmp_path), "text")
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 def test_models_that_normalise_over_time_see_one_clip_at_a_time(tmp_path):
@@ -536,10 +927,19 @@ def test_python_model_py_prints_every_block_at_full_size():
     )
     assert done.returncode == 0, done.stderr
     for pattern in (
-        r"WavLM-Large.*249, 25, 1024.*315,453,120", r"CNN encoder.*4,206,592",
-        r"BERT-base.*13, 768.*109,482,240", r"embeddings.*23,837,184", r"projector.*16,432",
-        r"projector.*12,336", r"context.*\(2, 9, 20, 16\).*82", r"EmotionRecognizer.*\(2, 4\)",
+        r"WavLM-Large.*249, 25, 1024.* 315,453,120$", r"CNN encoder.* 4,206,592$",
+        r"BERT-base.*13, 768.* 109,482,240$", r"embeddings.* 23,837,184$", r"projector.* 16,432$",
+        r"projector.* 12,336$", r"context.*\(2, 9, 20, 16\).* 82$", r"EmotionRecognizer.*\(2, 4\)",
     ):  # fmt: skip
-        assert re.search(pattern, done.stdout), pattern
-
-
+        assert re.search(pattern, done.stdout, re.MULTILINE), pattern
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    for block in ("audio-to-text", "text-to-audio"):  # the matrices of Eq. (1), after their block
+        (i,) = [i for i, line in enumerate(lines) if line.strip().startswith(block)]
+        assert [line.split() for line in lines[i + 1 : i + 4]] == [
+            [w, "(16,", "16)", "256"] for w in ("W_Q", "W_K", "W_V")
+        ]
+    # The paper's equations by hand: S&E, projector, context; two blocks; an MLP of 32-16-4.
+    (total,) = [line for line in lines if line.startswith("EmotionRecognizer")]
+    block = 3 * 16 * 16 + 4 * 16 + (16 * 64 + 64) + (64 * 16 + 16)
+    parts = (76 + 16432) + (40 + 12336 + 82) + 2 * block + (32 * 16 + 16) + (16 * 4 + 4)
+    assert total.endswith(f" {parts:,}")

@@ -73,7 +73,7 @@ CORPUS = {  # what is done to the label file, the transcript, the wav -> what th
     ),
     "half the words": (
         lambda lab, wor, wav: wor.write_text("Ses01F_impro01_F000 [000.00"),
-        "expected another form",
+        "another form expected",
     ),
     "other dialog": (
         lambda lab, wor, wav: change(lab, b"impro01_F000", b"impro02_F000"),
