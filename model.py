@@ -451,6 +451,7 @@ class Upstream(nn.Module):
         with upstream_errors(label, f"use a whole {modality} encoder, or download it again"):
             self.preprocessor, self.model = load_pretrained(name, modality, label)
             self.preprocessor.padding_side = "right"  # some configurations say left
+            self.preprocessor.truncation_side = "right"  # keep the beginning (§3.2)
             self.requires_grad_(False)
             self.eval()
             config = self.model.config
@@ -504,6 +505,8 @@ class Upstream(nn.Module):
         # State 0 is the input of the first Transformer layer. Careful: the last of `hidden_states`
         # may come before the final LayerNorm, so we take last_hidden_state.
         states = (*output.hidden_states[:-1], output.last_hidden_state)
+        if len({x.shape for x in states}) > 1:
+            raise ValueError("its layers differ in shape (an adapter?)")
         return torch.stack(states, dim=2), mask.to(device)  # (B, T, L, D), (B, T)
 
     def bottom(self) -> nn.Module:
@@ -594,12 +597,15 @@ def load_pretrained(name: str, modality: str, label: str):
     hf = load_transformers()
     loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
 
-    # Never trust_remote_code (the default): a model folder must not run code of its own.
+    # A model folder must not run code of its own. Careful: without False, the library asks.
     def load(local: bool):
-        model = hf.AutoModel.from_pretrained(
-            name, local_files_only=local, output_loading_info=True, dtype=torch.float32
+        how = {"local_files_only": local, "trust_remote_code": False}
+        model, info = hf.AutoModel.from_pretrained(
+            name, output_loading_info=True, dtype=torch.float32, **how
         )
-        return loader.from_pretrained(name, local_files_only=local), *model
+        if not hasattr(model, "feature_extractor" if modality == "audio" else "embeddings"):
+            raise ValueError(f"{type(model).__name__} is no {modality} encoder of a known kind")
+        return loader.from_pretrained(name, **how), model, info
 
     try:
         preprocessor, model, info = load(local=True)  # a folder, or downloaded before
