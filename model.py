@@ -278,7 +278,11 @@ class TextFeatureExtractor(nn.Module):
         super().__init__()
         self.utterance = FeatureExtractor(config.text_layers, config.text_dim, config)
         self.context = ContextConv(config.n_context, config.text_mask)
-        self.se = self.utterance.se  # the same block, under the name that Fig. 2a's has
+
+    @property
+    def se(self) -> SqueezeExcitation:
+        """The S&E block, under the name that it has in Fig. 2a's extractor."""
+        return self.utterance.se
 
     def forward(self, states: Tensor, mask: Tensor, context: Tensor | None = None):
         if context is None:
