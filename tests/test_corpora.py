@@ -218,7 +218,7 @@ def test_meld(tables):
     rows, _ = tables["MELD"]
     assert [values(row, "text", "emotion", "session", "dialog", "speaker", "id") for row in rows] == [
         ("also I was", "neutral", "4", "train_dia0", "Chandler (session 4)", "train_dia0_utt0"),
-        ('You, he said "yes".', "joy", "4", "train_dia0", "The Interviewer (session 4)", "train_dia0_utt1"),
+        ('You, he said "yes".', "joy", "4", "train_dia0", "others (session 4)", "train_dia0_utt1"),
         ("Third", "surprise", "1", "train_dia2", "Ross (session 1)", "train_dia2_utt0"),
         ("“Yes”…", "sadness", "1", "train_dia10", "Chandler (session 1)", "train_dia10_utt0"),
         ("No!", "anger", "1", "train_dia10", "Ross (session 1)", "train_dia10_utt1"),

@@ -1,13 +1,14 @@
 """train.py: the triggers on written-out losses, and whole runs on a small corpus."""
 
 import csv
-import importlib
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ import data
 import evaluate
 import train
 from conftest import ROOT, write_wav
-from model import FUSIONS, Config, EmotionRecognizer, Upstream
+from model import FUSIONS, Config, EmotionRecognizer, SqueezeExcitation, Upstream
 from train import Patience
 
 
@@ -169,28 +170,37 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(go, monkeypatch):
-    whole = timeless(go("whole", "--fusion", "ef"))
-    write, calls, deaths = data.write_whole, [], []
+@pytest.mark.parametrize("flags", ["", "--select best"])
+def test_killed_after_every_epoch_a_run_ends_with_the_same_bits(flags, go, monkeypatch):
+    name = flags.replace(" ", "")
+    whole = go("whole" + name, "--fusion", "ef", *flags.split())
+    write, deaths = data.write_whole, []
 
     def dying_write(path, content):
         write(path, content)
-        calls.append(path.name)
-        if path.name == "checkpoint.pt":
-            fine = torch.load(path, weights_only=True)["finetune_epoch"] is not None
-            if deaths.count(fine) < 2:  # twice in both phases
-                deaths.append(fine)
-                raise Killed
+        if path.name not in ("checkpoint.pt", "log.jsonl", "predictions.csv"):
+            return
+        # Once at every checkpoint, and at some logs, whose epoch is then in no checkpoint.
+        epoch = len((path.parent / "log.jsonl").read_text().splitlines())
+        if (path.name, epoch) not in deaths and (path.name != "log.jsonl" or epoch % 3 == 1):
+            deaths.append((path.name, epoch))
+            raise Killed
 
     monkeypatch.setattr(data, "write_whole", dying_write)
-    for _ in range(6):
+    for _ in range(100):
         try:
-            folder = go("killed", "--fusion", "ef")
+            folder = go("killed" + name, "--fusion", "ef", *flags.split())
             break
         except Killed:
             pass
-    assert deaths == [False, False, True, True]
-    assert timeless(folder) == whole
+    log, result, _ = timeless(whole)
+    assert 0 < result["finetune_epoch"] < len(log)
+    assert [e for file, e in deaths if file == "checkpoint.pt"] == list(range(1, len(log) + 1))
+    assert timeless(folder) == timeless(whole)
+    weights = [torch.load(f / "checkpoint.pt", weights_only=True)["weights"] for f in (whole, folder)]
+    for m, part in weights[0].items():
+        assert part.keys() == weights[1][m].keys()
+        assert all(torch.equal(x, weights[1][m][k]) for k, x in part.items()), m
 
 
 def test_same_seed_same_bits_other_seed_other_result(go, workplace):
@@ -368,6 +378,328 @@ def test_a_corpus_that_is_not_the_full_release_is_refused_without_partial(small_
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "dialogues 1 (not 28)" in done.stderr and "add --partial" in done.stderr
+
+
+# --- oracles: the run computed again by hand, without data.batch, torch.optim and Patience
+
+
+class ByHand:
+    """The small corpus and its layer states, for loops that are written out here."""
+
+    def __init__(self, small_corpus, upstreams, cache):
+        self.corpus, self.folders, self.cache = data.read_iemocap(small_corpus), upstreams, cache
+        self.labels = torch.tensor([
+            {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}.get(u.emotion, -1) for u in self.corpus
+        ])  # fmt: skip
+        self.row = {u.id: i for i, u in enumerate(self.corpus)}
+        self.clips = {i: data.clip(data.load_wav(u.wav)) for i, u in enumerate(self.corpus)}
+        by_dialog = {}
+        for i, u in enumerate(self.corpus):
+            by_dialog.setdefault(u.dialog, []).append(i)
+        self.windows = torch.full((len(self.corpus), 9), -1)
+        for rows in by_dialog.values():
+            for k, i in enumerate(rows):
+                for column, place in enumerate(range(k - 4, k + 5)):
+                    if 0 <= place < len(rows):
+                        self.windows[i, column] = rows[place]
+
+    def from_files(self, m, rows):
+        """Padded states and mask of these utterances, from the cache's files."""
+        (folder,) = self.cache.glob(f"{m}-fp32-*")  # the upstream's folder is called audio or text
+        parts = []
+        for i in rows:
+            (file,) = folder.glob(f"{self.corpus[i].id}-*.npy")
+            parts.append(torch.from_numpy(np.load(file)).float())
+        states = torch.zeros(len(parts), max(map(len, parts)), *parts[0].shape[1:])
+        mask = torch.zeros(states.shape[:2], dtype=torch.bool)
+        for x, part, real in zip(states, parts, mask):
+            x[: len(part)], real[: len(part)] = part, True
+        return states, mask
+
+    def logits(self, recognizer, rows, live=None):
+        """Every window spelled out: states (B, 9, T, L, D). live: upstreams to run, if any."""
+        everyone = range(len(self.corpus))
+        if live:
+            audio = live["audio"]([self.clips[i] for i in rows])
+            states, mask = live["text"]([u.text for u in self.corpus])
+        else:
+            audio = self.from_files("audio", rows)
+            states, mask = self.from_files("text", everyone)
+        windows = self.windows[rows]
+        there = (windows >= 0)[:, :, None]
+        return recognizer(audio, (states[windows], mask[windows] & there))
+
+    def loss(self, *arguments):
+        """Equal weights, no smoothing: the mean of -log p(truth)."""
+        rows = arguments[1]
+        log_p = self.logits(*arguments)
+        log_p = log_p - log_p.logsumexp(dim=1, keepdim=True)
+        return -sum(log_p[k, self.labels[i]] for k, i in enumerate(rows)) / len(rows)
+
+    def upstreams(self, weights):
+        """The pre-trained models with what a checkpoint changed in them."""
+        found = {m: Upstream(self.folders[m], m) for m in ("audio", "text")}
+        for m, upstream in found.items():
+            parameters = dict(upstream.model.named_parameters())
+            for name, x in weights[m].items():
+                parameters[name].data.copy_(x)
+        return found
+
+
+@pytest.fixture(scope="module")
+def by_hand(small_corpus, upstreams, workplace):
+    return ByHand(small_corpus, upstreams, workplace / "cache")
+
+
+@pytest.fixture
+def checkpoints(monkeypatch):
+    """A run's initial weights, the rows of its training batches, and all of its checkpoints."""
+    seen = {"initial": [], "rows": [], "states": []}
+    batch, write = data.batch, data.write_whole
+
+    class Watched(EmotionRecognizer):
+        def __init__(self, config):
+            super().__init__(config)
+            seen["initial"].append({k: x.clone() for k, x in self.state_dict().items()})
+
+    def watch_batch(rows, *rest):
+        if torch.is_grad_enabled():
+            seen["rows"].append(rows.tolist())
+        return batch(rows, *rest)
+
+    def watch_write(path, content):
+        write(path, content)
+        if path.name == "checkpoint.pt":
+            seen["states"].append(torch.load(path, weights_only=True))
+
+    monkeypatch.setattr(train, "EmotionRecognizer", Watched)
+    monkeypatch.setattr(data, "batch", watch_batch)
+    monkeypatch.setattr(data, "write_whole", watch_write)
+    return seen
+
+
+OPENED = {  # what §2.4 fine-tunes, by the names of transformers
+    "nothing": {"audio": (), "text": ()},
+    "bottom": {"audio": ("feature_extractor.",), "text": ("embeddings.",)},
+    "all": {"audio": ("",), "text": ("",)},
+}
+
+
+@pytest.mark.parametrize("flags, part, head_rate, rate, decay", [
+    ("", 8, 1e-5, 1e-5, 1e-3),
+    ("--open nothing", 8, 1e-5, 1e-5, 1e-3),
+    ("--open all --lr-finetune 1e-4", 8, 1e-4, 1e-4, 1e-3),
+    ("--head-lr 1e-3 --weight-decay 1", 8, 1e-3, 1e-5, 1),
+    ("--micro-batch 3", 3, 1e-5, 1e-5, 1e-3),  # its parts add up to the batch's gradient
+])  # fmt: skip
+def test_the_steps_of_both_phases_are_adamw_by_hand(
+    flags, part, head_rate, rate, decay, go, by_hand, checkpoints
+):
+    """Five steps before the trigger and five after it, from the loss to the weights."""
+    # min_decrease 1: no loss counts as lower, so the trigger fires after epoch 1. A system without
+    # Transformer blocks has no dropout but --dropout.
+    folder = go("steps" + flags.replace(" ", ""), "--fusion", "ef", "--dropout", "0", "--batch-size",
+                "8", "--min-decrease", "1", "--finetune-after", "1", "--stop-after", "2",
+                *flags.split())  # fmt: skip
+    first, second = checkpoints["states"]
+    assert (first["finetune_epoch"], second["finetune_epoch"], len(second["log"])) == (1, 1, 2)
+    config = json.loads((folder / "config.json").read_text())
+    recognizer = EmotionRecognizer(Config(**config["model"]))
+    epochs = [[]]  # of batches of rows, from the parts in which they came
+    size = 0
+    for rows in checkpoints["rows"]:
+        if size == 39:
+            epochs.append([])
+            size = 0
+        if size % 8 == 0:
+            epochs[-1].append([])
+        epochs[-1][-1] += rows
+        size += len(rows)
+        assert len(rows) <= part
+    assert [[len(rows) for rows in epoch] for epoch in epochs] == [[8, 8, 8, 8, 7]] * 2
+    assert sorted(sum(epochs[0], [])) == sorted(sum(epochs[1], []))
+
+    what = OPENED[flags.split()[1] if "--open" in flags else "bottom"]
+    for phase, (start, epoch, end) in enumerate((
+        (checkpoints["initial"][0], epochs[0], first), (first["weights"]["model"], epochs[1], second)
+    )):  # fmt: skip
+        recognizer.load_state_dict(start)
+        rates = {f"model.{n}": (p, head_rate if phase else 1e-3)
+                 for n, p in recognizer.named_parameters()}  # fmt: skip
+        live = None
+        if phase:
+            live = by_hand.upstreams(first["weights"])
+            for m, upstream in live.items():
+                for n, p in upstream.model.named_parameters():
+                    if n.startswith(what[m]):
+                        rates[f"{m}.{n}"] = p.requires_grad_(True), rate
+        before = {n: p.detach().clone() for n, (p, _) in rates.items()}
+        moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, (p, _) in rates.items()}
+        train_loss = 0.0
+        for t, rows in enumerate(epoch, 1):
+            loss = by_hand.loss(recognizer, rows, live)
+            train_loss += loss.item() * len(rows) / 39
+            found = torch.autograd.grad(loss, [p for p, _ in rates.values()], allow_unused=True)
+            for (n, (p, lr)), g in zip(rates.items(), found):
+                if g is None:  # BERT's pooler, WavLM's embedding of masked frames
+                    continue
+                m, v = moments[n]
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
+                with torch.no_grad():
+                    p.mul_(1 - lr * decay)
+                    p.sub_(lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+
+        assert end["log"][phase]["train_loss"] == pytest.approx(train_loss, rel=1e-4)
+        assert end["log"][phase]["lr"] == (rate if phase else 1e-3)
+        weights = {f"{m}.{n}": x for m, state in end["weights"].items() for n, x in state.items()}
+        opened = {n for n in rates if not n.startswith("model.")}
+        if phase:
+            assert {n for n in weights if not n.startswith("model.")} == opened
+        for n, (p, lr) in rates.items():
+            if n.endswith(("k_proj.bias", "key.bias")):  # softmax: no gradient but rounding
+                continue
+            # Where a gradient is nearly zero, Adam takes its sign from the rounding.
+            wrong = (weights[n] - p.detach()).abs() > 0.02 * lr
+            assert wrong.float().mean() < 0.005, n
+        moved = sum(not torch.equal(before[n], p) for n, (p, _) in rates.items())
+        assert moved >= len(rates) - 3
+
+
+@pytest.mark.parametrize("flags", ["", "--frozen", "--reset-patience", "--min-decrease 0.05"])
+def test_losses_and_triggers_computed_again(flags, go, by_hand):
+    """The development loss by the checkpoint's weights, the triggers by a plain loop."""
+    folder = go("again" + flags.replace(" ", ""), "--fusion", "mmt", *flags.split())
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    log, result, _ = timeless(folder)
+    recognizer = EmotionRecognizer(Config(**config["model"])).eval()
+    recognizer.load_state_dict(state["weights"]["model"])
+    live = None if flags == "--frozen" else by_hand.upstreams(state["weights"])
+    corpus = by_hand.corpus
+    for rows, expected in (
+        ([i for i, u in enumerate(corpus) if u.speaker == result["dev_speaker"]], log[-1]["dev_loss"]),
+        ([i for i, u in enumerate(corpus) if u.session == 5], result["loss"]),
+    ):  # fmt: skip
+        rows = [i for i in rows if by_hand.labels[i] >= 0]
+        with torch.no_grad():
+            assert by_hand.loss(recognizer, rows, live).item() == pytest.approx(expected, abs=2e-5)
+
+    smallest = 0.05 if "min" in flags else 0.0
+    best, since, trigger, counts, stop = float("inf"), 0, None, [], None
+    for row in log:
+        assert stop is None
+        since += 1
+        if row["dev_loss"] < best - smallest * best or best == float("inf"):
+            best, since = row["dev_loss"], 0
+        counts.append(since)
+        if since >= 4:
+            stop = row["epoch"]
+        elif since >= 2 and trigger is None and flags != "--frozen":
+            trigger = row["epoch"]
+            if "reset" in flags:
+                since = 0
+    assert counts == [row["since_best"] for row in log]
+    assert (trigger, stop) == (result["finetune_epoch"], result["epochs"])
+    phases = [row["epoch"] <= (trigger or stop) for row in log]
+    assert [row["phase"] == "frozen" for row in log] == phases
+
+
+def test_a_smallest_decrease_is_relative():  # the other reading of A17
+    assert events([1.0, 0.95, 0.9, 0.89, 0.81], min_decrease=0.1, stop_after=2) == "cccs" + "c"
+    small = [1e-3 * x for x in (1.0, 0.95, 0.9, 0.89, 0.81)]
+    assert events(small, min_decrease=0.1, stop_after=2) == "cccs" + "c"
+    assert events([1.0, 0.9999, 0.9998], min_decrease=1e-3, stop_after=2)[-1] == "s"
+    assert events([1.0, 0.9999, 0.9998], stop_after=2)[-1] == "c"
+
+
+def test_a_dead_squeeze_and_excitation_is_warned_of(go, monkeypatch, capsys):
+    go("alive", "--fusion", "ef", "--frozen", "--max-epochs", "2")
+    assert "dead" not in capsys.readouterr().out
+    born = SqueezeExcitation.__init__
+
+    def dead(self, n_layers):
+        born(self, n_layers)
+        torch.nn.init.constant_(self.reduce.bias, -100)
+
+    monkeypatch.setattr(SqueezeExcitation, "__init__", dead)
+    go("dead", "--fusion", "ef", "--frozen", "--max-epochs", "2")
+    said = capsys.readouterr().out
+    for m in ("audio", "text"):
+        assert said.count(f"warning: the S&E unit of the {m} features is dead") == 2
+
+
+# --- settings, folders, several runs of one command
+
+
+OTHER = {  # of each setting a value that is not the usual one
+    "upstream": "tiny", "wavlm": "some/where", "bert": "else", "precision": "bf16",
+    "lr_frozen": 0.01, "lr_finetune": 1e-4, "weight_decay": 0.0, "batch_size": 8, "dropout": 0.1,
+    "context": 3, "finetune_after": 2, "stop_after": 4, "max_epochs": 7, "condense": "concat",
+    "text_mask": "target", "cma_residual": True, "reset_patience": True, "select": "best",
+    "head_lr": 1e-3, "trim": "all", "head": "linear", "dropout_at": "both", "min_decrease": 0.1,
+    "open": "all",
+}  # fmt: skip
+
+
+def test_a_folders_name_holds_exactly_the_settings_that_are_not_the_usual_ones(
+    monkeypatch, small_corpus, tmp_path, tiny
+):
+    monkeypatch.chdir(tmp_path)
+    corpus = data.read_iemocap(small_corpus)
+    cached = {m: data.CachedStates([None] * len(corpus), "cpu") for m in tiny}
+    for name, inputs in (("load_inputs", lambda *a: (tiny, None, cached)), ("train", lambda *a: 0)):
+        monkeypatch.setattr(train, name, inputs)
+    monkeypatch.setattr(data, "scan", lambda root: (corpus, []))
+    assert OTHER.keys() == {f.name for f in fields(train.Settings)} - {"fusion", "frozen", "fold", "seed"}
+
+    def folder_of(*flags, root=("--iemocap", str(small_corpus), "--partial")):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        train.main([*root, "--device", "cpu", *flags])
+        (path,) = (tmp_path / "runs").rglob("config.json")
+        return path.parent.parent.name, json.loads(path.read_text())
+
+    assert folder_of()[0] == "mmt-finetuned"
+    for name, value in OTHER.items():
+        flag = ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+        found, config = folder_of(*flag)
+        assert found == f"mmt-finetuned-{name}={'where' if name == 'wavlm' else value}"
+        assert config[name] == value and config["switches"] == {name: value}
+        usual = {f.name: f.default for f in fields(train.Settings)}
+        assert {k: config[k] for k in usual} == usual | {name: value}
+    found, _ = folder_of("--dropout", "0.5", "--open", "bottom", "--fusion", "lf", "--frozen", "--context", "5")
+    assert found == "lf-frozen-context=5"
+    # The toy has usual values of its own.
+    monkeypatch.setattr(data, "write_toy", lambda root: small_corpus)
+    monkeypatch.setattr(Path, "exists", lambda path, f=Path.exists: path.name == "toy.json" or f(path))
+    assert folder_of(root=())[0] == "mmt-finetuned"
+    assert folder_of("--max-epochs", "7", root=())[0] == "mmt-finetuned-max_epochs=7"
+    assert folder_of("--upstream", "paper", root=())[0] == "mmt-finetuned-upstream=paper"
+
+
+def test_the_way_to_trim_and_the_precision_reach_the_states(go, monkeypatch, workplace):
+    asked, load = [], data.load_clips
+    monkeypatch.setattr(data, "load_clips", lambda *a: asked.append(a[1:]) or load(*a))
+    go("trimmed", "--fusion", "audio-fc", "--frozen", "--max-epochs", "1", "--trim", "all")
+    folder = go("bf16", "--fusion", "audio-fc", "--frozen", "--max-epochs", "1", "--precision", "bf16",
+                "--cache", "other-cache")  # fmt: skip
+    assert asked == [("all",), ("leading",)]
+    (states,) = (workplace / "other-cache").iterdir()
+    assert states.name.startswith("audio-bf16-") and "precision=bf16" in str(folder)
+
+
+def test_systems_of_one_command_end_as_they_would_alone(go, workplace):
+    """Fine-tuning changes the upstreams, and the next run starts from the pre-trained ones."""
+    alone = timeless(go("alone14", "--system", "14")), timeless(go("alone13", "--system", "13"))
+    for order in (("14", "13"), ("13", "14")):
+        out = "together" + order[0]
+        go(out, "--system", *order, "--seed", "0")
+        for kind, expected in zip(("finetuned", "frozen"), alone):
+            (folder,) = [p.parent for p in (workplace / out).rglob("config.json") if f"ef-{kind}" in str(p)]
+            assert timeless(folder) == expected
+
+
+# --- at full size (by hand: pytest -m slow)
 
 
 @pytest.mark.slow
