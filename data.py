@@ -265,7 +265,9 @@ def _entries(path: Path, form: tuple[str, str], problems: list) -> dict[str, tup
         if match and re.match(form[0], line) and match["id"] not in entries:
             entries[match["id"]] = match["a"], match["b"], match["c"]
         elif re.match(form[0], line):
-            why = f"{match['id']} is there for the second time" if match else "another form expected"
+            why = "another form expected"
+            if match:
+                why = f"{match['id']} is there for the second time"
             problems.append(f"{path}:{number}: {why}: {line!r:.60}; fetch it again")
     return entries
 

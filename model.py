@@ -136,8 +136,6 @@ def cross_modal_attention(
 
 
 # --- Blocks of the feature extractor (Fig. 2) -----------------------------------------------------
-
-
 class SqueezeExcitation(nn.Module):
     """Squeeze-and-Excitation (S&E) over the layers of an upstream: §2.1, Fig. 2, reference [27].
 
@@ -297,8 +295,6 @@ class TextFeatureExtractor(nn.Module):
 
 
 # --- Fusion (Fig. 3) and the whole (Fig. 1) -------------------------------------------------------
-
-
 class TransformerBlock(nn.Module):
     """One Transformer block around Eq. (1). The source is the target itself, or the other modality.
 
@@ -419,8 +415,6 @@ class EmotionRecognizer(nn.Module):
 
 
 # --- Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4) ------------------
-
-
 class UpstreamError(ValueError):
     """A pre-trained model cannot be loaded or used. The message names the flag and the remedy."""
 

@@ -335,8 +335,6 @@ def model_config(settings: Settings, upstreams: dict[str, Upstream]) -> Config:
 
 
 # --- The command ---------------------------------------------------------------------------------
-
-
 def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Utterance]]:
     """Read the corpus that was asked for: (its name in reports, its utterances).
 

@@ -11,7 +11,9 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -445,6 +447,8 @@ def test_mutated_run_folders_are_named_or_count_the_same(finished, tmp_path):
         except RunError as error:
             assert str(folder) in str(error)
             found += 1
+            runs, complaints = evaluate.find_runs(folder)
+            assert not runs and complaints == [str(error)], seed
         finally:
             path.write_bytes(raw)
     assert found > 300
@@ -467,6 +471,24 @@ def test_mutated_checkpoints_are_named(finished, tmp_path):
     assert found > 80
 
 
+def test_mutated_states_in_the_cache_are_named_or_have_the_same_shape(finished, tmp_path):
+    """200 mutations of a .npy file: a changed byte among the numbers may go unnoticed."""
+    files = sorted((finished[0] / "cache").glob("audio-fp32-*/*.npy"))
+    raw, clean = files[0].read_bytes(), np.load(files[0])
+    path, found = tmp_path / "Ses01F_impro01_F000-0.npy", 0
+    source = data.CachedStates([path], "cpu")
+    for seed in range(200):
+        rng = random.Random(seed)
+        k = 128 if seed % 2 else len(raw)  # half of them in the header
+        path.write_bytes(mutate(raw[:k], rng) + raw[k:])
+        try:
+            assert source.read(0).shape == clean.shape, seed
+        except CorpusError as error:
+            assert str(path) in str(error) and "delete it" in str(error), seed
+            found += 1
+    assert found > 100
+
+
 # --- untrusted files
 
 
@@ -483,6 +505,12 @@ def test_a_hostile_pickle_runs_no_code(finished, tmp_path, monkeypatch):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(RunError):
         evaluate.load_checkpoint(tmp_path / "plain.pt")
+    # A file of the cache that is a pickle, whole or as an array of objects.
+    np.save(tmp_path / "objects.npy", np.array([Hostile()]), allow_pickle=True)
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Hostile()))
+    for name in ("objects.npy", "pickle.npy"):
+        with pytest.raises(CorpusError, match=f"{name}: .*delete it"):
+            data.CachedStates([tmp_path / name], "cpu").read(0)
     # An upstream folder whose weights are a pickle, and whose config asks for code of its own.
     folder = tmp_path / "upstream"
     shutil.copytree(next((finished[0] / "cache").glob("tiny-*")) / "text", folder)
@@ -567,17 +595,23 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(finished, tmp_path):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_a_sentence_on_how_to_go_on(sign, finished, tmp_path):
-    process = subprocess.Popen(
-        again(finished, tmp_path), cwd=finished[0], text=True, bufsize=1,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    for line in process.stdout:
-        if "epoch   2" in line:
-            process.send_signal(sign)
-            break
-    _, complaint = process.communicate(timeout=60)
+    """Seen in a file, to which the lines of a running command come one by one."""
+    environment = {k: x for k, x in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(
+            again(finished, tmp_path, "--stop-after", "1000000", "--frozen"), cwd=finished[0],
+            stdout=said, stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        started = time.monotonic()
+        while "epoch   2" not in (tmp_path / "said").read_text():
+            assert process.poll() is None and time.monotonic() - started < 60
+            time.sleep(0.05)
+        process.send_signal(sign)
+        _, complaint = process.communicate(timeout=60)
     assert process.returncode == 1 and "Stopped. The same command resumes" in complaint
     assert "Traceback" not in complaint
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+    assert len(evaluate.load_checkpoint(checkpoint)["log"]) >= 1
 
 
 def test_output_in_pipes_files_and_poor_terminals(finished, tmp_path):
@@ -598,13 +632,15 @@ def test_output_in_pipes_files_and_poor_terminals(finished, tmp_path):
 
 
 def test_the_toy_runs_without_what_only_unix_has(tmp_path):
+    """A toy of fewer dialogues, with python -O."""
     blocked = "fcntl resource pwd grp termios".split()
     program = (
         "import sys, os\n"
         f"for name in {blocked}: sys.modules[name] = None\n"
         "for name in ('posix_fallocate', 'fork', 'getuid'): hasattr(os, name) and delattr(os, name)\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train\n"
+        "import model, data, evaluate, train\n"
+        "data.TOY['dialogs'] = 2\n"
         "train.main(['--fusion', 'mmt', '--max-epochs', '2', '--device', 'cpu'])\n"
     )
     done = subprocess.run(
@@ -612,6 +648,12 @@ def test_the_toy_runs_without_what_only_unix_has(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "TOY" in done.stdout and "toy: WA" in done.stdout
+    assert (tmp_path / "runs/toy/mmt-finetuned-max_epochs=2/fold5-seed0/result.json").exists()
+
+
+def test_no_import_warns():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "import train"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 # --- kill it anywhere, again and again (by hand: pytest -m slow)
