@@ -441,8 +441,11 @@ def test_mutated_run_folders_are_named_or_count_the_same(finished, tmp_path):
         path.write_bytes(mutate(raw, rng))
         try:
             run = evaluate.read_run(folder)
-            pairs = [sorted(zip(evaluate.column([r], "truth"), evaluate.column([r], "guess"))) for r in (run, clean)]  # lines may have moved
-            assert pairs[0] == pairs[1], seed
+            pairs = [
+                sorted(zip(evaluate.column([r], "truth"), evaluate.column([r], "guess")))
+                for r in (run, clean)
+            ]
+            assert pairs[0] == pairs[1], seed  # lines may have moved
             evaluate.table_1([run]), evaluate.breakdown([run])
         except RunError as error:
             assert str(folder) in str(error)
@@ -652,7 +655,8 @@ def test_the_toy_runs_without_what_only_unix_has(tmp_path):
 
 
 def test_no_import_warns():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import train"], cwd=ROOT, capture_output=True)
+    command = [sys.executable, "-W", "error", "-c", "import train"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
