@@ -32,6 +32,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -630,13 +631,19 @@ def write_toy(root: str | Path) -> Path:
     if (root / "toy.json").exists():
         return root
     if root.exists() and any(root.iterdir()):
-        raise CorpusError(f"{root}: is not empty, and holds no whole toy corpus; delete it")
+        raise CorpusError(f"{root}: is not empty, and holds no toy corpus; name an empty folder")
+    if root.exists():
+        root.rmdir()  # Windows does not rename onto a folder
+    part = root.with_name(f"{root.name}.{os.getpid()}.part")  # two processes may write it
     for session in SESSIONS:
         for k in range(TOY["dialogs"]):
             act = f"impro{k + 1:02}" if k < 6 else f"script{k - 5:02}_1"
             name = f"Ses{session:02}{'FM'[k % 2]}_{act}"
-            _write_toy_dialog(root / f"Session{session}", name, rng)
-    write_whole(root / "toy.json", b"{}")  # written last: the toy corpus is whole
+            _write_toy_dialog(part / f"Session{session}", name, rng)
+    write_whole(part / "toy.json", b"{}")
+    with contextlib.suppress(OSError):  # another process was first
+        part.rename(root)  # complete, or not there
+    shutil.rmtree(part, ignore_errors=True)
     return root
 
 

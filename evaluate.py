@@ -130,6 +130,8 @@ def read_run(folder: Path) -> Run:
             p = [float(row[c]) for c in CLASSES]  # probabilities
             if not (min(p) >= 0 and abs(sum(p) - 1) < 1e-4):  # NaN fails, too
                 raise ValueError(f"the probabilities of {row['utterance']} do not sum to 1")
+        if not run.rows:
+            raise ValueError("no row below the first line")
         expected |= metrics(column([run], "truth"), column([run], "guess"))
         expected["n_test"] = len(set(column([run], "utterance")))  # fewer if one occurs twice
 

@@ -66,26 +66,25 @@ def hidden(root=ROOT):
 
 def forget(root=ROOT):
     """Delete the toy's runs and the cache, because neither knows the code that made it."""
-    for folder in ("cache", "runs/toy"):
-        shutil.rmtree(root / folder, ignore_errors=True)
+    for folder in (root / "cache", *root.glob("runs/toy*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def main():
-    command = sys.argv[1:]
+def main(command, root=ROOT):
     if command == ["hide"]:
-        if hidden():
+        if hidden(root):
             sys.exit("There is one in the code already: find it, or reveal it.")
-        swap(random.choice(list(BUGS.values())))
-        forget()
+        swap(random.choice(list(BUGS.values())), root)
+        forget(root)
         print("Something is wrong now. git diff would be cheating.")
     elif command == ["reveal"]:
-        for what in hidden() or sys.exit("No bug of ours is in the code."):
-            swap(BUGS[what], back=True)
-            forget()
+        for what in hidden(root) or sys.exit("No bug of ours is in the code."):
+            swap(BUGS[what], root, back=True)
+            forget(root)
             print(f"It was: {what}. The code is whole again; what you trained meanwhile is not.")
     else:
         sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,8 +1,9 @@
 """data.py on written-out files: each quirk of IEMOCAP, clips, folds, contexts, the cache, the toy."""
 
+import os
+import struct
 import subprocess
 import sys
-import wave
 from collections import Counter
 from types import SimpleNamespace
 
@@ -131,6 +132,90 @@ def test_a_wrong_root_is_said(tmp_path):
         data.read_iemocap(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["session1", "SESSION1", "Session1"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_case_of_names_and_line_ends_do_not_matter(name, end, tmp_path):
+    turns = [("F000", 0, 1, "neu", "hm"), ("M000", 1, 2, "sad", "so it is")]
+    session = write_dialog(tmp_path, "Ses01F_impro01", turns)
+    for folder in ("EmoEvaluation", "transcriptions"):
+        change(session / "dialog" / folder / "Ses01F_impro01.txt", b"\n", end.encode())
+    for wav in list(session.rglob("*.wav")):
+        wav.rename(wav.with_suffix(".WAV"))
+    session.rename(tmp_path / name)
+    corpus = data.read_iemocap(tmp_path)
+    assert [(u.session, u.text, u.emotion) for u in corpus] == [(1, "hm", "neu"), (1, "so it is", "sad")]
+    assert all(u.wav.is_file() and u.wav.suffix == ".WAV" for u in corpus)
+
+
+def test_scan_returns_what_is_whole_and_a_line_for_each_problem(tmp_path):
+    for k in (1, 2):
+        session = write_dialog(
+            tmp_path, f"Ses0{k}F_impro01", [("F000", 0, 1, "neu", "a"), ("M000", 2, 3, "sad", "b")]
+        )
+    wav = next(session.rglob("*_M000.wav"))
+    wav.unlink()
+    corpus, problems = data.scan(tmp_path)
+    assert [u.id for u in corpus] == ["Ses01F_impro01_F000", "Ses01F_impro01_M000", "Ses02F_impro01_F000"]
+    assert len(problems) == 1 and problems[0].startswith(f"{wav}: missing")
+    rows = data.reference_problems(corpus)
+    assert len(rows) == 6 and "session 3: dialogues 0 (not 32)" in rows[3]
+
+
+# --- a corpus of one's own; the table of what can be wrong with it is in test_robust.py
+
+HEADER = "text,emotion,session,dialog,speaker"
+
+
+def table(tmp_path, text):
+    path = tmp_path / "mine.csv"
+    path.write_bytes(text.encode())
+    return data.read_csv(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_with_any_line_end_keeps_the_order_of_its_rows(end, separator, tmp_path):
+    rows = [HEADER, "z,sad,1,a,x", "y,fru,1,a,y", "", "x,calm,1,a,x"]
+    corpus = table(tmp_path, end.join(rows).replace(",", separator))
+    assert [(u.text, u.emotion, u.label, u.start) for u in corpus] == [
+        ("z", "sad", 3, 0), ("y", "fru", None, 0), ("x", "neu", 0, 0)
+    ]  # fmt: skip
+
+
+def test_dialogues_in_pieces_are_put_together_and_ordered_by_start(tmp_path):
+    rows = ["b2,sad,1,b,x,2", "a9,sad,1,a,x,9.5", "b1,sad,1,b,x,1", "a2,sad,1,a,x,2"]
+    corpus = table(tmp_path, "\n".join([f"{HEADER},start", *rows]))
+    assert [u.text for u in corpus] == ["a2", "a9", "b1", "b2"]
+
+
+@pytest.mark.parametrize("name, code", {
+    "neutral": "neu", "Neutral": "neu", "calm": "neu", "happy": "hap", "happiness": "hap", "joy": "hap",
+    "excited": "exc", "excitement": "exc", "ANGRY": "ang", "anger": "ang", "sadness": "sad", "sad": "sad",
+    "exc": "exc", "fear": "fear",
+}.items())  # fmt: skip
+def test_plain_names_of_emotions(name, code, tmp_path):
+    (u,) = table(tmp_path, f"{HEADER}\nhm,{name},1,a,x")
+    assert u.emotion == code
+
+
+@pytest.mark.parametrize("text, message", [
+    (f"{HEADER},text\nhm,sad,1,a,x,oh", "mine.csv.*(columns|cells)"),
+    pytest.param(f"{HEADER},text\nhm,sad,1,a,x", "mine.csv.*columns", marks=pytest.mark.xfail),
+    (f"{HEADER},\nhm,sad,1,a,x,", "columns"),
+    (f"{HEADER}\n\n\nhm,,1,a,x", "mine.csv:4: no emotion"),
+    (f'{HEADER}\n"two\nlines",sad,1,a,x\nhm,sad,1,a,', "mine.csv:4: no speaker"),
+    (f"{HEADER},start\nhm,sad,1,a,x,nan", "mine.csv:2: start must be"),
+    (f"{HEADER},start\nhm,sad,1,a,x,-1", "mine.csv:2: start must be"),
+    (f"{HEADER},wav\nhm,sad,1,a,x,.", "mine.csv:2: .* is missing"),
+    (f"{HEADER}\nhm,sad,01,a,x", "mine.csv:2: session must be"),
+    (f'{HEADER}\n"hm"s,sad,1,a,x', "mine.csv: .*CSV"),
+    (f"{HEADER},id\nhm,sad,1,a,x,a_7\nhm,sad,1,a,x,7", "mine.csv:3: id 7 is there"),
+])  # fmt: skip
+def test_more_that_can_be_wrong_with_a_table(text, message, tmp_path):
+    with pytest.raises(CorpusError, match=message):
+        table(tmp_path, text)
+
+
 # --- folds and contexts
 
 
@@ -213,12 +298,100 @@ def test_other_rates_are_resampled(rate, tmp_path):
     assert (x - expected)[500:-500].abs().max() < 0.02
 
 
-def test_forms_that_are_not_read_are_named(tmp_path):
-    with wave.open(str(tmp_path / "stereo.wav"), "wb") as file:
-        file.setnchannels(2), file.setsampwidth(2), file.setframerate(16000)
-        file.writeframes(b"\0" * 400)
-    with pytest.raises(CorpusError, match="stereo.wav.*2 channel.*ffmpeg"):
-        data.load_wav(tmp_path / "stereo.wav")
+def chunk(name, body, size=None):
+    """One chunk of a RIFF file; a body of odd length gets a byte of padding."""
+    size = len(body) if size is None else size
+    return name + struct.pack("<I", size) + body + b"\0" * (len(body) % 2)
+
+
+def riff(*chunks, size=None, kind=b"RIFF"):
+    body = b"WAVE" + b"".join(chunks)
+    return kind + struct.pack("<I", len(body) if size is None else size) + body
+
+
+def form(code=1, channels=1, rate=16000, bits=16, rest=b""):
+    step = channels * bits // 8
+    return chunk(b"fmt ", struct.pack("<HHIIHH", code, channels, rate, rate * step, step, bits) + rest)
+
+
+def extensible(code, bits=16):
+    """WAVE_FORMAT_EXTENSIBLE: the format is the first part of a GUID."""
+    guid = struct.pack("<H", code) + bytes.fromhex("000000001000800000aa00389b71")
+    return form(65534, bits=bits, rest=struct.pack("<HHI", 22, bits, 4) + guid)
+
+
+PCM = struct.pack("<501h", *range(-250, 251))
+DATA, INFO = chunk(b"data", PCM), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")  # odd
+READ = {
+    "plain": riff(form(), DATA),
+    "extensible": riff(extensible(1), DATA),
+    "fmt of 18 bytes": riff(form(rest=b"\0\0"), DATA),
+    "LIST before": riff(form(), INFO, DATA),
+    "LIST after": riff(form(), DATA, INFO),
+    "LIST on both sides": riff(chunk(b"JUNK", bytes(27)), form(), INFO, DATA, INFO),
+    "an even chunk": riff(form(), chunk(b"fact", bytes(4)), DATA),
+    "data of odd size": riff(form(), chunk(b"data", PCM + b"x")),
+    "size 0 left open": riff(form(), chunk(b"data", PCM, 0), size=0),
+    "size -1 left open": riff(form(), INFO, chunk(b"data", PCM, 0xFFFFFFFF), size=0xFFFFFFFF),
+    "no padding at the end": riff(form(), chunk(b"data", PCM + b"x"))[:-1],
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_wavs_as_people_have_them_are_read(case, tmp_path):
+    (tmp_path / "a.wav").write_bytes(READ[case])
+    assert torch.equal(data.load_wav(tmp_path / "a.wav") * 32768, torch.arange(-250.0, 251.0))
+
+
+FOREIGN = {  # other files under the name of a wav, a label file or a transcript
+    "Git-LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "web page": (b"<!DOCTYPE html>\n<html></html>", "web page in its place"),
+    "SPHERE": (b"NIST_1A\n   1024\nsample_count -i 16000\n", "NIST SPHERE"),
+    "FLAC": (b"fLaC\0\0\0\x22" + bytes(34), "FLAC file"),
+}
+REFUSED = {
+    "24 bit": (riff(form(bits=24), DATA), "format: 1, 1 channel.* of 24 bits"),
+    "24 bit, extensible": (riff(extensible(1, 24), DATA), "format: 1, 1 channel.* of 24 bits"),
+    "32 bit": (riff(form(bits=32), DATA), "format: 1, 1 channel.* of 32 bits"),
+    "8 bit": (riff(form(bits=8), DATA), "format: 1, 1 channel.* of 8 bits"),
+    "float": (riff(form(3, bits=32), DATA), "format: 3, 1 channel.* of 32 bits"),
+    "float, extensible": (riff(extensible(3, 32), DATA), "format: 3, 1 channel.* of 32 bits"),
+    "float of 16 bit": (riff(form(3), DATA), "format: 3, 1 channel.* of 16 bits"),
+    "A-law": (riff(form(6, bits=8), DATA), "format: 6, "),
+    "mu-law": (riff(form(7, bits=8), DATA), "format: 7, "),
+    "stereo": (riff(form(channels=2), DATA), "format: 1, 2 channel"),
+    "RIFX": (riff(form(), DATA, kind=b"RIFX"), "not usable as a WAV"),
+    "RF64": (riff(form(), DATA, kind=b"RF64"), "not usable as a WAV"),
+    "AVI": (riff(form(), DATA).replace(b"WAVE", b"AVI "), "not usable as a WAV"),
+    "MP3": (b"ID3\4" + bytes(200), "not usable as a WAV"),
+    "data before fmt": (riff(DATA, form()), "unknown format: 0"),
+    "no fmt": (riff(INFO, DATA), "unknown format: 0"),
+    "no data": (riff(form(), INFO), "no samples"),
+    "one byte": (riff(form(), chunk(b"data", b"x")), "no samples"),
+    "cut in its header": (riff(form(), DATA)[:30], "a.wav: "),
+    **FOREIGN,
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_forms_that_are_not_read_are_named_with_the_command_that_converts(case, tmp_path):
+    content, message = REFUSED[case]
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(CorpusError, match=message) as error:
+        data.load_wav(tmp_path / "a.wav")
+    (said,) = error.value.problems
+    assert said.startswith(f"{tmp_path}/a.wav: ") and "ffmpeg -i OLD.wav" in said
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize("folder", ["EmoEvaluation", "transcriptions"])
+def test_another_file_in_the_place_of_labels_or_words_is_named(case, folder, tmp_path):
+    session = write_dialog(tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm")])
+    path = session / "dialog" / folder / "Ses01F_impro01.txt"
+    path.write_bytes(FOREIGN[case][0])
+    with pytest.raises(CorpusError, match=FOREIGN[case][1]) as error:
+        data.read_iemocap(tmp_path)
+    assert error.value.problems[0].startswith(f"{path}: ")
 
 
 def test_clip_trims_leading_silence_and_keeps_five_seconds():
@@ -351,6 +524,47 @@ def test_the_cache_goes_on_after_a_kill_and_never_reads_a_stale_state(tiny, tmp_
     assert upstream.calls >= 1 and other.files[0] != again.files[0] and other.files[1:] == again.files[1:]
     expected, _ = tiny["text"](["lovely party"])
     torch.testing.assert_close(other(torch.tensor([0]))[0], expected[0].detach(), atol=2e-3, rtol=2e-3)
+
+
+def test_states_are_kept_only_where_they_fit(tiny, tmp_path, monkeypatch):
+    cached = data.cache_states(tmp_path, tiny["text"], named("ab"), ["i hate it", None], "cpu")
+    monkeypatch.setattr(data, "KEEP_ON_CPU", 0)
+    cached.keep()
+    assert not cached.kept and len(cached(torch.tensor([0]))[0])
+    monkeypatch.setattr(data, "KEEP_ON_CPU", cached.files[0].stat().st_size)
+    cached.keep()
+    cached.files[0].unlink()  # from now on, it comes from memory
+    assert len(cached(torch.tensor([0]))[0]) and cached.kept[1] is None
+    cached.release()
+    with pytest.raises(CorpusError, match="missing"):
+        cached(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("where", ["write_bytes", "replace"])
+def test_a_kill_leaves_no_half_file(where, tiny, tmp_path, monkeypatch):
+    def dies(*args):
+        if where == "write_bytes":
+            args[0].touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((data.Path, where) if where == "write_bytes" else (os, where)), dies)
+    with pytest.raises(KeyboardInterrupt):
+        data.cache_states(tmp_path, tiny["text"], named("a"), ["i hate it"], "cpu")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    # A kill that leaves no time for cleaning up: the half file has another name.
+    cached = data.cache_states(tmp_path, tiny["text"], named("a"), ["i hate it"], "cpu")
+    whole = cached.files[0].read_bytes()
+    cached.files[0].rename(f"{cached.files[0]}.1.part")
+    again = data.cache_states(tmp_path, tiny["text"], named("a"), ["i hate it"], "cpu")
+    assert again.files == cached.files and again.files[0].read_bytes() == whole
+
+
+def test_ids_of_ones_own_are_names_of_files_in_the_folder(tiny, tmp_path):
+    ids = ["../a/b", "a b", "é:*", "CON.1"]
+    cached = data.cache_states(tmp_path / "c", tiny["text"], named(ids), RAW["text"], "cpu")
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {p.name for p in cached.files}
+    assert len(set(cached.files)) == 4 and list(tmp_path.iterdir()) == [tmp_path / "c"]
 
 
 def test_a_damaged_state_is_named(tiny, tmp_path):

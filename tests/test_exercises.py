@@ -743,13 +743,18 @@ def check_9(batch):
     answer = batch(torch.tensor([2, 0]), windows, {"audio": audio}, "meta")
     assert seen == [[2, 0]], "audio is asked for the batch's own rows, in their order"
     assert answer["audio"][0].device.type == "meta", "where is `device`? All that comes back must be on it"
+    answer = batch(torch.tensor([2, 0]), windows, {"audio": audio, "text": text}, "cpu")
+    assert set(answer) == {"audio", "text"}, f"two sources are two modalities; only {list(answer)} came back"
 
 
 def batcher(always=False, edge=True, unique=True, corpus_rows=False, greedy=False, to=True, span=False,
-            inplace=False, detach=False, cast=False, some=False):  # fmt: skip
+            inplace=False, detach=False, cast=False, some=False, either=False):  # fmt: skip
     def batch(rows, windows, sources, device):
+        made = {}
         if "audio" in sources or greedy:
-            return {"audio": tuple(t.to(device if to else "cpu") for t in sources["audio"](rows))}
+            made["audio"] = tuple(t.to(device if to else "cpu") for t in sources["audio"](rows))
+        if "text" not in sources or (made and either):
+            return made
         w = windows[rows]
         if not unique:
             flat = w[w >= 0]
@@ -768,7 +773,8 @@ def batcher(always=False, edge=True, unique=True, corpus_rows=False, greedy=Fals
             windows[windows < 0] = 0
         states, mask = sources["text"](distinct)
         states = states.detach() if detach else states.float() if cast else states
-        return {"text": (states.to(device), mask if some else mask.to(device), context.to(device))}
+        mask = mask if some else mask.to(device)
+        return made | {"text": (states.to(device), mask, context.to(device))}
 
     return batch
 
@@ -785,6 +791,7 @@ WRONG_9 = [
     (batcher(inplace=True), "itself was changed"),
     (batcher(detach=True), "no gradient reaches the live"),
     (batcher(cast=True), "the model casts"),
+    (batcher(either=True), "two sources are two modalities"),
 ]
 
 
@@ -817,6 +824,29 @@ def test_a_wrong_answer_is_turned_away_with_the_right_question(n, wrong, questio
         globals()[f"check_{n}"](wrong)
 
 
+def mean_recall(y, p):
+    y, p = np.array([*map(int, y)]), np.array([*map(int, p)])
+    return float(np.mean([np.mean(p[y == c] == c) for c in np.unique(y)]))
+
+
+RIGHT = {  # other answers; those below are also what each wrong answer changes in one place
+    1: lambda x, m: torch.where(m[..., None], x, 0.0).sum(1) / m.sum(1, keepdim=True).clamp(min=1),
+    2: eq1(after=zeroed), 3: se(), 4: conv(), 5: block(),
+    6: mean_recall,
+    7: splitter(), 8: stepper(), 9: batcher(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", RIGHT)
+def test_another_right_answer_is_accepted(n):
+    globals()[f"check_{n}"](RIGHT[n])
+
+
+def test_a_failing_check_says_yours_and_expected():
+    with pytest.raises(AssertionError, match=r"(?s)yours: +\[0.5\].*expected: +\[2.0\]"):
+        same(torch.tensor([0.5]), [2.0], "a question")
+
+
 # --- the silent bugs of bugs.py
 
 
@@ -837,6 +867,19 @@ def test_a_bug_can_be_put_in_and_taken_out(what, copied):
         compile(p.read_text(), p, "exec")
     bugs.swap(bugs.BUGS[what], copied, back=True)
     assert before == {p: p.read_text() for p in copied.glob("*.py")} and not bugs.hidden(copied)
+
+
+def test_hide_and_reveal_delete_what_a_bug_has_made(copied, capsys):
+    before = {p: p.read_text() for p in copied.glob("*.py")}
+    for command in ("hide", "reveal"):
+        for folder in ("cache/tiny", "runs/toy/mmt", "runs/toy-SELECTED-ON-TEST", "runs/iemocap/mmt", "corpora/toy"):
+            (copied / folder).mkdir(parents=True, exist_ok=True)
+        bugs.main([command], copied)
+        assert not (copied / "cache").exists() and (copied / "corpora" / "toy").exists()
+        assert [p.name for p in (copied / "runs").iterdir()] == ["iemocap"]
+        assert len(bugs.hidden(copied)) == (command == "hide")
+    assert before == {p: p.read_text() for p in copied.glob("*.py")}
+    assert "It was: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
