@@ -312,7 +312,8 @@ def read_csv(path: str | Path) -> list[Utterance]:
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         header = [name.strip().lower() for name in next(table, [])]  # the names of the columns
         rows = [(table.line_num, [" ".join(x.split()) for x in row]) for row in table if row]
-        if not rows or set(header) - set(COLUMNS) or set(COLUMNS[:5]) - set(header):
+        odd = set(header) - set(COLUMNS) or set(COLUMNS[:5]) - set(header)  # unknown or missing
+        if not rows or odd or len(set(header)) < len(header):
             raise ValueError(f"line 1 has the columns {header}; expected {', '.join(COLUMNS)}")
     corpus, problems, home = {}, [], {}  # home: speaker or dialogue -> its session
     for line, cells in rows:
@@ -432,12 +433,12 @@ def _read_wav(path: str | Path) -> tuple[int, np.ndarray]:
                 if form[0] == 65534:  # WAVE_FORMAT_EXTENSIBLE: the format comes later
                     form = (*struct.unpack_from("<H", raw, start + 24), *form[1:])
         if (form[0], form[1], form[5]) != (1, 1, 16):
-            kind = f"unknown format: {form[0]}, {form[1]} channel(s) of {form[5]} bits"
+            kind = f"format {form[0]}, {form[1]} channel(s) of {form[5]} bits"
             raise ValueError(f"{kind}; expected format 1 (PCM), 1 channel of 16 bits")
         if not 8000 <= form[2] <= 192000 or math.gcd(form[2], SAMPLE_RATE) < 25:
             raise ValueError(f"{form[2]} Hz")  # resampling an odd rate takes minutes
         left = len(raw) - start  # bytes after the header of the data
-        size = left if size in (0, 0xFFFFFFFF) else size  # a writer that streamed left it open
+        size = left if size in (0, 0x7FFFF000, 0xFFFFFFFF) else size  # a pipe left it open
         if name != b"data" or size > left or size < 2:
             raise ValueError("no samples, or shorter than its header says")
         return form[2], np.frombuffer(raw, "<i2", size // 2, start)  # (n,)
@@ -548,7 +549,8 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
 
     inputs: a clip (n,) or a text of each utterance, None where no states are needed. A file is
     named by the id and a checksum of the input, so states of another input are never read. After a
-    kill, existing files are not computed again. Raises CorpusError for states beyond 16 bits.
+    kill, only batches with a missing file are computed. Raises CorpusError for states beyond 16
+    bits.
     """
     # DEVIATION [D1]: the frozen phase reads states rounded to 16 bits, the paper does not mention a
     # cache. Why: the upstreams run once and not once an epoch, and files have half the size.

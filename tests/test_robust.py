@@ -99,7 +99,7 @@ CORPUS = {  # what is done to the label file, the transcript, the wav -> what th
     "8 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=8)), "8 bits; expected"),
     "24 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=24)), "24 bits; expected"),
     "32 bits": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=32)), "32 bits; expected"),
-    "float": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=32, form=3)), "unknown format: 3"),
+    "float": (lambda lab, wor, wav: wav.write_bytes(wav_of(bits=32, form=3)), "format 3"),
     "stereo": (lambda lab, wor, wav: wav.write_bytes(wav_of(channels=2)), "2 channel(s)"),
     "odd rate": (lambda lab, wor, wav: wav.write_bytes(wav_of(rate=16001)), "16001 Hz; convert"),
     "8 kHz": (lambda lab, wor, wav: wav.write_bytes(wav_of(rate=8000)), FINE),
