@@ -685,8 +685,9 @@ def main() -> None:
     """Print every block of the MMT system at WavLM-Large / BERT-base size."""
     argparse.ArgumentParser(description=main.__doc__).parse_args()
     hf = load_transformers()
+    wavlm_class, bert_class = hf.WavLMModel, hf.BertModel  # imported here, on the CPU
     with torch.device("meta"):  # shapes without memory: nothing is downloaded or computed
-        wavlm, bert = hf.WavLMModel(wavlm_config()), hf.BertModel(hf.BertConfig())
+        wavlm, bert = wavlm_class(wavlm_config()), bert_class(hf.BertConfig())
         recognizer = EmotionRecognizer(Config())
         # Two clips of 5 s, and two windows of nine texts of 20 tokens.
         frames = frame_count(80000, wavlm.config)
