@@ -499,8 +499,8 @@ class CachedStates:
     """Layer states of a corpus, in one .npy file an utterance.
 
     Called with U rows, it returns the N real steps of these utterances without padding:
-    (states (N, L, D), mask (U, T)). Careful: the next call overwrites these states, because a
-    fresh tensor of this size costs more time than filling it.
+    (states (N, L, D), mask (U, T)). Careful: finish the backward pass first, because the next
+    call overwrites these states. A fresh tensor of this size costs more time than filling it.
     """
 
     def __init__(self, files: list[Path | None], device: str):
@@ -562,7 +562,7 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
     folder.mkdir(parents=True, exist_ok=True)  # cache/<upstream>-<precision>-<fingerprint>
     there = set(os.listdir(folder))  # one look is faster than 10,000
     # A batch is of one session and computed as a whole, because the last bits of a state depend on
-    # its batch. So they depend neither on the test session nor on a kill.
+    # its batch. So a state depends neither on the test session nor on a kill.
     parts = []  # rows of each batch
     for session in sorted({u.session for u in corpus}):
         rows = [i for i, u in enumerate(corpus) if files[i] and u.session == session]

@@ -61,7 +61,7 @@ def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     """Compute UA: the average of the recalls of the classes (macro-averaged recall).
 
     y_true, y_pred: lists, arrays or tensors of N class indices. A class without an utterance in
-    y_true does not count.
+    y_true is left out of the mean.
 
     >>> round(unweighted_accuracy([0, 0, 0, 1], [0, 0, 2, 1]), 4)  # (2/3 + 1/1) / 2
     0.8333

@@ -128,7 +128,7 @@ def cross_modal_attention(
     scores = q @ k.transpose(1, 2) / math.sqrt(w_k.shape[1])  # (B, T_t, T_s)
     if mask_s is None:
         mask_s = torch.ones_like(x_s[..., 0], dtype=torch.bool)
-    # Subtle: fill with the lowest finite number. A row of -inf has the softmax NaN.
+    # Subtle: fill with the lowest finite number. The softmax of a row of only -inf is NaN.
     padded = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
     weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(dim=-1)
     weights = weights.masked_fill(padded, 0.0)  # (B, T_t, T_s)
@@ -220,8 +220,8 @@ class FeatureExtractor(nn.Module):
             gates = self.se.gates(states, mask)  # (B, L)
             return self.projector(states, gates[:, None]), mask
 
-        # Without padding. Subtle: gates() averages over the features first, so it may be given
-        # these averages as states of width 1.
+        # Without padding. Subtle: gates() averages over the features first, so we can
+        # pass it these averages as states of width 1.
         means = states.new_zeros(*mask.shape, states.shape[1], 1)  # (B, T, L, 1)
         means[mask] = states.mean(dim=-1, keepdim=True)  # (N, L, 1)
         gates = self.se.gates(means, mask)  # (B, L)

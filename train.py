@@ -14,8 +14,8 @@ One run trains one system on one fold with one seed, in a folder of its own:
         predictions.csv   a line a test utterance
         result.json       written last: a run that has it is finished
 
-The folder's name tells each setting that is not the paper's. After a change to the code, delete
-runs/ and cache/. Read Patience (the triggers) first, and then train(), from top to bottom.
+The folder's name tells each setting that differs from the defaults (the toy has its own). After a
+change to the code, delete runs/ and cache/. Read Patience (the triggers) first, and then train(), from top to bottom.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Settings:
     condense: str = option("sum", "[A1] how layers become one vector", *CHOICES["condense"])
     text_mask: str = option("union", "[A5] which steps of X_T are real", *CHOICES["text_mask"])
     cma_residual: bool = option(False, "[A7] add the queries across modalities too")
-    reset_patience: bool = option(False, "[A9] count epochs from the trigger again")
+    reset_patience: bool = option(False, "[A9] reset the counter when fine-tuning starts")
     select: str = option("last", "[A10] the epoch to test", "last", "best")
     head_lr: float = option(None, "[A11] of the head while fine-tuning", type=float)
     trim: str = option("leading", "[A13] the silence to cut", "leading", "all")
@@ -100,7 +100,7 @@ class Patience:
         1.0  0.8   "continue"  "continue"      a lower loss each time
         0.9  0.8   "continue"  "finetune"      2 epochs without one (equal is not lower)
         0.7        "continue"                  lower: the counter is 0 again, fine-tuning goes on
-        0.8 x 4    "continue" x 3  "stop"      4 epochs without one
+        0.8 x 4    "continue" x 3  "stop"      4 epochs without a lower loss
     """
 
     def __init__(self, finetune_after=5, stop_after=10, reset_at_finetune=False, min_decrease=0.0):
@@ -280,7 +280,7 @@ def train(
             rate = f"learning rate {settings.lr_finetune:g}"  # 1e-05
             print(f"{name}: fine-tuning starts, {settings.open} of {', '.join(upstreams)}, {rate}")
 
-        # Keep what the next epoch needs, all at once.
+        # Save everything that the next epoch needs in one file.
         state = {
             "log": log, "finetune_epoch": finetune_epoch, "selected": selected,
             "weights": weights(), "optimizer": optimizer.state_dict(), "patience": vars(patience),
@@ -294,7 +294,7 @@ def train(
         data.write_whole(folder / "log.jsonl", lines.encode())
         data.write_whole(path, content.getvalue())
 
-    # Test the last model on the test session, which is read here for the first time.
+    # Test the last model on the test session, which is evaluated here for the first time.
     capped = patience.since_best < settings.stop_after  # by --max-epochs
     print(f"{name}: training stops, {'at the cap of epochs' if capped else 'no improvement'}")
     if selected:
@@ -321,7 +321,7 @@ def finite(loss: float, epoch: int, ids: list[str]) -> float:
     """Return the loss. Raises RunError on inf or NaN, because a model does not recover from it."""
     if not math.isfinite(loss):  # inf or NaN
         where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}"
-        advice = "look at these inputs, or try --precision fp32. The run keeps the epoch before"
+        advice = "look at these inputs, or try --precision fp32. The last checkpoint is kept"
         raise RunError(f"the loss is {loss} {where}; {advice}")
     return loss
 
@@ -349,7 +349,9 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
     corpus, problems = data.scan(root)
     toy, name = (root / "toy.json").exists(), "iemocap"  # every report says toy
     if partial or toy:
-        name = "toy-" * toy + root.resolve().name + "-partial" * partial if iemocap else "toy"
+        name = root.resolve().name + "-partial" * partial
+        prefix = "toy-" if toy else "my-" if name.startswith("toy") else ""  # "toys" is no toy
+        name = prefix + name if iemocap else "toy"
     else:
         problems += data.reference_problems(corpus)  # the full release must be complete
     if problems and not (partial and corpus):  # nothing is left out unasked
@@ -399,7 +401,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]
             p.error(f"{flag} {value}: expected a number from {low} to {high:g}")
     for complaint, wrong in {
         "--frozen: --system says it already (odd: frozen)": args.system and "frozen" in given,
-        "--corpus: give one of --iemocap and --corpus": args.iemocap and args.corpus,
+        "--corpus: use either --iemocap or --corpus": args.iemocap and args.corpus,
         "--partial: of which folder? Add --iemocap DIR": args.partial and not args.iemocap,
         "--context: expected an odd number": given.get("context", 1) % 2 == 0,
         "--micro-batch, --seed: too low": (args.micro_batch or 1) < 1 or min(args.seed) < 0,
@@ -450,7 +452,7 @@ def claim(folder: Path, config: dict) -> None:
         data.write_whole(path, json.dumps(config, indent=1).encode())
     with data.reading(path, f"delete {folder}, or take another --out", RunError):
         old = json.loads(path.read_text())  # the settings of the run that is here
-        for key in config.keys() - {"upstreams", "made_with"}:  # these may move
+        for key in config.keys() - {"upstreams", "wavlm", "bert", "made_with"}:  # may move
             if old[key] != config[key]:
                 raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
 

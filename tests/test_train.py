@@ -852,3 +852,12 @@ def test_pictures_of_an_utterance_hold_what_they_show(go, small_corpus, tmp_path
     words = [t.get_text() for t in a2t.get_yticklabels()]
     assert words == ["[CLS]", "oh", "lovely", "party", "[SEP]"]
     assert all("small-partial" in fig.get_suptitle().replace("\n", " ") for fig in figures)
+
+
+def test_a_corpus_in_a_folder_named_toys_is_no_toy(small_corpus, tmp_path):
+    copied = tmp_path / "copy" / "toys"
+    shutil.copytree(small_corpus, copied)
+    name, _ = train.read_corpus(copied, None, True)
+    assert name == "my-toys-partial"
+    (copied / "toy.json").write_text("{}")
+    assert train.read_corpus(copied, None, True)[0] == "toy-toys-partial"
