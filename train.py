@@ -15,7 +15,7 @@ One run trains one system on one fold with one seed, in a folder of its own:
         result.json       written last: a run that has it is finished
 
 The folder's name tells each setting that differs from the defaults (the toy has its own). After a
-change to the code, delete runs/ and cache/. Read Patience (the triggers) first, and then train(), from top to bottom.
+change to the code, delete runs/ and cache/. Read Patience (the triggers) first, then train().
 """
 
 import argparse
