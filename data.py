@@ -101,6 +101,19 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)  # after a full disk, for example
 
 
+def write_folder(folder: Path, write: Callable) -> None:
+    """Let `write` fill a folder under another name, then rename it, as write_whole does a file."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        part.rename(folder)
+    except OSError:
+        if not folder.exists():  # otherwise, another process was first
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def checksum(value) -> str:
     """Return a short checksum of bytes, or of anything that JSON can hold."""
     content = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -324,7 +337,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
         sessions = {home.setdefault((k, row[k]), row["session"]) for k in ("speaker", "dialog")}
         wrong = [f"no {name}" for name in COLUMNS[1:5] if not row[name]]  # text may be empty
         for holds, complaint in (
-            (len(cells) == len(set(header)), f"{len(cells)} cells, expected {len(set(header))}"),
+            (len(cells) == len(header), f"{len(cells)} cells, expected {len(header)}"),
             (re.fullmatch(r"[1-9]\d*", row["session"]), "session must be a number from 1 on"),
             (re.fullmatch(r"(\d+(\.\d*)?)?", row["start"]), "start must be a number of seconds"),
             (not wav or wav.is_file(), f"{wav} is missing"),
@@ -629,27 +642,30 @@ TOY = dict(seed=9, dialogs=10, turns=24, stay=0.75, named=0.42, voice=0.65)
 
 def write_toy(root: str | Path) -> Path:
     """Write 1,200 utterances of 0.15 to 0.25 s into `root`, if it is empty. Returns root."""
-    root, rng = Path(root), np.random.default_rng(TOY["seed"])  # the same toy everywhere
+    root = Path(root)
     if (root / "toy.json").exists():
         return root
     if root.exists() and any(root.iterdir()):
         raise CorpusError(f"{root}: is not empty, and holds no toy corpus; name an empty folder")
     if root.exists():
         root.rmdir()  # Windows does not rename onto a folder
-    part = root.with_name(f"{root.name}.{os.getpid()}.part")  # two processes may write it
+    write_folder(root, _write_toy_sessions)
+    return root
+
+
+def _write_toy_sessions(root: Path) -> None:
+    """Write five sessions of ten dialogues, six improvised and four scripted."""
+    rng = np.random.default_rng(TOY["seed"])  # the same toy everywhere
     for session in SESSIONS:
         for k in range(TOY["dialogs"]):
             act = f"impro{k + 1:02}" if k < 6 else f"script{k - 5:02}_1"
             name = f"Ses{session:02}{'FM'[k % 2]}_{act}"
-            _write_toy_dialog(part / f"Session{session}", name, rng)
-    write_whole(part / "toy.json", b"{}")
-    with contextlib.suppress(OSError):  # another process was first
-        part.rename(root)  # complete, or not there
-    shutil.rmtree(part, ignore_errors=True)
-    return root
+            _write_toy_dialog(root / f"Session{session}", name, rng)
+    write_whole(root / "toy.json", b"{}")
 
 
 def _write_toy_dialog(session: Path, name: str, rng: np.random.Generator) -> None:
+    """Write one dialogue: its labels, its transcript and its wavs."""
     felt, end, labels, words, counts = "neu", 0.0, {"F": "", "M": ""}, [], Counter()
     for _ in range(TOY["turns"]):
         felt = felt if rng.random() < TOY["stay"] else str(rng.choice(CLASSES))

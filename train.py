@@ -19,7 +19,6 @@ change to the code, delete runs/ and cache/. Read Patience (the triggers) first,
 """
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -430,11 +429,7 @@ def load_inputs(s: Settings, corpus: list[Utterance], modalities: set, cache: Pa
         torch.set_num_threads(1)  # faster for small tensors, and the same sums on every machine
         folder = cache / f"tiny-{data.checksum(texts)}"
         if not folder.exists():
-            part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-            make_tiny_upstreams(str(part), texts)
-            with contextlib.suppress(OSError):  # another process was first
-                part.rename(folder)  # complete, or not there
-            shutil.rmtree(part, ignore_errors=True)
+            data.write_folder(folder, lambda part: make_tiny_upstreams(str(part), texts))
         names = {m: str(folder / m) for m in names}  # as if the user had named them
     upstreams = {m: Upstream(names[m], m, s.precision).to(device) for m in sorted(modalities)}
     inputs = {m: data.load_clips(corpus, s.trim) if m == "audio" else texts for m in upstreams}

@@ -3,6 +3,7 @@
 import ast
 import csv
 import doctest
+import functools
 import itertools
 import json
 import math
@@ -528,6 +529,7 @@ def test_the_code_and_the_readme_list_the_same_points():
         assert len(re.findall(rf"{kind} \[{tag}\]", sources)) == 1, tag
 
 
+@functools.cache  # four processes
 def flags_of_the_commands():
     """Every flag that --help of the commands, or a script below tests/, knows."""
     text = "".join(p.read_text() for p in ROOT.glob("tests/*.py"))
