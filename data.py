@@ -25,9 +25,8 @@ One utterance on its way from the disk to the model, by example:
 import argparse
 import contextlib
 import csv
-import hashlib
 import io
-import json
+import itertools
 import math
 import os
 import random
@@ -37,6 +36,7 @@ import signal
 import struct
 import sys
 import wave
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,28 +53,24 @@ CLASSES = ("neu", "hap", "ang", "sad")  # the order of Fig. 4
 LABELS = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}  # §3.1: happy is merged with excited
 
 
-class CorpusError(ValueError):
-    """A corpus is unusable. `problems` has one line a problem, with the file and the remedy."""
-
-    def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else problems  # a line each
-        super().__init__("\n".join(self.problems))
+class InputError(ValueError):
+    """A file, a folder or a flag is unusable: one line for each problem, with the remedy."""
 
 
 @contextlib.contextmanager
-def reading(path: str | Path, remedy: str, error: type = CorpusError):
-    """Turn any exception inside into `error("FILE: what is wrong; what to do")`.
+def reading(place: str | Path, remedy: str):
+    """Turn any exception inside into InputError("PLACE: what is wrong; what to do").
 
     Everything that comes from outside is read inside this helper.
     """
     try:
         yield
-    except error:
+    except InputError:
         raise
     except Exception as problem:
         missing = isinstance(problem, FileNotFoundError)  # its own text repeats the path
         reason = "missing" if missing else " ".join(str(problem).split()) or repr(problem)
-        raise error(f"{path}: {reason:.200}; {remedy}") from problem
+        raise InputError(f"{place}: {reason:.200}; {remedy}") from problem
 
 
 FOREIGN = {b"version https://git-lfs": "a Git-LFS pointer in its place: run `git lfs pull`",
@@ -84,52 +80,40 @@ FOREIGN = {b"version https://git-lfs": "a Git-LFS pointer in its place: run `git
 
 def read_bytes(path: str | Path) -> bytes:
     """Read a file. Raises ValueError if it begins like another kind of file."""
-    content = Path(path).read_bytes()  # the whole file
-    for kind in [kind for beginning, kind in FOREIGN.items() if content.startswith(beginning)]:
-        raise ValueError(kind)
+    content = Path(path).read_bytes()
+    for beginning, kind in FOREIGN.items():
+        if content.startswith(beginning):
+            raise ValueError(kind)
     return content
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name, then rename it. It is complete, or it is not there."""
+def write_whole(path: Path, content: bytes | Callable) -> None:
+    """Write a file, or a folder by content(path), under another name, then rename it.
+
+    It is complete, or it is not there.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write it
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write it
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)  # at once, also over an older file
-    finally:
-        temporary.unlink(missing_ok=True)  # after a full disk, for example
-
-
-def write_folder(folder: Path, write: Callable) -> None:
-    """Let `write` fill a folder under another name, then rename it, as write_whole does a file."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        part.rename(folder)
+        content(part) if callable(content) else part.write_bytes(content)
+        os.replace(part, path)  # at once, also over an older file
     except OSError:
-        if not folder.exists():  # otherwise, another process was first
+        if not path.is_dir():  # otherwise, another process wrote the folder first
             raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    finally:  # what a full disk left, for example
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
-def checksum(value) -> str:
-    """Return a short checksum of bytes, or of anything that JSON can hold."""
-    content = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()  # 16 letters
-
-
-def run_command(main: Callable, *errors: type) -> None:
-    """Run a command of the four files. An error of the user's is one line, and the exit is 1."""
+def run_command(main: Callable) -> None:
+    """Run a command of the four files. An unusable input is one sentence, and the exit is 1."""
     for stream in (sys.stdout, sys.stderr):  # a line arrives at once, in files and pipes too
         stream.reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler stops like Ctrl-C
     try:
-        main()  # prints as it goes
+        main()
     except BrokenPipeError:  # for example `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (CorpusError, OSError, *errors) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         if "out of memory" not in str(error):
@@ -184,71 +168,61 @@ SESSIONS = {  # from "ang" on, the columns count the four classes alone
 }
 
 
-def read_iemocap(root: str | Path) -> list[Utterance]:
+def read_iemocap(root: str | Path, problems: list[str] | None = None) -> list[Utterance]:
     """Read the corpus in `root`, the folder that holds Session1 ... Session5.
 
-    Raises CorpusError with every problem found.
+    Raises InputError with every problem found. If a list is given, the problems go into it, and the
+    utterances without a problem are returned.
     """
-    corpus, problems = scan(root)  # a damaged corpus is repaired once, so collect
-    if problems:  # all of them at once
-        raise CorpusError(problems)
-    return corpus
-
-
-def scan(root: str | Path) -> tuple[list[Utterance], list[str]]:
-    """Read what can be read: (the utterances without a problem, one line for each problem)."""
-    root, corpus, problems = Path(root), [], []  # problems: a line each
+    root, corpus, found = Path(root), [], [] if problems is None else problems
     sessions = sorted(p for p in root.glob("*") if re.fullmatch(r"session[1-9]", p.name, re.I))
     if not sessions:
         # The usual slip: the folder given is one level too high or too low.
         near = {p.resolve().parent for to in ("*/Session1", "../Session1") for p in root.glob(to)}
         hint = f"name {' or '.join(map(str, near))}" if near else "name the folder that holds them"
-        problems.append(f"{root}: holds no Session1 ... Session5; {hint}")
+        found.append(f"{root}: holds no Session1 ... Session5; {hint}")
     for session in sessions:
         # Some copies hold macOS's ._* files. Sub-folders hold the labels of single raters.
         labels, words = session / "dialog" / "EmoEvaluation", session / "dialog" / "transcriptions"
         names = sorted({p.name for folder in (labels, words) for p in folder.glob("Ses*.txt")})
         if not names:
-            problems.append(f"{labels}: holds no label file Ses*.txt; fetch it again")
+            found.append(f"{labels}: holds no label file Ses*.txt; fetch it again")
         for name in names:
-            corpus += _read_dialog(labels / name, words / name, session, problems)
+            corpus += _read_dialog(labels / name, words / name, session, found)
 
     # A wav of another length is a file that was cut off, or another utterance.
     whole = []
     for u in tqdm(corpus, desc="wav files", leave=False, delay=3, disable=None):
         try:
-            rate, pcm = _read_wav(u.wav)  # raises CorpusError
-            seconds, expected = len(pcm) / rate, u.end - u.start
+            seconds, expected = len(load_wav(u.wav)) / SAMPLE_RATE, u.end - u.start
             if abs(seconds - expected) > 0.1:
                 lengths = f"{seconds:.2f} s long, {expected:.2f} s by its label"
-                raise CorpusError(f"{u.wav}: {lengths}; fetch it again")
-            whole.append(u)  # nothing is wrong with it
-        except CorpusError as error:
-            problems += error.problems
-    return whole, problems
+                raise InputError(f"{u.wav}: {lengths}; fetch it again")
+            whole.append(u)
+        except InputError as error:
+            found.append(str(error))
+    if found and problems is None:
+        raise InputError("\n".join(found))
+    return whole
 
 
 def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> list[Utterance]:
     """Read one dialogue in time order. Labels and words are matched by id and must agree."""
-    number, dialog = int(session.name[-1]), labels.stem  # 1, Ses01F_impro01
-    felt, spoken = (_entries(*each, problems) for each in ((labels, LABEL), (words, WORDS)))
-    folder = session / "sentences" / "wav" / dialog  # one wav for each utterance
+    number, dialog, utterances = int(session.name[-1]), labels.stem, []  # 1, Ses01F_impro01
+    felt, spoken = _entries(labels, LABEL, problems), _entries(words, WORDS, problems)
+    folder = session / "sentences" / "wav" / dialog
     wavs = {p.name.lower(): p for p in folder.glob("*")}  # .WAV is as good as .wav
-    utterances = []  # those without a problem
-    for id in sorted(felt.keys() | spoken.keys()):  # in either file
+    for id in sorted(felt.keys() | spoken.keys()):
         speaker = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
-        start, end, emotion = felt.get(id, (0, 1, "xxx"))
-        from_, to, text = spoken.get(id, (start, end, ""))
-        start, end, from_, to = map(float, (start, end, from_, to))
+        start, end, emotion = felt.get(id) or spoken[id]
+        from_, to, text = spoken.get(id) or felt[id]
         if not speaker or not dialog.startswith(f"Ses{number:02}"):
             problems.append(f"{labels}: {id} is not an utterance of {dialog} in session {number}")
         elif id not in spoken or id not in felt:
             a, kind, b = (labels, "words in", words) if id in felt else (words, "label in", labels)
             problems.append(f"{a}: {id} has no {kind} {b}; fetch both again")
-        elif emotion not in EMOTIONS:  # a damaged line
+        elif emotion not in EMOTIONS:
             problems.append(f"{labels}: {id} has the unknown emotion {emotion!r}; fetch it again")
-        elif end <= start:  # seconds
-            problems.append(f"{labels}: {id} ends at {end} s but starts at {start} s")
         elif max(abs(from_ - start), abs(to - end)) > 0.01:
             problems.append(f"{labels}: {id} has other times in {words}; fetch both again")
         else:
@@ -262,26 +236,25 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
 
 
 # How a line that is an utterance begins, and its form: the id, start, end, and the rest.
-LABEL = r"\[", r"\[(?P<a>\d+\.\d+) - (?P<b>\d+\.\d+)\]\s+(?P<id>\S+)\s+(?P<c>[a-z]+)\s+\[.+\]"
-WORDS = r"Ses(?!\S+_[FM]XX\d\s)", r"(?P<id>\S+)\s+\[(?P<a>\d+\.\d+)-(?P<b>\d+\.\d+)\]:(?P<c>.*)"
+TIMES = r"\[(?P<a>\d+\.\d+) ?- ?(?P<b>\d+\.\d+)\]"
+LABEL = r"\[", rf"{TIMES}\s+(?P<id>\S+)\s+(?P<c>[a-z]+)\s+\[.+\]"
+WORDS = r"Ses(?!\S+_[FM]XX\d\s)", rf"(?P<id>\S+)\s+{TIMES}:(?P<c>.*)"
 
 
 def _entries(path: Path, form: tuple[str, str], problems: list) -> dict[str, tuple]:
     """Read the lines of a file that are utterances: {id: (start, end, emotion or words)}."""
-    entries, text = {}, ""  # id -> start, end, emotion or words
+    entries, text = {}, ""
     try:
         with reading(path, "fetch it again"):
             text = read_bytes(path).decode("utf-8-sig")  # with or without a byte order mark
-    except CorpusError as error:
-        problems += error.problems
+    except InputError as error:
+        problems.append(str(error))
     for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
         match = re.fullmatch(form[1], line.strip())
         if match and re.match(form[0], line) and match["id"] not in entries:
-            entries[match["id"]] = match["a"], match["b"], match["c"]
+            entries[match["id"]] = float(match["a"]), float(match["b"]), match["c"]
         elif re.match(form[0], line):
-            why = "another form expected"
-            if match:
-                why = f"{match['id']} is there for the second time"
+            why = f"{match['id']} is there for the second time" if match else "another form expected"
             problems.append(f"{path}:{number}: {why}: {line!r:.60}; fetch it again")
     return entries
 
@@ -317,7 +290,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
     """Read a corpus from a CSV file: UTF-8, one row an utterance, separated by , ; or tab.
 
     The columns wav, start and id are optional. Emotions that are none of the four classes serve as
-    context. Raises CorpusError with every problem and its line.
+    context. Raises InputError with every problem and its line.
     """
     with reading(path, "save it as CSV in UTF-8"):
         text = read_bytes(path).decode("utf-8-sig")
@@ -330,30 +303,29 @@ def read_csv(path: str | Path) -> list[Utterance]:
             raise ValueError(f"line 1 has the columns {header}; expected {', '.join(COLUMNS)}")
     corpus, problems, home = {}, [], {}  # home: speaker or dialogue -> its session
     for line, cells in rows:
-        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells))  # what is not there is empty
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells))
         # evaluate.py takes what precedes the last "_" of an id for the dialogue.
         id = row["id"].removeprefix(row["dialog"] + "_").replace("_", "-") or f"{len(corpus):05}"
         id, wav = f"{row['dialog']}_{id}", Path(path).parent / row["wav"] if row["wav"] else None
         sessions = {home.setdefault((k, row[k]), row["session"]) for k in ("speaker", "dialog")}
-        wrong = [f"no {name}" for name in COLUMNS[1:5] if not row[name]]  # text may be empty
-        for holds, complaint in (
-            (len(cells) == len(header), f"{len(cells)} cells, expected {len(header)}"),
-            (re.fullmatch(r"[1-9]\d*", row["session"]), "session must be a number from 1 on"),
-            (re.fullmatch(r"(\d+(\.\d*)?)?", row["start"]), "start must be a number of seconds"),
-            (not wav or wav.is_file(), f"{wav} is missing"),
-            (id not in corpus, f"id {row['id']} is there for the second time"),
-            (sessions == {row["session"]}, "its speaker or dialogue is in another session too"),
-        ):
-            wrong += [] if holds else [complaint]
-        problems += [f"{path}:{line}: {complaint}; change the row" for complaint in wrong]
-        if not wrong:  # the row is an utterance
+        holds = {f"no {name}": row[name] for name in COLUMNS[1:5]} | {
+            f"{len(cells)} cells, expected {len(header)}": len(cells) == len(header),
+            "session must be a number from 1 on": re.fullmatch(r"[1-9]\d*", row["session"]),
+            "start must be a number of seconds": re.fullmatch(r"(\d+(\.\d*)?)?", row["start"]),
+            f"{wav} is missing": not wav or wav.is_file(),
+            f"id {row['id']} is there for the second time": id not in corpus,
+            "its speaker or dialogue is in another session too": sessions == {row["session"]},
+        }
+        wrong = [f"{path}:{line}: {x}; change the row" for x, right in holds.items() if not right]
+        problems += wrong
+        if not wrong:
             start, emotion = float(row["start"] or 0), row["emotion"].lower()
             corpus[id] = Utterance(
                 id, int(row["session"]), row["dialog"], row["speaker"], start, start, row["text"],
                 PLAIN_NAMES.get(emotion, emotion), wav,
             )  # fmt: skip
     if problems:
-        raise CorpusError(problems)
+        raise InputError("\n".join(problems))
     # Sorting is stable: without start times, a dialogue keeps the order of its rows.
     return sorted(corpus.values(), key=lambda u: (u.session, u.dialog, u.start))
 
@@ -368,7 +340,7 @@ def split(
     """Leave one session out (§3.1): the four-class utterances as (train, dev, test).
 
     Test is session `fold`. Dev is one speaker of the rest, drawn by fold and seed (§3.2). Train is
-    everyone else. Raises CorpusError if one of the three would be empty. Any generator may draw,
+    everyone else. Raises InputError if one of the three would be empty. Any generator may draw,
     but another one gives other numbers than the README's.
     """
     targets = [u for u in corpus if u.label is not None]
@@ -377,17 +349,14 @@ def split(
     if len(speakers) < 2 or len(rest) == len(targets):
         needs = f"four-class utterances in session {fold} and two speakers in the others"
         have = sorted({u.session for u in targets})
-        raise CorpusError(f"fold {fold} needs {needs}; the corpus has sessions {have}")
+        raise InputError(f"fold {fold} needs {needs}; the corpus has sessions {have}")
     # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2). We draw one of
     # the training speakers by the seed. Alternative: --seed. The partner stays in training, so the
     # development speaker's words are in the context of training utterances, without labels.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [u for u in rest if u.speaker != dev_speaker]  # seven speakers of IEMOCAP
-    dev = [u for u in rest if u.speaker == dev_speaker]  # one speaker
-    test = [u for u in targets if u.session == fold]  # two speakers
-    a, b, c = ({u.speaker for u in part} for part in (train, dev, test))
-    if a & b or a & c or b & c:
-        raise CorpusError(f"fold {fold}: {a & b | a & c | b & c} in two parts of it; check the ids")
+    dev = [u for u in rest if u.speaker == dev_speaker]
+    test = [u for u in targets if u.session == fold]
     return train, dev, test
 
 
@@ -429,41 +398,36 @@ TRIM_DB = 60  # [A13]
 MIN_SAMPLES = 400  # 25 ms: WavLM's first frame, and the window of the search for silence
 
 
-def _read_wav(path: str | Path) -> tuple[int, np.ndarray]:
-    """Read a 16-bit mono WAV file: (rate in Hz, samples as integers). See load_wav."""
+def load_wav(path: str | Path) -> Tensor:
+    """Load a 16-bit mono PCM file: (n,) float32 in [-1, 1] at 16 kHz, resampled if need be.
+
+    Raises InputError with the reason and the command that converts the file.
+    """
     with reading(path, "convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"):
-        raw = read_bytes(path)  # the whole file
+        raw = read_bytes(path)
         if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
             raise ValueError("not usable as a WAV file")
 
         # A RIFF file is a list of chunks: a name, a size, a body. Two of them matter.
         place, name, form = 12, b"", (0, 0, 0, 0, 0, 0)
         while name != b"data" and place + 8 <= len(raw):
-            name, size = struct.unpack_from("<4sI", raw, place)  # of the chunk
+            name, size = struct.unpack_from("<4sI", raw, place)
             start, place = place + 8, place + 8 + size + size % 2
             if name == b"fmt ":
                 form = struct.unpack_from("<HHIIHH", raw, start)
                 if form[0] == 65534:  # WAVE_FORMAT_EXTENSIBLE: the format comes later
                     form = (*struct.unpack_from("<H", raw, start + 24), *form[1:])
-        if (form[0], form[1], form[5]) != (1, 1, 16):
-            kind = f"format {form[0]}, {form[1]} channel(s) of {form[5]} bits"
-            raise ValueError(f"{kind}; expected format 1 (PCM), 1 channel of 16 bits")
-        if not 8000 <= form[2] <= 192000 or math.gcd(form[2], SAMPLE_RATE) < 25:
-            raise ValueError(f"{form[2]} Hz")  # resampling an odd rate takes minutes
+        kind, channels, rate, _, _, bits = form
+        if (kind, channels, bits) != (1, 1, 16):
+            has = f"format {kind}, {channels} channel(s) of {bits} bits"
+            raise ValueError(f"{has}; expected format 1 (PCM), 1 channel of 16 bits")
+        if not 8000 <= rate <= 192000 or math.gcd(rate, SAMPLE_RATE) < 25:
+            raise ValueError(f"{rate} Hz")  # resampling an odd rate takes minutes
         left = len(raw) - start  # bytes after the header of the data
         size = left if size in (0, 0x7FFFF000, 0xFFFFFFFF) else size  # a pipe left it open
         if name != b"data" or size > left or size < 2:
             raise ValueError("no samples, or shorter than its header says")
-        return form[2], np.frombuffer(raw, "<i2", size // 2, start)  # (n,)
-
-
-def load_wav(path: str | Path) -> Tensor:
-    """Load samples in [-1, 1]: (n,) float32 at 16 kHz, resampled if the file has another rate.
-
-    Reads 16-bit mono PCM. Raises CorpusError with the reason and the command that converts it.
-    """
-    rate, pcm = _read_wav(path)
-    x = torch.from_numpy(pcm.astype(np.float32) / 32768)  # (n,)
+    x = torch.from_numpy(np.frombuffer(raw, "<i2", size // 2, start).astype(np.float32) / 32768)
     if rate != SAMPLE_RATE:
         from torchaudio.functional import resample  # torchaudio.load would need FFmpeg
 
@@ -491,7 +455,7 @@ def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | 
     silent = [u.id for u in corpus if u.label is not None and u.wav is None]
     if silent:
         hint = "fill the column wav, or use a text system: --fusion text-fc or text-te"
-        raise CorpusError(f"no wav for {len(silent)} utterances, as {silent[0]}; {hint}")
+        raise InputError(f"no wav for {len(silent)} utterances, as {silent[0]}; {hint}")
     bar = tqdm(corpus, desc="clips", leave=False, delay=3, disable=None)
     return [None if u.label is None else clip(load_wav(u.wav), trim) for u in bar]
 
@@ -534,10 +498,6 @@ class CachedStates:
             rows, where = range(len(self.files)), "cuda" if gpu else "cpu"
             self.kept = [self.read(i).to(where) if self.files[i] else None for i in rows]
 
-    def release(self) -> None:
-        """Free the memory. Later calls read the files."""
-        self.kept, self.buffer = [], None  # garbage now
-
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self.kept[i] if self.kept else self.read(i) for i in rows.tolist()]
         lengths = torch.tensor([len(part) for part in parts])  # (U,)
@@ -552,17 +512,12 @@ class CachedStates:
         return self.buffer[:n], mask  # (N, L, D), (U, T)
 
 
-def live(upstream: Callable, inputs: Sequence) -> Callable:
-    """Make a source that runs the upstream on every batch, for fine-tuning."""
-    return lambda rows: upstream([inputs[i] for i in rows.tolist()])
-
-
 def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequence, device: str):
     """Compute the layer states that are not yet in `folder`, and return a CachedStates.
 
     inputs: a clip (n,) or a text of each utterance, None where no states are needed. A file is
     named by the id and a checksum of the input, so states of another input are never read. After a
-    kill, only batches with a missing file are computed. Raises CorpusError for states beyond 16
+    kill, only batches with a missing file are computed. Raises InputError for states beyond 16
     bits.
     """
     # DEVIATION [D1]: the frozen phase reads states rounded to 16 bits, the paper does not mention a
@@ -571,7 +526,7 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
     for u, x in zip(corpus, inputs):
         content = x.encode() if isinstance(x, str) else b"" if x is None else x.numpy().tobytes()
         name = re.sub(r"[^A-Za-z0-9.-]", "_", u.id)  # an id of your own may hold anything
-        files.append(None if x is None else folder / f"{name}-{checksum(content)}.npy")
+        files.append(None if x is None else folder / f"{name}-{zlib.crc32(content):08x}.npy")
     folder.mkdir(parents=True, exist_ok=True)  # cache/<upstream>-<precision>-<fingerprint>
     there = set(os.listdir(folder))  # one look is faster than 10,000
     # A batch is of one session and computed as a whole, because the last bits of a state depend on
@@ -590,7 +545,7 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
         for i, x, real in zip(rows, states.half().cpu(), mask.cpu()):
             if not x[real].isfinite().all():
                 why = "a layer state is not finite, or over 65,504 and too large for 16 bits"
-                raise CorpusError(f"{corpus[i].id}: {why}; look at it, or try --precision fp32")
+                raise InputError(f"{corpus[i].id}: {why}; look at it, or try --precision fp32")
             content = io.BytesIO()  # in memory first: a file is complete or absent
             np.save(content, x[real].numpy())  # (T, L, D)
             write_whole(files[i], content.getvalue())
@@ -643,83 +598,73 @@ TOY = dict(seed=9, dialogs=10, turns=24, stay=0.75, named=0.42, voice=0.65)
 def write_toy(root: str | Path) -> Path:
     """Write 1,200 utterances of 0.15 to 0.25 s into `root`, if it is empty. Returns root."""
     root = Path(root)
-    if (root / "toy.json").exists():
-        return root
-    if root.exists() and any(root.iterdir()):
-        raise CorpusError(f"{root}: is not empty, and holds no toy corpus; name an empty folder")
-    if root.exists():
-        root.rmdir()  # Windows does not rename onto a folder
-    write_folder(root, _write_toy_sessions)
+    if not (root / "toy.json").exists():
+        with reading(root, "name an empty folder, or one that holds the toy corpus"):
+            root.exists() and root.rmdir()  # raises unless it is empty
+            write_whole(root, _write_toy)
     return root
 
 
-def _write_toy_sessions(root: Path) -> None:
+def _write_toy(root: Path) -> None:
     """Write five sessions of ten dialogues, six improvised and four scripted."""
     rng = np.random.default_rng(TOY["seed"])  # the same toy everywhere
-    for session in SESSIONS:
-        for k in range(TOY["dialogs"]):
-            act = f"impro{k + 1:02}" if k < 6 else f"script{k - 5:02}_1"
-            name = f"Ses{session:02}{'FM'[k % 2]}_{act}"
-            _write_toy_dialog(root / f"Session{session}", name, rng)
+    for session, k in itertools.product(SESSIONS, range(TOY["dialogs"])):
+        act = f"impro{k + 1:02}" if k < 6 else f"script{k - 5:02}_1"
+        name = f"Ses{session:02}{'FM'[k % 2]}_{act}"
+        folder = root / f"Session{session}"
+        felt, end, labels, words, counts = "neu", 0.0, {"F": "", "M": ""}, [], Counter()
+        for _ in range(TOY["turns"]):
+            felt = felt if rng.random() < TOY["stay"] else str(rng.choice(CLASSES))
+            emotion = "xxx" if rng.random() < 0.1 else felt  # the raters disagree
+            emotion = "exc" if emotion == "hap" and rng.random() < 0.5 else emotion
+            letter = "FM"[rng.integers(2)]  # who speaks
+            id = f"{name}_{letter}{counts[letter]:03}"
+            counts[letter] += 1  # ids count each speaker's turns
+            text = rng.choice(FILLERS, rng.integers(2, 5))
+            if rng.random() < TOY["named"]:
+                text = rng.choice(KEYWORDS[felt], len(text))  # a sentence that names the emotion
+            text = "[LAUGHTER]" if rng.random() < 0.01 else " ".join(text).capitalize() + "."
+
+            # A steady tone with overtones. A voice that does not show the emotion shows any.
+            pitch, fall = VOICES[felt if rng.random() < TOY["voice"] else str(rng.choice(CLASSES))]
+            n, overtone = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE), np.arange(1, 13)[:, None]
+            turn = overtone * pitch * np.arange(n) / SAMPLE_RATE + rng.random((12, 1))
+            tone = (overtone**-fall * np.sin(2 * np.pi * turn)).sum(axis=0)
+            tone += 1e-4 * rng.standard_normal(n)
+            pcm = (tone / np.abs(tone).max() * rng.uniform(3000, 10000)).astype("<i2")  # loudness
+            wav = folder / "sentences" / "wav" / name / f"{id}.wav"
+            wav.parent.mkdir(parents=True, exist_ok=True)
+            with wave.open(str(wav), "wb") as file:
+                file.setparams((1, 2, SAMPLE_RATE, n, "NONE", ""))
+                file.writeframes(pcm.tobytes())
+            start = max(end + rng.uniform(-0.1, 0.8), 0.5)  # the speakers interrupt each other
+            end = start + n / SAMPLE_RATE
+            words.append(f"{id} [{start:08.4f}-{end:08.4f}]: {text}\n")
+            labels[letter] += f"[{start:.4f} - {end:.4f}]\t{id}\t{emotion}\t[2.5, 2.5, 2.5]\n\n"
+        # Like the original: labels come all F then all M, transcripts are out of order and have
+        # lines that are no utterances.
+        words[2:2] = [words.pop(5), "M: hm.\n", f"{name}_MXX0 [000.1000-000.2000]: oh\n"]
+        text = "% [START_TIME - END_TIME] TURN_NAME EMOTION\n\n" + labels["F"] + labels["M"]
+        write_whole(folder / "dialog" / "EmoEvaluation" / f"{name}.txt", text.encode())
+        write_whole(folder / "dialog" / "transcriptions" / f"{name}.txt", "".join(words).encode())
     write_whole(root / "toy.json", b"{}")
-
-
-def _write_toy_dialog(session: Path, name: str, rng: np.random.Generator) -> None:
-    """Write one dialogue: its labels, its transcript and its wavs."""
-    felt, end, labels, words, counts = "neu", 0.0, {"F": "", "M": ""}, [], Counter()
-    for _ in range(TOY["turns"]):
-        felt = felt if rng.random() < TOY["stay"] else str(rng.choice(CLASSES))
-        emotion = "xxx" if rng.random() < 0.1 else felt  # the raters disagree
-        emotion = "exc" if emotion == "hap" and rng.random() < 0.5 else emotion
-        letter = "FM"[rng.integers(2)]  # who speaks
-        id = f"{name}_{letter}{counts[letter]:03}"
-        counts[letter] += 1  # ids count each speaker's turns
-        text = rng.choice(FILLERS, rng.integers(2, 5))
-        if rng.random() < TOY["named"]:
-            text = rng.choice(KEYWORDS[felt], len(text))  # a sentence that names the emotion
-        text = "[LAUGHTER]" if rng.random() < 0.01 else " ".join(text).capitalize() + "."
-
-        # A steady tone with overtones. Where the voice does not show the emotion, it shows any.
-        pitch, fall = VOICES[felt if rng.random() < TOY["voice"] else str(rng.choice(CLASSES))]
-        n, overtone = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE), np.arange(1, 13)[:, None]
-        phase = 2 * np.pi * (overtone * pitch * np.arange(n) / SAMPLE_RATE + rng.random((12, 1)))
-        tone = (overtone**-fall * np.sin(phase)).sum(axis=0) + 1e-4 * rng.standard_normal(n)
-        pcm = (tone / np.abs(tone).max() * rng.uniform(3000, 10000)).astype("<i2")  # loud or not
-        start = max(end + rng.uniform(-0.1, 0.8), 0.5)  # the speakers interrupt each other
-        end = start + n / SAMPLE_RATE  # seconds
-
-        wav = session / "sentences" / "wav" / name / f"{id}.wav"
-        wav.parent.mkdir(parents=True, exist_ok=True)  # a folder for each dialogue
-        with wave.open(str(wav), "wb") as file:
-            file.setparams((1, 2, SAMPLE_RATE, n, "NONE", ""))
-            file.writeframes(pcm.tobytes())
-        words.append(f"{id} [{start:08.4f}-{end:08.4f}]: {text}\n")
-        labels[letter] += (
-            f"[{start:.4f} - {end:.4f}]\t{id}\t{emotion}\t[2.5000, 2.5000, 2.5000]\n"
-            f"C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
-        )
-    # Like the original: labels come all F then all M, transcripts are out of order and have lines
-    # that are no utterances.
-    words[2:2] = [words.pop(5), "M: hm.\n", f"{name}_MXX0 [000.1000-000.2000]: oh\n"]
-    text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n" + labels["F"] + labels["M"]
-    write_whole(session / "dialog" / "EmoEvaluation" / f"{name}.txt", text.encode())
-    write_whole(session / "dialog" / "transcriptions" / f"{name}.txt", "".join(words).encode())
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("check", "toy"))
     parser.add_argument("dir", type=Path, help="check: holds Session1 ... Session5; toy: is empty")
-    args = parser.parse_args(arguments)  # exits with a message for a wrong flag
-    corpus, problems = scan(write_toy(args.dir) if args.command == "toy" else args.dir)
+    args = parser.parse_args(arguments)
+    problems = []
+    corpus = read_iemocap(write_toy(args.dir) if args.command == "toy" else args.dir, problems)
     problems += reference_problems(corpus) if args.command == "check" and corpus else []
     if problems:
-        raise CorpusError([*problems, f"{len(problems)} problem(s) in {args.dir}"])
+        raise InputError("\n".join([*problems, f"{len(problems)} problem(s) in {args.dir}"]))
     counts = Counter(CLASSES[u.label] for u in corpus if u.label is not None)
     kind = "a toy corpus" if (args.dir / "toy.json").exists() else "the full release"
-    dialogs, speakers = ({getattr(u, name) for u in corpus} for name in ("dialog", "speaker"))
-    print(f"{args.dir}: {kind}; {len(corpus)} utterances in {len(dialogs)} dialogues of "
-          f"{len(speakers)} speakers; four classes: {counts.total()} "
+    dialogs, speakers = len({u.dialog for u in corpus}), len({u.speaker for u in corpus})
+    print(f"{args.dir}: {kind}; {len(corpus)} utterances in {dialogs} dialogues of {speakers} "
+          f"speakers; four classes: {counts.total()} "
           f"({', '.join(f'{c} {counts[c]}' for c in CLASSES)})")  # fmt: skip
 
 

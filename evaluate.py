@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import CLASSES, CLIP_SECONDS, SAMPLE_RATE, clip, load_wav
-from data import reading, run_command, write_whole
-from model import FUSIONS, Config, EmotionRecognizer, Upstream, UpstreamError
+from data import CLASSES, CLIP_SECONDS, SAMPLE_RATE, InputError
+from data import clip, load_wav, reading, run_command, write_whole
+from model import FUSIONS, Config, EmotionRecognizer, Upstream
 
 # ----- Metrics (§3.1): "weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
 # weights)". The names are easily confused. WA is plain accuracy, so a class counts by its size.
@@ -80,12 +80,6 @@ def metrics(y_true: Sequence[int], y_pred: Sequence[int]) -> dict:
     }
 
 
-def score(labels: Tensor, log_probs: Tensor) -> dict:
-    """Compute the metrics and "loss", the cross-entropy, of labels (N,) and predictions (N, 4)."""
-    loss = nn.functional.nll_loss(log_probs, labels).item()  # the mean over N (§2.4)
-    return metrics(labels, log_probs.argmax(dim=1)) | {"loss": loss}
-
-
 @torch.no_grad()
 def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> Tensor:
     """Predict log-probabilities (N, 4) of utterances (N,). batch(rows) gives the model's input."""
@@ -95,19 +89,14 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
 
 
 # ----- The files of a run (train.py lists them)
-class RunError(RuntimeError):
-    """A run, or something asked of it, is unusable. The message names the file and the remedy."""
+def read_run(folder: Path) -> SimpleNamespace:
+    """Read a finished run: what config.json holds as attributes, and what is added here.
 
-
-class Run(SimpleNamespace):
-    """A finished run: what config.json holds as attributes, and what read_run adds."""
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run. Raises RunError if it is unfinished, or if its files are damaged or disagree."""
+    Raises InputError if the run is unfinished, or if its files are damaged or disagree.
+    """
     remedy = f"restore it, or delete {folder} and train again"
-    with reading(folder / "config.json", remedy, RunError):
-        run = Run(folder=folder, **json.loads((folder / "config.json").read_bytes()))
+    with reading(folder / "config.json", remedy):
+        run = SimpleNamespace(folder=folder, **json.loads((folder / "config.json").read_bytes()))
         run.system = system_number(run.fusion, run.frozen)  # the number in Table 1
         switches = [f"{k}={x}" for k, x in run.switches.items()]  # settings not from the paper
         run.title = ", ".join([run.corpus, *switches])  # "toy, condense=concat"
@@ -115,11 +104,11 @@ def read_run(folder: Path) -> Run:
         run.sessions = sorted(run.sessions)  # all folds that the corpus has
         expected = {k: vars(run)[k] for k in ("corpus", "fusion", "frozen", "fold", "seed")}
     if not (folder / "result.json").exists():  # training writes it last
-        log = [line for path in folder.glob("log.jsonl") for line in path.open("rb")]
-        progress = f"{folder} ({len(log)} epochs so far)"  # one line an epoch
-        raise RunError(f"unfinished: {progress}; the same train.py command goes on")
+        epochs = sum(1 for path in folder.glob("log.jsonl") for _ in path.open("rb"))
+        progress = f"{folder} ({epochs} epochs so far)"  # one line an epoch
+        raise InputError(f"unfinished: {progress}; the same train.py command goes on")
 
-    with reading(folder / "predictions.csv", remedy, RunError):
+    with reading(folder / "predictions.csv", remedy):
         lines = (folder / "predictions.csv").read_text(encoding="utf-8").splitlines()
         run.rows = list(csv.DictReader(lines))  # N rows, and some more columns:
         for row in run.rows:
@@ -127,15 +116,13 @@ def read_run(folder: Path) -> Run:
             row["speaker"] = row["speaker"] or "unknown"  # a KeyError if there is no such column
             row["truth"], row["guess"] = map(CLASSES.index, (row["label"], row["prediction"]))
             row["seen"] = bool(int(row["seen_text"]))  # another session has the same words
-            p = [float(row[c]) for c in CLASSES]  # probabilities
+            p = [float(row[c]) for c in CLASSES]
             if not (min(p) >= 0 and abs(sum(p) - 1) < 1e-4):  # NaN fails, too
                 raise ValueError(f"the probabilities of {row['utterance']} do not sum to 1")
-        if not run.rows:
-            raise ValueError("no row below the first line")
         expected |= metrics(column([run], "truth"), column([run], "guess"))
         expected["n_test"] = len(set(column([run], "utterance")))  # fewer if one occurs twice
 
-    with reading(folder / "result.json", remedy, RunError):
+    with reading(folder / "result.json", remedy):
         run.result = json.loads((folder / "result.json").read_bytes())
         wrong = [f"{k} is not {x}" for k, x in expected.items() if run.result[k] != x]
         if wrong or not (0 <= run.result["loss"] < math.inf and run.result["epochs"] > 0):
@@ -143,7 +130,7 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def find_runs(root: Path) -> tuple[list[Run], list[str]]:
+def find_runs(root: Path) -> tuple[list, list[str]]:
     """Read all runs below a folder -> (the usable ones, a sentence for each of the others)."""
     runs, others = {}, []  # runs: by title, system, fold and seed
     configs = [p for p in root.rglob("config.json") if b'"model_type"' not in p.read_bytes()]
@@ -152,38 +139,41 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
             run = read_run(folder)
             first = runs.setdefault((run.title, run.system, run.fold, run.seed), run)
             if first is not run:  # averages must not count it twice
-                raise RunError(f"{run.folder}: duplicate of {first.folder}; delete one of them")
-        except RunError as error:
+                raise InputError(f"{run.folder}: duplicate of {first.folder}; delete one of them")
+        except InputError as error:
             others.append(str(error))  # unfinished, damaged or duplicate
     return list(runs.values()), others
 
 
-def grouped(runs: Sequence[Run], key: str) -> dict:
+def grouped(runs: list, key: str) -> dict:
     """Group runs by their "title", "system", "fold" or "seed", in order."""
     values = sorted({getattr(run, key) for run in runs})
     return {value: [run for run in runs if getattr(run, key) == value] for value in values}
 
 
-def column(runs: Sequence[Run], name: str) -> np.ndarray:
+def column(runs: list, name: str) -> np.ndarray:
     """Join a column of predictions.csv over several runs -> (N,) for their N rows in all."""
     return np.array([row[name] for run in runs for row in run.rows])
 
 
-def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen_text: list) -> None:
-    """Write predictions.csv: one row an utterance, with the probability of each class."""
+def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen: set[str]) -> None:
+    """Write predictions.csv: one row an utterance, with the probability of each class.
+
+    seen: ids of utterances whose words occur in another session.
+    """
     text = io.StringIO(newline="")  # the csv module ends the lines itself
     table = csv.writer(text)
     table.writerow(["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"])
-    guesses = log_probs.argmax(dim=1)  # (N,), as in `score`: exp can make unequal numbers equal
-    for u, guess, p, seen in zip(utterances, guesses, log_probs.exp().tolist(), seen_text):
-        p = [f"{x:.6f}" for x in p]  # of the four classes
-        table.writerow([u.id, u.speaker, CLASSES[u.label], CLASSES[guess], *p, int(seen)])
-    write_whole(path, text.getvalue().encode())  # all of it or nothing
+    guesses = log_probs.argmax(dim=1)  # before exp, which can make unequal numbers equal
+    for u, guess, p in zip(utterances, guesses, log_probs.exp().tolist()):
+        p = [f"{x:.6f}" for x in p]
+        table.writerow([u.id, u.speaker, CLASSES[u.label], CLASSES[guess], *p, int(u.id in seen)])
+    write_whole(path, text.getvalue().encode())
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Load checkpoint.pt on the CPU, or raise RunError."""
-    with reading(path, "delete it and train again", RunError):
+    """Load checkpoint.pt on the CPU, or raise InputError."""
+    with reading(path, "delete it and train again"):
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError("it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
@@ -252,7 +242,7 @@ def describe(result: dict) -> str:
     )
 
 
-def table_1(runs: list[Run], name="Table 1", published=TABLE_1, sessions=None) -> str:
+def table_1(runs: list, name="Table 1", published=TABLE_1, sessions=None) -> str:
     """Format the systems that were run, for runs of one title. Return "" if there are none.
 
     The first ± is the standard deviation over the folds, each averaged over its seeds. It shows how
@@ -280,13 +270,13 @@ def table_1(runs: list[Run], name="Table 1", published=TABLE_1, sessions=None) -
     return markdown(title, rows) if rows else ""
 
 
-def table_2(runs: list[Run]) -> str:
+def table_2(runs: list) -> str:
     """Format the rows "ours" of Table 2, on Session 5 of IEMOCAP, or return ""."""
     runs = [run for run in runs if run.fold == 5 and run.corpus == "iemocap"]
     return table_1(runs, "Table 2, Session 5,", TABLE_2, sessions=[5])
 
 
-def breakdown(runs: list[Run]) -> str:
+def breakdown(runs: list) -> str:
     """Format WA and UA on parts of the test data, pooled over all runs of a system.
 
     A quarter of IEMOCAP's scripted lines occur in several sessions ("text seen"), so a text model
@@ -349,22 +339,21 @@ def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0
     return result
 
 
-def compare(first: list[Run], second: list[Run], every_seed: bool = False) -> str:
-    """Compare the runs of two systems, A and B, paired by fold and seed, or raise RunError.
+def compare(first: list, second: list) -> str:
+    """Compare the runs of two systems, A and B, paired by fold and seed, or raise InputError.
 
-    Of each fold we take the lowest seed that both have, or with every_seed all of them.
+    Of each fold we take the lowest seed that both have, so that an utterance counts once.
     """
     a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))
-    pairs = {}  # a run of A and a run of B for each fold, or for each fold and seed
-    for fold, seed in sorted(a.keys() & b.keys()):
-        pairs.setdefault((fold, every_seed and seed), (a[fold, seed], b[fold, seed]))
+    pairs = {fold: (a[fold, seed], b[fold, seed])
+             for fold, seed in sorted(a.keys() & b.keys(), reverse=True)}  # fmt: skip
     if not pairs or len(a) < len(first) or len(b) < len(second):
-        raise RunError("--compare: A and B need one system each, and a fold and seed in common")
+        raise InputError("--compare: A and B need one system each, and a fold and seed in common")
     a, b = zip(*pairs.values())  # the runs of A, and those of B
     if any(column(a, x).tolist() != column(b, x).tolist() for x in ("utterance", "truth")):
-        raise RunError("--compare: A and B were tested on different utterances")
+        raise InputError("--compare: A and B were tested on different utterances")
     truth, guess_a, guess_b = column(a, "truth"), column(a, "guess"), column(b, "guess")  # (N,)
-    right_a, right_b, dialogs = guess_a == truth, guess_b == truth, column(a, "dialog")  # (N,)
+    right_a, right_b, dialogs = guess_a == truth, guess_b == truth, column(a, "dialog")
     lines = [
         f"A: {a[0].name}\nB: {b[0].name}",
         f"folds {list(grouped(a, 'fold'))}, seeds {list(grouped(a, 'seed'))}: {len(truth)} "
@@ -382,8 +371,8 @@ def compare(first: list[Run], second: list[Run], every_seed: bool = False) -> st
 
 # ----- Pictures (matplotlib is the one optional package)
 def figure(width: float, height: float, title: str):
-    """Create an empty matplotlib Figure, in inches. Raises RunError without matplotlib."""
-    with reading("matplotlib", "for pictures: pip install matplotlib", RunError):
+    """Create an empty matplotlib Figure, in inches. Raises InputError without matplotlib."""
+    with reading("matplotlib", "for pictures: pip install matplotlib"):
         import matplotlib.figure  # without pyplot there is no window to close
     matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 10, "figure.dpi": 200})
     fig = matplotlib.figure.Figure((width, height), layout="constrained")
@@ -391,7 +380,7 @@ def figure(width: float, height: float, title: str):
     return fig
 
 
-def draw_confusions(runs: list[Run], path: Path) -> None:
+def draw_confusions(runs: list, path: Path) -> None:
     """Draw Fig. 4 for its own four systems on Session 5, or else for the first four runs."""
     lowest = {(run.system, run.fold): run for run in sorted(runs, key=lambda run: -run.seed)}
     shown = [lowest[n, 5] for n in (4, 8, 18, 7) if (n, 5) in lowest] or runs[:4]  # panels a to d
@@ -408,13 +397,13 @@ def draw_confusions(runs: list[Run], path: Path) -> None:
     fig.savefig(path)
 
 
-def draw_curves(runs: list[Run], path: Path) -> None:
+def draw_curves(runs: list, path: Path) -> None:
     """Draw loss and development UA of one system's runs over the epochs, one colour a run."""
     fig = figure(6.5, 6.5, runs[0].name)
     loss, ua = fig.subplots(2, 1, sharex=True)
     for k, run in enumerate(runs):
         path_of_log = run.folder / "log.jsonl"
-        with reading(path_of_log, "restore it, or leave out --pictures", RunError):
+        with reading(path_of_log, "restore it, or leave out --pictures"):
             log = [json.loads(line) for line in path_of_log.read_text().splitlines()]
             x = {key: [row[key] for row in log] for key in log[0]}  # a list of values by epoch
             loss.plot(x["epoch"], x["dev_loss"], f"C{k}", label=f"fold {run.fold}, seed {run.seed}")
@@ -472,18 +461,19 @@ class Recognizer:
     def __init__(self, folder: str | Path):
         self.run = run = read_run(Path(folder))
         self.name = f"{run.name}, fold {run.fold}, seed {run.seed}"  # in titles and errors
-        state = load_checkpoint(run.folder / "checkpoint.pt")  # of the last epoch
-        with reading(run.folder, "checkpoint.pt does not fit config.json; train again", RunError):
+        state = load_checkpoint(run.folder / "checkpoint.pt")
+        with reading(run.folder, "checkpoint.pt does not fit config.json; train again"):
             weights = (state["selected"] or state)["weights"]  # [A10]
-            self.model = EmotionRecognizer(Config(**run.model)).requires_grad_(False).eval()
-            self.model.load_state_dict(weights["model"])  # raises if they do not fit
-            used = {m: (x["name"], x["fingerprint"]) for m, x in run.upstreams.items()}
-            self.trim, precision = run.trim, run.precision
-        self.upstreams = {m: Upstream(name, m, precision) for m, (name, _) in used.items()}
-        for m, upstream in self.upstreams.items():
-            if upstream.fingerprint != used[m][1]:
-                raise RunError(f"{upstream.name}: these are not the weights of {folder}")
-            upstream.load_weights(weights.get(m, {}))  # what fine-tuning changed
+            self.trim, self.model = run.trim, EmotionRecognizer(Config(**run.model))
+            self.model.requires_grad_(False).eval().load_state_dict(weights["model"])
+            self.upstreams = {m: Upstream(x, m, run.precision) for m, x in run.upstreams.items()}
+            for m, upstream in self.upstreams.items():
+                if upstream.fingerprint != run.weights[m]:
+                    raise InputError(f"{upstream.name}: these are not the weights of {folder}")
+                opened = upstream.open(run.open)
+                for n, value in weights[m].items():  # what fine-tuning changed
+                    opened[n].data.copy_(value)
+                upstream.requires_grad_(False)
 
     def recognize(self, wav=None, text=None, before=(), after=()) -> dict[str, float]:
         """Return {"neu": p, "hap": p, "ang": p, "sad": p}.
@@ -497,7 +487,7 @@ class Recognizer:
             remark("This model learned from toy data. It is useless for real speech.")
         for modality, given in (("audio", wav), ("text", text)):
             if modality in self.upstreams and given is None:
-                raise RunError(f"{self.name} needs {modality}: add --wav FILE or --text WORDS")
+                raise InputError(f"{self.name} needs {modality}: add --wav FILE or --text WORDS")
             if modality not in self.upstreams and given is not None:
                 remark(f"This system uses no {modality}, so yours is ignored.")
         if "audio" in self.upstreams:
@@ -521,19 +511,6 @@ class Recognizer:
         return dict(zip(CLASSES, self.model(**self.batch)[0].softmax(dim=0).tolist()))
 
 
-def recognize_one(args: argparse.Namespace) -> None:
-    """Print what a run predicts for an utterance of your own, and draw how."""
-    recognizer = Recognizer(args.runs)
-    p = recognizer.recognize(args.wav, args.text, args.before, args.after)
-    answer = ", ".join(f"{c} {p[c]:.1%}" for c in sorted(p, key=p.get, reverse=True))
-    for line in (answer, *recognizer.remarks):
-        print(f"{recognizer.run.title}: {line}")
-    if args.pictures:
-        draw_gates(recognizer, args.pictures / "gates.png")  # no second run of the upstreams
-        if recognizer.run.fusion in ("cmt-a2t", "cmt-t2a", "mmt"):
-            draw_attention(recognizer, args.text, args.pictures / "attention.png")
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="a folder of runs, or the folder of one run")
@@ -547,23 +524,34 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-    if args.wav is not None or args.text is not None or args.before or args.after:
-        return recognize_one(args)
 
+    # An utterance of your own
+    if args.wav is not None or args.text is not None or args.before or args.after:
+        recognizer = Recognizer(args.runs)
+        p = recognizer.recognize(args.wav, args.text, args.before, args.after)
+        answer = ", ".join(f"{c} {p[c]:.1%}" for c in sorted(p, key=p.get, reverse=True))
+        for line in (answer, *recognizer.remarks):
+            print(f"{recognizer.run.title}: {line}")
+        if args.pictures:
+            draw_gates(recognizer, args.pictures / "gates.png")
+            if recognizer.run.fusion in ("cmt-a2t", "cmt-t2a", "mmt"):
+                draw_attention(recognizer, args.text, args.pictures / "attention.png")
+        return
+
+    # Reports, one for each title: the corpus and the switches
     runs, others = find_runs(args.runs)
     if not runs + others:
-        raise RunError(f"{args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
+        raise InputError(f"{args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
     damaged = [line for line in others if not line.startswith("unfinished")]  # or duplicate
     for line in others:
         print(line, file=sys.stderr if line in damaged else sys.stdout)
-    groups = list(grouped(runs, "title").values())  # a table for each title
+    groups = list(grouped(runs, "title").values())
     if args.compare:
-        by_folder = not "".join(args.compare).isdigit()  # else by number, title by title
-        pairs = [[[r for r in x if str(r.system) == n] for n in args.compare] for x in groups]
-        if by_folder:
+        pairs = [[[run for run in x if str(run.system) == n] for n in args.compare] for x in groups]
+        if not "".join(args.compare).isdigit():
             pairs = [[find_runs(Path(folder))[0] for folder in args.compare]]
         for first, second in [pair for pair in pairs if all(pair)] or pairs:
-            print(compare(first, second, every_seed=by_folder))
+            print(compare(first, second))
         groups = []  # no other report
     for group in groups:
         print(breakdown(group) if args.parts else f"{table_1(group)}\n{table_2(group)}")
@@ -579,4 +567,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, RunError, UpstreamError)
+    run_command(main)

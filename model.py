@@ -29,7 +29,6 @@ Masks are bool, True = real, False = padding. The data flow of the main system (
 """
 
 import argparse
-import contextlib
 import math
 import os
 import re
@@ -40,6 +39,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from data import InputError, reading
 
 # Fig. 3 and Table 1: a system is a list of paths (target, source). Their outputs are concatenated.
 # Without a source a path is the features as they are. If the source is the target, it is a vanilla
@@ -172,9 +173,9 @@ class SqueezeExcitation(nn.Module):
 class Projector(nn.Module):
     """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
 
-    x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat". With
-    gates (B, 1, L), each layer is scaled on the way. That equals a projection of S&E's output, but
-    makes no scaled copy of the states.
+    x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat". Given
+    gates (B, T, L), it scales the layers on the way. That equals a projection of S&E's output, but
+    makes no scaled copy of the states. In training, the gates are applied here.
     """
 
     def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
@@ -201,10 +202,10 @@ class Projector(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """Fig. 2a without the upstream: states (B, T, L, D), mask (B, T) -> (X (B, T, d), mask).
+    """Fig. 2a without the upstream: states, mask (B, T) -> (X (B, T, d), mask).
 
-    The cache gives states (N, L, D) without padding: the N real steps of all utterances, one after
-    another, which is less to compute. The mask tells where each step belongs.
+    The states are (B, T, L, D), or (N, L, D) without padding: the N real steps of all utterances,
+    one after another, as the cache gives them. The mask tells where each step belongs.
     """
 
     def __init__(self, n_layers: int, in_dim: int, config: Config):
@@ -217,13 +218,12 @@ class FeatureExtractor(nn.Module):
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         states = states.float()  # the cache stores 16 bits [D1], the weights have 32
         if states.ndim == 4:
-            gates = self.se.gates(states, mask)  # (B, L)
-            return self.projector(states, gates[:, None]), mask
+            return self.projector(states, self.se.gates(states, mask)[:, None]), mask
 
-        # Without padding. Subtle: gates() averages over the features first, so we can
-        # pass it these averages as states of width 1.
+        # Without padding. Subtle: gates() averages over the features first, so these averages can
+        # be passed as states of width 1.
         means = states.new_zeros(*mask.shape, states.shape[1], 1)  # (B, T, L, 1)
-        means[mask] = states.mean(dim=-1, keepdim=True)  # (N, L, 1)
+        means[mask] = states.mean(dim=-1, keepdim=True)
         gates = self.se.gates(means, mask)  # (B, L)
         gates = gates.repeat_interleave(mask.sum(dim=1), dim=0)  # (N, L): of each step's utterance
         projected = self.projector(states, gates)  # (N, d)
@@ -264,29 +264,19 @@ class ContextConv(nn.Module):
         return x, mask
 
 
-class TextFeatureExtractor(nn.Module):
+class TextFeatureExtractor(FeatureExtractor):
     """Fig. 2b without BERT: the states of U utterances -> (X_T (B, T, d), mask (B, T)).
 
     states (U, T, L, D) or (N, L, D), mask (U, T), and context (B, C): the numbers of the utterances
     in each window, -1 for none. Windows overlap, so each distinct utterance is given once.
-    Without context each window is given in full: states (B, C, T, L, D), mask (B, C, T).
     """
 
-    def __init__(self, config: Config):
-        super().__init__()
-        self.utterance = FeatureExtractor(config.text_layers, config.text_dim, config)
+    def __init__(self, n_layers: int, in_dim: int, config: Config):
+        super().__init__(n_layers, in_dim, config)
         self.context = ContextConv(config.n_context, config.text_mask)
 
-    @property
-    def se(self) -> SqueezeExcitation:
-        """The S&E block, under the name that it has in Fig. 2a's extractor."""
-        return self.utterance.se
-
-    def forward(self, states: Tensor, mask: Tensor, context: Tensor | None = None):
-        if context is None:
-            context = torch.arange(mask[..., 0].numel(), device=mask.device).view(mask.shape[:2])
-            states, mask = states.flatten(0, 1), mask.flatten(0, 1)
-        x, mask = self.utterance(states, mask)  # (U, T, d), (U, T)
+    def forward(self, states: Tensor, mask: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        x, mask = super().forward(states, mask)  # (U, T, d), (U, T)
 
         # Append one empty utterance. In Python, index -1 is the last row: the missing neighbour.
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
@@ -308,11 +298,9 @@ class TransformerBlock(nn.Module):
         # matrix. "The same backbone as the vanilla Transformer" (§2.2) gives post-norm, 4 d, ReLU,
         # dropout 0.1. We use one block, and no positions, because the upstreams add them.
         # Alternative: 2 heads, width 2, dropout 0.5, as in the author's other code.
-        self.w_q = nn.Parameter(torch.empty(dim, dim))
-        self.w_k = nn.Parameter(torch.empty(dim, dim))
-        self.w_v = nn.Parameter(torch.empty(dim, dim))
-        for w in (self.w_q, self.w_k, self.w_v):
-            nn.init.xavier_uniform_(w)
+        self.w_q, self.w_k, self.w_v = (
+            nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim))) for _ in "QKV"
+        )
         self.norm1 = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim)
@@ -377,10 +365,13 @@ class EmotionRecognizer(nn.Module):
         self.config = config
         self.extractor = nn.ModuleDict()
         if "audio" in config.modalities:
-            shape = config.audio_layers, config.audio_dim
-            self.extractor["audio"] = FeatureExtractor(*shape, config)
+            self.extractor["audio"] = FeatureExtractor(
+                config.audio_layers, config.audio_dim, config
+            )
         if "text" in config.modalities:
-            self.extractor["text"] = TextFeatureExtractor(config)
+            self.extractor["text"] = TextFeatureExtractor(
+                config.text_layers, config.text_dim, config
+            )
         self.fusion = Fusion(config)
         # UNSPECIFIED [A16]: "a dropout layer (0.5) between every two modules" (§3.2). We take the
         # boxes of Fig. 1: extractor -> fusion -> classifier. A unimodal system has no fusion box.
@@ -415,22 +406,6 @@ class EmotionRecognizer(nn.Module):
 
 
 # --- Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4) ------------------
-class UpstreamError(ValueError):
-    """A pre-trained model cannot be loaded or used. The message names the flag and the remedy."""
-
-
-@contextlib.contextmanager
-def upstream_errors(label: str, remedy: str):
-    """Turn any exception inside into an UpstreamError of one sentence."""
-    try:
-        yield
-    except UpstreamError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UpstreamError(f"{label}: {reason}; {remedy}") from error
-
-
 class Upstream(nn.Module):
     """A pre-trained encoder with its preprocessor: raw inputs -> all of its layer states.
 
@@ -439,14 +414,14 @@ class Upstream(nn.Module):
     precision  "fp32", or "bf16": matrix products in 16 bits
     call       list of B waveforms (n,) at 16 kHz, or of B strings
                -> (states (B, T, L, D), mask (B, T))
-    Raises UpstreamError if the model cannot be loaded or fails a check.
+    Raises InputError if the model cannot be loaded or fails a check.
     """
 
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
         super().__init__()
         self.name, self.modality, self.precision = name, modality, "fp32"
         label = f"{'--wavlm' if modality == 'audio' else '--bert'} {name}"
-        with upstream_errors(label, f"use a whole {modality} encoder, or download it again"):
+        with reading(label, f"use a whole {modality} encoder, or download it again"):
             self.preprocessor, self.model = load_pretrained(name, modality, label)
             self.preprocessor.padding_side = "right"  # some configurations say left
             self.preprocessor.truncation_side = "right"  # keep the beginning (§3.2)
@@ -461,9 +436,15 @@ class Upstream(nn.Module):
                 self.max_tokens = min(512, room, self.preprocessor.model_max_length)
             self.one_by_one = False
             self.one_by_one = self.check()
-            self.fingerprint = fingerprint(self.preprocessor, self.model)
         self.precision = precision
-        self.original: dict[str, Tensor] = {}  # what fine-tuning opened, as it was before
+
+        # A checksum of the weights and of the preprocessor's rules, for the cache's name.
+        rules = getattr(self.preprocessor, "backend_tokenizer", None)
+        rules = rules.to_str() if rules else self.preprocessor.to_json_string()
+        crc = zlib.crc32(rules.encode())
+        for p in self.model.state_dict().values():
+            crc = zlib.crc32(p.contiguous().numpy(), crc)
+        self.fingerprint = f"{crc:08x}"
 
     def train(self, mode: bool = True) -> "Upstream":
         # UNSPECIFIED [A12]: dropout inside the upstreams. A cache needs eval mode, and we keep it
@@ -507,31 +488,15 @@ class Upstream(nn.Module):
             raise ValueError("its layers differ in shape (an adapter?)")
         return torch.stack(states, dim=2), mask.to(device)  # (B, T, L, D), (B, T)
 
-    def bottom(self) -> nn.Module:
-        """Return what §2.4 fine-tunes: the CNN encoder of WavLM, the input embeddings of BERT."""
+    def open(self, what: str) -> dict[str, nn.Parameter]:
+        """Make "nothing", the "bottom" (§2.4) or "all" trainable. Return these parameters."""
+        # §2.4: the CNN encoder of WavLM, the input embeddings of BERT.
         # UNSPECIFIED [A21]: whether the embeddings' LayerNorm is part of the "input embeddings". We
         # say yes, because it is in the same module. Alternative: the three tables alone.
-        return self.model.feature_extractor if self.modality == "audio" else self.model.embeddings
-
-    def open(self, what: str) -> list[nn.Parameter]:
-        """Make parameters trainable and return them; what: "nothing", "bottom" (§2.4) or "all"."""
-        parts = {"nothing": [], "bottom": [self.bottom()], "all": [self.model]}[what]
-        opened = [p.requires_grad_(True) for part in parts for p in part.parameters()]
-        self.original = {name: p.clone() for name, p in self.weights().items()}
-        return opened
-
-    def close(self) -> None:
-        """Freeze everything, and restore the pre-trained weights of what was open."""
-        self.load_weights(self.original)
-        self.requires_grad_(False)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the trainable weights by name: none while the upstream is frozen."""
-        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put weights back. Raises RuntimeError for names or shapes that do not fit the model."""
-        self.model.load_state_dict(self.model.state_dict() | weights)
+        bottom = "feature_extractor." if self.modality == "audio" else "embeddings."
+        start = {"nothing": ("none of them",), "bottom": bottom, "all": ""}[what]
+        named = self.model.named_parameters()
+        return {n: p.requires_grad_(True) for n, p in named if n.startswith(start)}
 
     @torch.no_grad()
     def check(self) -> bool:
@@ -582,7 +547,7 @@ def frame_count(samples: Tensor | int, config) -> Tensor | int:
 def load_transformers():
     """Import the library when it is needed, because that takes seconds. Make it quiet."""
     # It imports torchaudio, and a torchaudio that does not match torch breaks both.
-    with upstream_errors("torchaudio", f"install the one that matches torch {torch.__version__}"):
+    with reading("torchaudio", f"install the one that matches torch {torch.__version__}"):
         import torchaudio, transformers  # noqa: E401, F401
 
     transformers.logging.set_verbosity_error()
@@ -614,7 +579,7 @@ def load_pretrained(name: str, modality: str, label: str):
 
         # Ask first, because from_pretrained retries for half a minute without a network.
         advice = "give the model's folder, or use --upstream tiny for a dry run"
-        with upstream_errors(f"{label}: no such folder, and the Hugging Face hub fails", advice):
+        with reading(f"{label}: no such folder, and the Hugging Face hub fails", advice):
             HfApi().model_info(name, timeout=5)
         preprocessor, model, info = load(local=False)
 
@@ -627,22 +592,11 @@ def load_pretrained(name: str, modality: str, label: str):
     return preprocessor, model
 
 
-def fingerprint(preprocessor, model: nn.Module) -> str:
-    """Return a checksum of the weights and of the preprocessor's rules, for the cache's name."""
-    rules = getattr(preprocessor, "backend_tokenizer", None)
-    crc = zlib.crc32((rules.to_str() if rules else preprocessor.to_json_string()).encode())
-    for p in model.state_dict().values():
-        crc = zlib.crc32(p.contiguous().numpy(), crc)
-    return f"{crc:08x}"
-
-
-def wavlm_config(**changes):
-    """Return the configuration of microsoft/wavlm-large, with changes."""
-    large = dict(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320,
-    )  # fmt: skip
-    return load_transformers().WavLMConfig(**{**large, **changes})
+# The configuration of microsoft/wavlm-large, where it is not the library's default
+WAVLM_LARGE = dict(
+    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+    feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320,
+)  # fmt: skip
 
 
 def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
@@ -654,15 +608,14 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
     hf = load_transformers()
     words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}
     letters = set("abcdefghijklmnopqrstuvwxyz")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = special + sorted(words | letters) + sorted(f"##{x}" for x in letters)
-    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    size["intermediate_size"] = 64
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary += sorted(words | letters) + sorted(f"##{x}" for x in letters)
+    size = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     cnn = dict(conv_dim=(32, 32), conv_kernel=(40, 16), conv_stride=(20, 16))  # 20 ms a frame
     cnn |= dict(num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4)
     made = {
         "audio": (hf.Wav2Vec2FeatureExtractor(return_attention_mask=True),
-                  hf.WavLMModel(wavlm_config(**cnn, **size))),
+                  hf.WavLMModel(hf.WavLMConfig(**WAVLM_LARGE | cnn | size))),
         "text": (hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}),
                  hf.BertModel(hf.BertConfig(vocab_size=len(vocabulary), **size))),
     }  # fmt: skip
@@ -672,12 +625,11 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             # Words count more than positions, so the toy learns faster.
             scale = 1.0 if "word_embeddings" in name else p[0].numel() ** -0.5
+            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
             if p.ndim > 1:
                 p.data.normal_(0.0, scale, generator=generator)
-            else:
-                p.data.fill_(0.0 if name.endswith("bias") else 1.0)
-        model.save_pretrained(os.path.join(folder, modality))
-        preprocessor.save_pretrained(os.path.join(folder, modality))
+        for part in (preprocessor, model):
+            part.save_pretrained(os.path.join(folder, modality))
     return {modality: os.path.join(folder, modality) for modality in made}
 
 
@@ -687,42 +639,38 @@ def main() -> None:
     hf = load_transformers()
     wavlm_class, bert_class = hf.WavLMModel, hf.BertModel  # imported here, on the CPU
     with torch.device("meta"):  # shapes without memory: nothing is downloaded or computed
-        wavlm, bert = wavlm_class(wavlm_config()), bert_class(hf.BertConfig())
+        wavlm, bert = wavlm_class(hf.WavLMConfig(**WAVLM_LARGE)), bert_class(hf.BertConfig())
         recognizer = EmotionRecognizer(Config())
-        # Two clips of 5 s, and two windows of nine texts of 20 tokens.
-        frames = frame_count(80000, wavlm.config)
+        # A batch of two clips of 5 s. Nine texts of 20 tokens are the context of both.
+        frames = frame_count(80000, wavlm.config)  # 249
         audio = torch.empty(2, frames, 25, 1024), torch.ones(2, frames, dtype=torch.bool)
-        text = torch.empty(2, 9, 20, 13, 768), torch.ones(2, 9, 20, dtype=torch.bool)
+        text = torch.empty(9, 20, 13, 768), torch.ones(9, 20, dtype=torch.bool)
+        context = torch.arange(9).repeat(2, 1)
 
-    def show(name: str, parameters: int, given=(), result=()) -> None:
-        result = result if isinstance(result, tuple) else (result,)
-        shapes = [" ".join(str(tuple(x.shape)) for x in xs) for xs in (given, result)]
-        print(f"{name:44} {shapes[0]:36} {shapes[1]:32} {parameters:>11,}")
+    def shapes(*xs) -> str:
+        return " ".join(str(tuple(x.shape)) for x in xs if isinstance(x, Tensor))
 
-    def count(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
+    def note(module: nn.Module, given: tuple, result) -> None:
+        calls[module] = shapes(*given), shapes(*(result if isinstance(result, tuple) else [result]))
 
-    # A hook notes the inputs and the result of each block that runs.
-    calls = {}
-    for module in list(recognizer.modules())[1:]:
-        module.register_forward_hook(lambda module, *call: calls.update({module: call}))
-    logits = recognizer(audio, text)
+    calls = {wavlm: ("(2, 80000)", shapes(*audio)), bert: ("(9, 20)", shapes(*text))}
+    for module in recognizer.modules():
+        module.register_forward_hook(note)
+    recognizer(audio, (*text, context))
 
+    rows = [("WavLM-Large", wavlm), ("  CNN encoder: fine-tuned", wavlm.feature_extractor),
+            ("BERT-base", bert), ("  input embeddings: fine-tuned", bert.embeddings)]  # fmt: skip
+    for name, module in recognizer.named_modules():
+        indent, last = "  " * (name.count(".") + bool(name)), name.rpartition(".")[2] or "MMT"
+        rows.append((f"{indent}{last} ({type(module).__name__})", module))
     print(f"{'block':44} {'in':36} {'out':32} {'parameters':>11}")
-    show("WavLM-Large", count(wavlm), (torch.empty(2, 80000),), audio)
-    show("  CNN encoder: fine-tuned", count(wavlm.feature_extractor))
-    show("BERT-base", count(bert), (torch.empty(2, 9, 20),), text)
-    show("  input embeddings: fine-tuned", count(bert.embeddings))
-    show("EmotionRecognizer (mmt)", count(recognizer), (), logits)
-    for name, module in list(recognizer.named_modules())[1:]:
-        indent = "  " * (name.count(".") + 1)
-        title = f"{indent}{name.rpartition('.')[2]} ({type(module).__name__})"
-        given, result = calls.get(module, ((), ()))
-        if count(module):
-            show(title, count(module), [x for x in given if isinstance(x, Tensor)], result)
-        if isinstance(module, TransformerBlock):  # the matrices of Eq. (1)
-            for w in ("w_q", "w_k", "w_v"):
-                show(f"{indent}  {w.upper()}", getattr(module, w).numel(), (), getattr(module, w))
+    for title, module in rows:
+        given, result = calls.get(module, ("", ""))
+        if count := sum(p.numel() for p in module.parameters()):
+            print(f"{title:44} {given:36} {result:32} {count:>11,}")
+        for name, w in module.named_parameters(recurse=False):
+            if name.startswith("w_"):  # the matrices of Eq. (1)
+                print(f"{'':8}{name.upper():72} {shapes(w):32} {w.numel():>11,}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ change to the code, delete runs/ and cache/. Read Patience (the triggers) first,
 """
 
 import argparse
-import dataclasses
+import copy
 import io
 import itertools
 import json
@@ -28,7 +28,8 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, fields
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,55 +39,88 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from data import CorpusError, Utterance
-from evaluate import RunError
-from model import CHOICES, Config, EmotionRecognizer, Upstream, UpstreamError, make_tiny_upstreams
-
-
-def option(default, help: str, *choices: str, low: float = 0, high: float = 1e9, type=None):
-    """Declare a setting: the paper's value, the help of its flag, the values that it may have."""
-    about = {"help": help, "choices": choices or None, "type": type or default.__class__}
-    return dataclasses.field(default=default, metadata={"flag": about, "range": (low, high)})
-
-
-@dataclass
-class Settings:
-    """Every setting that makes a run what it is: the flags, config.json and the folder's name."""
-
-    fusion: str = option("mmt", "Fig. 3, Table 1", *CHOICES["fusion"])
-    frozen: bool = option(False, "no fine-tuning: the odd systems of Table 1")
-    fold: int = option(5, "the sessions to test on, or all")
-    seed: int = option(0, "of weights, order, dropout and development speaker [A14]")
-    # Upstreams
-    upstream: str = option("paper", "tiny: two random layers, a dry run", "paper", "tiny")
-    wavlm: str = option("microsoft/wavlm-large", "a WavLM, HuBERT or wav2vec 2.0, or its folder")
-    bert: str = option("bert-base-uncased", "a BERT or RoBERTa, or its folder [A15]")
-    precision: str = option("fp32", "of the upstreams' matrix products", "fp32", "bf16")
-    # Constants of §3.2
-    lr_frozen: float = option(1e-3, "learning rate during initial training")
-    lr_finetune: float = option(1e-5, "learning rate during fine-tuning")
-    weight_decay: float = option(1e-3, "of AdamW")
-    batch_size: int = option(32, "utterances a step", low=1)
-    dropout: float = option(0.5, "between every two modules", high=1)
-    context: int = option(9, "utterances of context, an odd number (1: none)", low=1)
-    finetune_after: int = option(5, "epochs without a lower dev loss: fine-tuning starts", low=1)
-    stop_after: int = option(10, "epochs without a lower dev loss: training stops", low=1)
-    max_epochs: int = option(None, "a cap on the epochs (the paper has none)", low=1, type=int)
-    # Open points (the README lists them)
-    condense: str = option("sum", "[A1] how layers become one vector", *CHOICES["condense"])
-    text_mask: str = option("union", "[A5] which steps of X_T are real", *CHOICES["text_mask"])
-    cma_residual: bool = option(False, "[A7] add the queries across modalities too")
-    reset_patience: bool = option(False, "[A9] reset the counter when fine-tuning starts")
-    select: str = option("last", "[A10] the epoch to test", "last", "best")
-    head_lr: float = option(None, "[A11] of the head while fine-tuning", type=float)
-    trim: str = option("leading", "[A13] the silence to cut", "leading", "all")
-    head: str = option("mlp", "[A15] the classifier", *CHOICES["head"])
-    dropout_at: str = option("modules", "[A16] the place of dropout", *CHOICES["dropout_at"])
-    min_decrease: float = option(0.0, "[A17] relative decrease that counts as lower", high=1)
-    open: str = option("bottom", "what fine-tuning opens (§2.4)", "nothing", "bottom", "all")
-
+from data import InputError, Utterance
+from model import CHOICES, Config, EmotionRecognizer, Upstream, make_tiny_upstreams
 
 TOY_EPOCHS = 50  # the cap on the toy corpus
+
+
+def number(low: float, high: float = 1e9, kind: Callable = float) -> Callable:
+    """Make a type of argparse's: a number from low to high."""
+
+    def number(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number from {low} to {high:g}")
+        return kind(text)
+
+    return number
+
+
+def number_or_all(text: str) -> int | str:
+    """Read a value of --fold or --system."""
+    return text if text == "all" else int(text)  # argparse reports a ValueError
+
+
+def flags() -> argparse.ArgumentParser:
+    """Declare the flags. The defaults are the paper's.
+
+    Every flag but those of the first group is a setting: it stands in config.json, and in the name
+    of the run's folder where it differs from the default.
+    """
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = p.add_argument_group("corpus and machine").add_argument
+    add("--iemocap", type=Path, metavar="DIR", help="IEMOCAP_full_release")
+    add("--corpus", type=Path, metavar="FILE.csv", help="a corpus of your own")
+    add("--partial", action="store_true", help="DIR is incomplete or damaged")
+    add("--out", type=Path, default="runs", metavar="DIR", help="where the runs go")
+    add("--cache", type=Path, default="cache", metavar="DIR", help="where layer states go")
+    add("--device", choices=("cuda", "mps", "cpu"), help="None: a GPU if there is one")
+    add("--micro-batch", type=number(1, kind=int), metavar="N", help="a batch in parts of N")
+    add("--system", nargs="+", type=number_or_all, choices=["all", *range(1, 19)], metavar="N",
+        help="numbers of Table 1, or all")  # fmt: skip
+
+    add = p.add_argument_group("run").add_argument
+    add("--fusion", default="mmt", choices=CHOICES["fusion"], help="Fig. 3, Table 1")
+    add("--frozen", action="store_true", help="no fine-tuning: the odd systems of Table 1")
+    add("--fold", nargs="+", type=number_or_all, default=[5], metavar="K",
+        help="the sessions to test on, or all")  # fmt: skip
+    add("--seed", nargs="+", type=number(0, kind=int), default=[0], metavar="N",
+        help="of weights, order, dropout and development speaker [A14]")  # fmt: skip
+
+    add = p.add_argument_group("upstreams").add_argument
+    add("--upstream", default="paper", choices=("paper", "tiny"), help="tiny: random, a dry run")
+    add("--wavlm", default="microsoft/wavlm-large", help="a WavLM, HuBERT or wav2vec 2.0")
+    add("--bert", default="bert-base-uncased", help="a BERT or RoBERTa, or its folder [A15]")
+    add("--precision", default="fp32", choices=("fp32", "bf16"), help="of matrix products")
+
+    add = p.add_argument_group("constants of §3.2").add_argument
+    add("--lr-frozen", type=number(0), default=1e-3, help="learning rate, initial training")
+    add("--lr-finetune", type=number(0), default=1e-5, help="learning rate, fine-tuning")
+    add("--weight-decay", type=number(0), default=1e-3, help="of AdamW")
+    add("--batch-size", type=number(1, kind=int), default=32, help="utterances a step")
+    add("--dropout", type=number(0, 1), default=0.5, help="between every two modules")
+    add("--context", type=number(1, kind=int), default=9, help="utterances, odd; 1: none")
+    add("--finetune-after", type=number(1, kind=int), default=5,
+        help="epochs without a lower dev loss until fine-tuning starts")  # fmt: skip
+    add("--stop-after", type=number(1, kind=int), default=10,
+        help="epochs without a lower dev loss until training stops")  # fmt: skip
+    add("--max-epochs", type=number(1, kind=int), help="a cap, which the paper does not have")
+
+    add = p.add_argument_group("open points (the README lists them)").add_argument
+    add("--condense", default="sum", choices=CHOICES["condense"], help="[A1] layers to a vector")
+    add("--text-mask", default="union", choices=CHOICES["text_mask"], help="[A5] real steps of X_T")
+    add("--cma-residual", action="store_true", help="[A7] add the queries across modalities too")
+    add("--reset-patience", action="store_true", help="[A9] reset the counter at the trigger")
+    add("--select", default="last", choices=("last", "best"), help="[A10] the epoch to test")
+    add("--head-lr", type=number(0), help="[A11] of the head while fine-tuning")
+    add("--trim", default="leading", choices=("leading", "all"), help="[A13] the silence to cut")
+    add("--head", default="mlp", choices=CHOICES["head"], help="[A15] the classifier")
+    add("--dropout-at", default="modules", choices=CHOICES["dropout_at"], help="[A16] its place")
+    add("--min-decrease", type=number(0, 1), default=0.0, help="[A17] relative, to count as lower")
+    add("--open", default="bottom", choices=("nothing", "bottom", "all"), help="§2.4: what learns")
+    return p
 
 
 class Patience:
@@ -136,83 +170,84 @@ class Patience:
 
 
 def train(
-    settings: Settings, corpus: list[Utterance], name: str, upstreams: dict[str, Upstream],
-    inputs: dict, cached: dict, folder: Path, device: str, micro_batch: int,
+    args: argparse.Namespace, model_config: Config, corpus: list[Utterance],
+    upstreams: dict[str, Upstream], inputs: dict, cached: dict, folder: Path,
 ) -> None:  # fmt: skip
     """Train one system on one fold with one seed. Resume if its folder has a checkpoint.
 
-    By modality: the upstreams, their inputs (clips, texts), their cached layer states. Raises
-    RunError if the loss is not finite, or if the checkpoint cannot be used.
+    args: the flags, with one fold and one seed, and the corpus's name. By modality: the upstreams,
+    their inputs (clips, texts), their cached layer states. Raises InputError if the loss is not
+    finite, or if the checkpoint cannot be used.
     """
     # The three parts of the fold, as rows of the corpus. Windows hold rows, too.
     row_of = {u.id: i for i, u in enumerate(corpus)}  # id -> row of the corpus
-    train_set, dev_set, test_set = data.split(corpus, settings.fold, settings.seed)
+    train_set, dev_set, test_set = data.split(corpus, args.fold, args.seed)
     train_rows, dev_rows, test_rows = (
         torch.tensor([row_of[u.id] for u in part]) for part in (train_set, dev_set, test_set)
     )
     labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])  # (N,)
-    windows = data.context_windows(corpus, settings.context)  # (N, C)
+    windows = data.context_windows(corpus, args.context)  # (N, C)
     print(
-        f"{name}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
-        f"test {len(test_set)} (session {settings.fold}) utterances; {folder}"
+        f"{args.name}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
+        f"test {len(test_set)} (session {args.fold}) utterances; {folder}"
     )
 
     # §2.4: first, the upstreams are frozen. Their states come from the cache.
     sources = dict(cached)  # by modality: the cache, later the live upstream
-    for m, upstream in upstreams.items():
-        upstream.close()  # an earlier run of this command may have changed it
+    opened: dict[str, dict] = {m: {} for m in upstreams}  # the parameters that fine-tuning opens
+    pretrained: list[tuple] = []  # (parameter, its value before)
+    for m in upstreams:
         cached[m].keep()  # in memory, if they fit
 
     # The trained part, and AdamW at 1e-3 (§3.2).
     torch.backends.cudnn.allow_tf32 = False  # cached states must equal live ones
-    torch.manual_seed(settings.seed)  # initial weights, then dropout
-    order = torch.Generator().manual_seed(settings.seed)  # of the batches
-    recognizer = EmotionRecognizer(model_config(settings, upstreams)).to(device)
-    decay = settings.weight_decay  # 1e-3 (§3.2)
-    optimizer = torch.optim.AdamW(recognizer.parameters(), settings.lr_frozen, weight_decay=decay)
-    finetune_after = None if settings.frozen else settings.finetune_after
-    patience = Patience(
-        finetune_after, settings.stop_after, settings.reset_patience, settings.min_decrease
-    )
+    torch.manual_seed(args.seed)  # initial weights, then dropout
+    order = torch.Generator().manual_seed(args.seed)  # of the batches
+    recognizer = EmotionRecognizer(model_config).to(args.device)
+    decay = args.weight_decay  # 1e-3 (§3.2)
+    optimizer = torch.optim.AdamW(recognizer.parameters(), args.lr_frozen, weight_decay=decay)
+    finetune_after = None if args.frozen else args.finetune_after
+    patience = Patience(finetune_after, args.stop_after, args.reset_patience, args.min_decrease)
     log: list[dict] = []  # a row an epoch
     finetune_epoch: int | None = None  # the epoch at which the trigger fired
     selected: dict | None = None  # [A10]
 
     def batch(rows: Tensor) -> dict[str, tuple]:
-        return data.batch(rows, windows, sources, device)
+        return data.batch(rows, windows, sources, args.device)
 
     def start_finetuning() -> None:
         """§2.4: from now on the upstreams run on every batch, and their lowest parts learn too."""
         nonlocal optimizer  # it is replaced at the trigger
-        opened = []  # parameters of the upstreams
         for m, upstream in upstreams.items():
-            opened += upstream.open(settings.open)  # §2.4: the bottom
-            cached[m].release()  # the GPU needs the memory now
-            sources[m] = data.live(upstream, inputs[m])  # states are computed for each batch
+            opened[m] = upstream.open(args.open)  # §2.4: the bottom
+            pretrained.extend((p, p.detach().clone()) for p in opened[m].values())
+            cached[m].kept, cached[m].buffer = [], None  # the GPU needs the memory now
+            sources[m] = lambda rows, m=m: upstreams[m]([inputs[m][i] for i in rows.tolist()])
         # UNSPECIFIED [A11]: the optimiser at the trigger, and the rate of the head. One rate is
-        # named (§3.2), so a new AdamW trains everything at 1e-5. Alternative: --head-lr 1e-3, as in
-        # the author's other code. Effect: tests/COURSE.md.
-        head_lr = settings.lr_finetune if settings.head_lr is None else settings.head_lr
+        # named (§3.2), so a new AdamW trains everything at 1e-5. Alternative: --head-lr 1e-3, as
+        # in the author's other code. Effect: tests/COURSE.md.
+        head_lr = args.lr_finetune if args.head_lr is None else args.head_lr
         groups = [{"params": list(recognizer.parameters()), "lr": head_lr}]
-        groups += [{"params": opened}] if opened else []  # AdamW refuses an empty group
-        optimizer = torch.optim.AdamW(groups, settings.lr_finetune, weight_decay=decay)
+        groups += [{"params": list(group.values())} for group in opened.values() if group]
+        optimizer = torch.optim.AdamW(groups, args.lr_finetune, weight_decay=decay)
 
-    def weights() -> dict[str, dict]:
+    def weights() -> dict:
         """Return everything that training has changed so far."""
-        parts = {"model": recognizer.state_dict()}  # the head
-        return parts | {m: upstream.weights() for m, upstream in upstreams.items()}
+        parts = {m: {n: p.detach() for n, p in x.items()} for m, x in opened.items()}
+        return parts | {"model": recognizer.state_dict()}
 
-    def load_weights(state: dict[str, dict]) -> None:
-        recognizer.load_state_dict(state["model"])  # shapes must fit
-        for m, upstream in upstreams.items():
-            upstream.load_weights(upstream.original | state[m])  # the rest: as pre-trained
+    def load_weights(state: dict) -> None:
+        recognizer.load_state_dict(state["model"])
+        for m in upstreams:
+            for n, value in state[m].items():
+                opened[m][n].data.copy_(value)
 
     # Resume after a kill. With the same weights, moments and random states, the next epoch is the
     # one that an undisturbed run has.
     path = folder / "checkpoint.pt"  # of the last whole epoch
     if path.exists():
         state = evaluate.load_checkpoint(path)  # on the CPU
-        with data.reading(path, "delete it, and the run starts again", RunError):
+        with data.reading(path, "delete it, and the run starts again"):
             log, finetune_epoch, selected = state["log"], state["finetune_epoch"], state["selected"]
             if finetune_epoch is not None:  # the checkpoint is of the second phase
                 start_finetuning()  # makes the optimiser of that phase
@@ -221,11 +256,11 @@ def train(
             vars(patience).update(state["patience"])  # its counters
             order.set_state(state["order"])  # of the batches to come
             torch.set_rng_state(state["cpu"])  # of the dropout to come
-            if device != "cpu" and device in state:
-                getattr(torch, device).set_rng_state(state[device])
+            if args.device != "cpu" and args.device in state:
+                getattr(torch, args.device).set_rng_state(state[args.device])
         print(f"resumes after epoch {len(log)}")
 
-    while patience.since_best < settings.stop_after and len(log) != settings.max_epochs:
+    while patience.since_best < args.stop_after and len(log) != args.max_epochs:
         started = time.perf_counter()  # seconds
 
         # One epoch over the training speakers, shuffled, in batches of 32 (§3.2).
@@ -233,10 +268,10 @@ def train(
         recognizer.train()  # dropout on
         train_loss, awake = 0.0, set()  # awake: modalities whose S&E unit is alive
         batches = train_rows[torch.randperm(len(train_rows), generator=order)]  # shuffled rows
-        for rows in tqdm(batches.split(settings.batch_size), leave=False, delay=3, disable=None):
+        for rows in tqdm(batches.split(args.batch_size), leave=False, delay=3, disable=None):
             optimizer.zero_grad()  # of the last step
-            for part in rows.split(micro_batch or len(rows)):  # all, unless memory is short
-                loss = F.cross_entropy(recognizer(**batch(part)), labels[part].to(device))  # §2.4
+            for part in rows.split(args.micro_batch or len(rows)):  # all, unless memory is short
+                loss = F.cross_entropy(recognizer(**batch(part)), labels[part].to(args.device))  # §2.4
                 # A micro-batch's gradient is weighted, so the sum is the batch's gradient.
                 (loss * (len(part) / len(rows))).backward()
                 value = finite(loss.item(), len(log) + 1, [corpus[i].id for i in part.tolist()])
@@ -249,35 +284,36 @@ def train(
             print(f"warning: the S&E unit of the {m} features is dead: all inputs get equal gates")
 
         # "We randomly select one speaker as a development set and monitor its loss" (§3.2).
-        dev = evaluate.score(labels[dev_rows], evaluate.predict(recognizer, dev_rows, batch))
-        event = patience.step(finite(dev["loss"], len(log) + 1, [u.id for u in dev_set]))
-        since_best = settings.finetune_after if event == "finetune" else patience.since_best
+        log_probs = evaluate.predict(recognizer, dev_rows, batch)  # (N_dev, 4)
+        dev_loss = F.nll_loss(log_probs, labels[dev_rows]).item()
+        dev = evaluate.metrics(labels[dev_rows], log_probs.argmax(dim=1))
+        event = patience.step(finite(dev_loss, len(log) + 1, [u.id for u in dev_set]))
+        since_best = args.finetune_after if event == "finetune" else patience.since_best
         log.append({
             "epoch": len(log) + 1, "phase": "frozen" if finetune_epoch is None else "finetune",
             "lr": optimizer.param_groups[-1]["lr"], "train_loss": train_loss,
-            "dev_loss": dev["loss"], "dev_wa": dev["wa"], "dev_ua": dev["ua"],
+            "dev_loss": dev_loss, "dev_wa": dev["wa"], "dev_ua": dev["ua"],
             "since_best": since_best, "seconds": time.perf_counter() - started,
         })  # fmt: skip
-        since = f"no improvement for {since_best} of {settings.stop_after} epochs"
+        since = f"no improvement for {since_best} of {args.stop_after} epochs"
         print(
-            f"{name} epoch {len(log):3} {log[-1]['phase']:8} train loss {train_loss:.4f}  "
-            f"dev loss {dev['loss']:.4f} WA {dev['wa']:6.2%} UA {dev['ua']:6.2%}  "
+            f"{args.name} epoch {len(log):3} {log[-1]['phase']:8} train loss {train_loss:.4f}  "
+            f"dev loss {dev_loss:.4f} WA {dev['wa']:6.2%} UA {dev['ua']:6.2%}  "
             f"{log[-1]['seconds']:.1f} s  {since if since_best else 'dev loss improved'}"
         )
 
         # UNSPECIFIED [A10]: "the last model is selected and then evaluated". We test the last
         # epoch's weights. Alternative: --select best, those of the lowest development loss. Effect:
         # tests/COURSE.md.
-        if settings.select == "best" and since_best == 0:
-            kept = {m: {k: x.clone() for k, x in part.items()} for m, part in weights().items()}
-            selected = {"weights": kept, "finetune_epoch": finetune_epoch}
+        if args.select == "best" and since_best == 0:
+            selected = {"weights": copy.deepcopy(weights()), "finetune_epoch": finetune_epoch}
 
         # §2.4: "partially fine-tune them after training convergence".
         if event == "finetune":
             finetune_epoch = len(log)  # the last frozen epoch
             start_finetuning()
-            rate = f"learning rate {settings.lr_finetune:g}"  # 1e-05
-            print(f"{name}: fine-tuning starts, {settings.open} of {', '.join(upstreams)}, {rate}")
+            rate = f"learning rate {args.lr_finetune:g}"  # 1e-05
+            print(f"{args.name}: fine-tuning starts, {args.open} of {', '.join(upstreams)}, {rate}")
 
         # Save everything that the next epoch needs in one file.
         state = {
@@ -285,8 +321,8 @@ def train(
             "weights": weights(), "optimizer": optimizer.state_dict(), "patience": vars(patience),
             "order": order.get_state(), "cpu": torch.get_rng_state(),
         }  # fmt: skip
-        if device != "cpu":
-            state[device] = getattr(torch, device).get_rng_state()
+        if args.device != "cpu":
+            state[args.device] = getattr(torch, args.device).get_rng_state()
         content = io.BytesIO()  # first in memory, then to the disk in one piece
         torch.save(state, content)  # tensors, numbers, strings, lists and dicts
         lines = "".join(json.dumps(row) + "\n" for row in log)
@@ -294,220 +330,178 @@ def train(
         data.write_whole(path, content.getvalue())
 
     # Test the last model on the test session, which is evaluated here for the first time.
-    capped = patience.since_best < settings.stop_after  # by --max-epochs
-    print(f"{name}: training stops, {'at the cap of epochs' if capped else 'no improvement'}")
+    capped = patience.since_best < args.stop_after  # by --max-epochs
+    print(f"{args.name}: training stops, {'at the cap of epochs' if capped else 'no improvement'}")
     if selected:
         load_weights(selected["weights"])
         if selected["finetune_epoch"] is None:
             sources.update(cached)  # a frozen epoch was selected: use frozen states
     log_probs = evaluate.predict(recognizer, test_rows, batch)  # (N_test, 4)
-    seen = data.texts_elsewhere(corpus)  # ids
-    seen_text = [u.id in seen for u in test_set]  # another session has these words
-    evaluate.write_predictions(folder / "predictions.csv", test_set, log_probs, seen_text)
+    seen = data.texts_elsewhere(corpus)  # ids of utterances whose words another session has, too
+    evaluate.write_predictions(folder / "predictions.csv", test_set, log_probs, seen)
     result = {
-        "corpus": name, "fusion": settings.fusion, "frozen": settings.frozen,
-        "fold": settings.fold, "seed": settings.seed,
-        **evaluate.score(labels[test_rows], log_probs), "epochs": len(log),
+        "corpus": args.name, "fusion": args.fusion, "frozen": args.frozen,
+        "fold": args.fold, "seed": args.seed,
+        **evaluate.metrics(labels[test_rows], log_probs.argmax(dim=1)),
+        "loss": F.nll_loss(log_probs, labels[test_rows]).item(), "epochs": len(log),
         "finetune_epoch": finetune_epoch, "dev_speaker": dev_set[0].speaker,
-        "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),  # utterances
+        "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),
         "seconds": sum(row["seconds"] for row in log),
     }  # fmt: skip
     data.write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
     print(evaluate.describe(result))
+    for p, value in pretrained:  # the next run of the command starts from these
+        p.requires_grad_(False).copy_(value)
 
 
 def finite(loss: float, epoch: int, ids: list[str]) -> float:
-    """Return the loss. Raises RunError on inf or NaN, because a model does not recover from it."""
-    if not math.isfinite(loss):  # inf or NaN
+    """Return the loss. Raises InputError on inf or NaN: a model does not recover from it."""
+    if not math.isfinite(loss):
         where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}"
         advice = "look at these inputs, or try --precision fp32. The last checkpoint is kept"
-        raise RunError(f"the loss is {loss} {where}; {advice}")
+        raise InputError(f"the loss is {loss} {where}; {advice}")
     return loss
-
-
-def model_config(settings: Settings, upstreams: dict[str, Upstream]) -> Config:
-    """Build the model's Config. Numbers of layers and widths are read off the upstreams."""
-    same = {f.name: getattr(settings, f.name) for f in fields(Config) if hasattr(settings, f.name)}
-    shapes = {f"{m}_layers": upstream.n_layers for m, upstream in upstreams.items()}  # L
-    shapes |= {f"{m}_dim": upstream.dim for m, upstream in upstreams.items()}  # D
-    return Config(**same, **shapes, n_context=settings.context)
 
 
 # --- The command ---------------------------------------------------------------------------------
 def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Utterance]]:
     """Read the corpus that was asked for: (its name in reports, its utterances).
 
-    Raises CorpusError with every problem of it.
+    Raises InputError with every problem of it.
     """
-    if table:  # --corpus
-        name = re.sub(r"^(toy|iemocap)", r"my-\1", table.stem)  # these two names have a meaning
+    root = table or iemocap or data.write_toy("corpora/toy")
+    toy, name = (root / "toy.json").exists(), root.resolve().stem
+    if not toy:  # "toy" and "iemocap" have a meaning in reports
+        name = re.sub(r"^(toy|iemocap)", r"my-\1", name)
+    if table:
         return name, data.read_csv(table)
     if not iemocap:
         print("No corpus named: this is the TOY corpus of tones and made-up words. Toy numbers!")
-    root = iemocap or data.write_toy("corpora/toy")  # written once
-    corpus, problems = data.scan(root)
-    toy, name = (root / "toy.json").exists(), "iemocap"  # every report says toy
-    if partial or toy:
-        name = root.resolve().name + "-partial" * partial
-        prefix = "toy-" if toy else "my-" if name.startswith("toy") else ""  # "toys" is no toy
-        name = prefix + name if iemocap else "toy"
-    else:
+    problems: list[str] = []
+    corpus = data.read_iemocap(root, problems)
+    name += "-partial" * partial
+    if toy:  # every report says toy
+        name = f"toy-{name}" if iemocap else "toy"
+    elif not partial:
+        name = "iemocap"
         problems += data.reference_problems(corpus)  # the full release must be complete
     if problems and not (partial and corpus):  # nothing is left out unasked
         advice = "add --partial to train on the rest of it, or on a part of the full release"
-        raise CorpusError([*problems, f"{len(problems)} problem(s) in {root}; {advice}"])
+        raise InputError("\n".join([*problems, f"{len(problems)} problem(s) in {root}; {advice}"]))
     print("\n".join([*problems, f"{name}: {len(corpus)} utterances, {len(problems)} problem(s)"]))
     return name, corpus
 
 
-def number_or_all(x: str) -> int | str:
-    """Read the value of --fold or --system."""
-    return x if x == "all" else int(x)  # argparse reports a ValueError
-
-
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """Read the flags: (all of them, those of Settings that were given)."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    group = p.add_argument_group("run")
-    group.add_argument("--iemocap", type=Path, metavar="DIR", help="IEMOCAP_full_release")
-    group.add_argument("--corpus", type=Path, metavar="FILE.csv", help="a corpus of your own")
-    group.add_argument("--partial", action="store_true", help="DIR is incomplete or damaged")
-    group.add_argument("--system", nargs="+", type=number_or_all, choices=["all", *range(1, 19)],
-                       metavar="N", help="numbers of Table 1, or all")  # fmt: skip
-    group.add_argument("--out", type=Path, default=Path("runs"), help="default: runs")
-    group.add_argument("--cache", type=Path, default=Path("cache"), help="default: cache")
-    group.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if any")
-    group.add_argument("--micro-batch", type=int, metavar="N", help="a batch in parts of N")
-    titles = {"upstream": "upstreams", "lr_frozen": "constants of §3.2", "condense": "open points"}
-    for f in fields(Settings):
-        group = p.add_argument_group(titles[f.name]) if f.name in titles else group
-        about = dict(f.metadata["flag"], default=argparse.SUPPRESS)  # absent unless given
-        if f.name in ("fold", "seed"):  # several runs
-            kind = number_or_all if f.name == "fold" else int  # --fold all
-            about |= {"nargs": "+", "type": kind, "default": [f.default], "metavar": "N"}
-        elif f.type is bool:  # a flag without a value
-            about = {"help": about["help"], "action": "store_true", "default": argparse.SUPPRESS}
-        about["help"] += f"; default: {f.default}" if f.default not in (None, False) else ""
-        group.add_argument("--" + f.name.replace("_", "-"), **about)  # lr_frozen: --lr-frozen
-    args = p.parse_args(arguments)  # exits with a message for an unknown flag
-
-    # Check what argparse does not: ranges, and flags that exclude each other.
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    for f in fields(Settings):
-        (low, high), value = f.metadata["range"], given.get(f.name)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            flag = f"--{f.name.replace('_', '-')}"
-            p.error(f"{flag} {value}: expected a number from {low} to {high:g}")
-    for complaint, wrong in {
-        "--frozen: --system says it already (odd: frozen)": args.system and "frozen" in given,
-        "--corpus: use either --iemocap or --corpus": args.iemocap and args.corpus,
-        "--partial: of which folder? Add --iemocap DIR": args.partial and not args.iemocap,
-        "--context: expected an odd number": given.get("context", 1) % 2 == 0,
-        "--micro-batch, --seed: too low": (args.micro_batch or 1) < 1 or min(args.seed) < 0,
-    }.items():
-        if wrong:  # say the first that is wrong
-            p.error(complaint)
-    return args, given
-
-
 def find_device(asked: str | None) -> str:
-    """Choose the device, and print it. Raises RunError if the one asked for is not there."""
+    """Choose the device, and print it. Raises InputError if the one asked for is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     device = asked or next((d for d, found in there.items() if found), "cpu")  # the fastest
     if not there.get(device, True):
-        raise RunError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
+        raise InputError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
     if device != asked and device == "cpu" and shutil.which("nvidia-smi"):
         print("warning: torch finds no usable GPU. Update the driver, or install a torch for it.")
     print(f"torch {torch.__version__} on {device}")
     return device
 
 
-def load_inputs(s: Settings, corpus: list[Utterance], modalities: set, cache: Path, device: str):
+def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: set) -> tuple:
     """Load what all runs of the command read: (upstreams, inputs, cached states) by modality."""
-    names, texts = {"audio": s.wavlm, "text": s.bert}, [u.text for u in corpus]
-    if s.upstream == "tiny":  # random weights for a dry run
+    names, texts = {"audio": args.wavlm, "text": args.bert}, [u.text for u in corpus]
+    if args.upstream == "tiny":
         torch.set_num_threads(1)  # faster for small tensors, and the same sums on every machine
-        folder = cache / f"tiny-{data.checksum(texts)}"
+        folder = args.cache / f"tiny-{zlib.crc32(json.dumps(texts).encode()):08x}"
         if not folder.exists():
-            data.write_folder(folder, lambda part: make_tiny_upstreams(str(part), texts))
-        names = {m: str(folder / m) for m in names}  # as if the user had named them
-    upstreams = {m: Upstream(names[m], m, s.precision).to(device) for m in sorted(modalities)}
-    inputs = {m: data.load_clips(corpus, s.trim) if m == "audio" else texts for m in upstreams}
-    cached = {}  # by modality
+            data.write_whole(folder, lambda part: make_tiny_upstreams(str(part), texts))
+        names = {m: str(folder / m) for m in names}
+    upstreams, inputs, cached = {}, {}, {}
+    for m in sorted(modalities):
+        upstreams[m] = Upstream(names[m], m, args.precision).to(args.device)
+        inputs[m] = data.load_clips(corpus, args.trim) if m == "audio" else texts
     for m, upstream in upstreams.items():
-        states = cache / f"{Path(names[m]).name}-{s.precision}-{upstream.fingerprint}"
-        cached[m] = data.cache_states(states, upstream, corpus, inputs[m], device)
+        states = args.cache / f"{Path(names[m]).name}-{args.precision}-{upstream.fingerprint}"
+        cached[m] = data.cache_states(states, upstream, corpus, inputs[m], args.device)
     return upstreams, inputs, cached
 
 
 def claim(folder: Path, config: dict) -> None:
-    """Write config.json. Raises RunError if the folder holds a run with other settings."""
+    """Write config.json. Raises InputError if the folder holds a run with other settings."""
     path = folder / "config.json"
-    if not path.exists():  # a new run
+    if not path.exists():
         data.write_whole(path, json.dumps(config, indent=1).encode())
-    with data.reading(path, f"delete {folder}, or take another --out", RunError):
-        old = json.loads(path.read_text())  # the settings of the run that is here
-        for key in config.keys() - {"upstreams", "wavlm", "bert", "made_with"}:  # may move
+    with data.reading(path, f"delete {folder}, or take another --out"):
+        old = json.loads(path.read_text())
+        for key in config.keys() - {"upstreams", "wavlm", "bert", "made_with"}:  # a folder may move
             if old[key] != config[key]:
                 raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args, given = parse(arguments)  # given: fields of Settings
-    device = find_device(args.device)  # cuda, mps or cpu
+    p = flags()
+    args = p.parse_args(arguments)
+    for complaint, wrong in {
+        "--frozen: --system says it already (odd: frozen)": args.system and args.frozen,
+        "--corpus: use either --iemocap or --corpus": args.iemocap and args.corpus,
+        "--partial: of which folder? Add --iemocap DIR": args.partial and not args.iemocap,
+        "--context: expected an odd number": args.context % 2 == 0,
+    }.items():
+        if wrong:
+            p.error(complaint)
+    device = find_device(args.device)
     name, corpus = read_corpus(args.iemocap, args.corpus, args.partial)
 
     # The toy has its own defaults, so that the first command ends within a minute.
-    usual = Settings()  # the paper's
     if name.startswith("toy"):
-        usual = Settings(upstream="tiny", max_epochs=TOY_EPOCHS)
+        p.set_defaults(upstream="tiny", max_epochs=TOY_EPOCHS)
         print(f"Toy defaults: tiny upstreams, at most {TOY_EPOCHS} epochs (the paper has no cap)")
+    args = p.parse_args(arguments, argparse.Namespace(name=name))
+    args.device = device
 
     # The runs: systems x folds x seeds. A fold that cannot be split is an error now, not later.
-    run = ("fusion", "frozen", "fold", "seed")  # what the folder's name always tells
-    base = dataclasses.replace(usual, **{k: v for k, v in given.items() if k not in run[2:]})
     table_1 = list(itertools.product(CHOICES["fusion"], (True, False)))  # Sys. 1 to 18
-    systems = [(base.fusion, base.frozen)]  # one, unless --system names others
+    systems = [(args.fusion, args.frozen)]  # one, unless --system names others
     if args.system:
         systems = table_1 if "all" in args.system else [table_1[n - 1] for n in args.system]
     sessions = sorted({u.session for u in corpus if u.label is not None})  # all folds
-    folds = sessions if "all" in args.fold else args.fold  # each tests on one session
-    runs = list(itertools.product(systems, folds, args.seed))  # in this order
+    runs = list(itertools.product(systems, sessions if "all" in args.fold else args.fold, args.seed))
     for _, fold, seed in runs:
-        data.split(corpus, fold, seed)  # raises CorpusError
+        data.split(corpus, fold, seed)  # raises InputError
     modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}
-    upstreams, inputs, cached = load_inputs(base, corpus, modalities, args.cache, device)
+    upstreams, inputs, cached = load_inputs(args, corpus, modalities)
 
-    for (fusion, frozen), fold, seed in runs:
-        # One run: its settings, and what it uses of all that was loaded.
-        s = dataclasses.replace(base, fusion=fusion, frozen=frozen, fold=fold, seed=seed)
-        used = {m: upstreams[m] for m in Config(fusion).modalities}  # audio, text or both
-        states = {m: cached[m] for m in used}  # of the modalities that this system uses
+    machine = ("iemocap", "corpus", "partial", "out", "cache", "device", "micro_batch", "system")
+    always = ("name", "fusion", "frozen", "fold", "seed")  # in every folder's name
+    for (args.fusion, args.frozen), args.fold, args.seed in runs:
+        # One run: its settings, and what it uses of all that was loaded. The folder's name tells
+        # every setting that is not the default.
+        settings = {k: x for k, x in vars(args).items() if k not in machine}
+        switches = {k: x for k, x in settings.items() if k not in always and x != p.get_default(k)}
+        system = f"{args.fusion}-{'frozen' if args.frozen else 'finetuned'}"  # mmt-finetuned
+        system += "".join(f"-{k}={Path(str(x)).name}" for k, x in switches.items())
+        folder = args.out / name / system / f"fold{args.fold}-seed{args.seed}"
+        number = evaluate.system_number(args.fusion, args.frozen)  # of Table 1
+        print(f"\nSys. {number} ({system}), fold {args.fold}, seed {args.seed}")
 
-        # The folder's name tells every setting that is not the usual one.
-        switches = {k: v for k, v in vars(s).items() if v != getattr(usual, k) and k not in run}
-        system = f"{fusion}-{'frozen' if frozen else 'finetuned'}"  # mmt-finetuned is Sys. 18
-        tail = "".join(f"-{k}={Path(str(v)).name}" for k, v in switches.items())
-        folder = args.out / name / (system + tail) / f"fold{fold}-seed{seed}"
-        number = evaluate.system_number(fusion, frozen)  # of Table 1
-        print(f"\nSys. {number} ({system}{tail}), fold {fold}, seed {seed}")
-        files = [[file and file.name for file in states[m].files] for m in used]  # have checksums
+        used = {m: upstreams[m] for m in Config(args.fusion).modalities}
+        states = {m: cached[m] for m in used}
+        shapes = {f"{m}_layers": upstream.n_layers for m, upstream in used.items()}  # L
+        shapes |= {f"{m}_dim": upstream.dim for m, upstream in used.items()}  # D
+        model = {k: x for k, x in settings.items() if hasattr(Config, k)} | shapes
+        model_config = Config(**model, n_context=args.context)
+        files = [[file and file.name for file in states[m].files] for m in used]  # with checksums
+        utterances = json.dumps([files, [[u.id, u.emotion, u.speaker] for u in corpus]])
         claim(folder, {
-            **vars(s), "corpus": name, "sessions": sessions, "switches": switches,
-            "model": vars(model_config(s, used)),  # evaluate.py builds the model from it
-            "utterances": data.checksum([files, [[u.id, u.emotion, u.speaker] for u in corpus]]),
+            **settings, "corpus": name, "sessions": sessions, "switches": switches,
+            "model": vars(model_config), "utterances": zlib.crc32(utterances.encode()),
             "weights": {m: upstream.fingerprint for m, upstream in used.items()},
-            "upstreams": {
-                m: {"name": os.path.abspath(u.name) if os.path.isdir(u.name) else u.name,
-                    "fingerprint": u.fingerprint} for m, u in used.items()
-            },
-            "made_with": {"torch": torch.__version__, "device": device},  # for your records
+            "upstreams": {m: os.path.abspath(u.name) if os.path.isdir(u.name) else u.name
+                          for m, u in used.items()},
+            "made_with": {"torch": torch.__version__, "device": device},
         })  # fmt: skip
         if (folder / "result.json").exists():
             print(f"done before, see {folder}; delete that to train again")
-            continue  # with the next run
-        train(s, corpus, name, used, inputs, states, folder, device, args.micro_batch)
+        else:
+            train(args, model_config, corpus, used, inputs, states, folder)
 
 
 if __name__ == "__main__":
-    data.run_command(main, RunError, UpstreamError)
+    data.run_command(main)

@@ -162,7 +162,7 @@ def make_upstreams(folder, full):
     vocabulary = len(transformers.AutoTokenizer.from_pretrained(paths["text"]))
     size = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
     size = {} if full else size
-    wavlm = model.wavlm_config(**size, **({} if full else {"conv_dim": (128,) * 7}))
+    wavlm = transformers.WavLMConfig(**model.WAVLM_LARGE | size | ({} if full else {"conv_dim": (128,) * 7}))
     transformers.WavLMModel(wavlm).save_pretrained(paths["audio"])
     bert = transformers.BertConfig(**size, vocab_size=vocabulary)
     transformers.BertModel(bert).save_pretrained(paths["text"])
@@ -193,8 +193,8 @@ def compare_with_bare_upstreams(full, n, repeats, folder):
     head, live = model.EmotionRecognizer(config).to(DEVICE), {}
     parameters = list(head.parameters())
     for m, upstream in upstreams.items():
-        parameters += upstream.open("bottom")
-        live[m] = data.live(upstream, raw[m])
+        parameters += upstream.open("bottom").values()
+        live[m] = (lambda rows, m=m: upstreams[m]([raw[m][i] for i in rows.tolist()]))
     optimizer = torch.optim.AdamW(parameters, 1e-5)
     windows = data.context_windows([SimpleNamespace(dialog=i // 12) for i in range(n)])
     rows = torch.randperm(n)[: 32 if CUDA else 8]

@@ -13,8 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
-from evaluate import RunError
-from model import UpstreamError
+
 
 honest_split, honest_corpus = data.split, train.read_corpus
 
@@ -40,4 +39,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    data.run_command(main, RunError, UpstreamError)
+    data.run_command(main)

@@ -13,7 +13,7 @@ import torch
 
 import data
 from conftest import ROOT, change, write_dialog, write_wav
-from data import CorpusError
+from data import InputError
 
 
 def read(root):
@@ -105,7 +105,7 @@ def test_lines_and_files_that_are_no_utterances_are_passed_over(tmp_path):
 def test_a_dialog_in_another_sessions_folder_is_said(tmp_path):
     write_dialog(tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm")])
     (tmp_path / "Session1").rename(tmp_path / "Session2")
-    with pytest.raises(CorpusError, match="not an utterance of Ses01F_impro01 in session 2"):
+    with pytest.raises(InputError, match="not an utterance of Ses01F_impro01 in session 2"):
         data.read_iemocap(tmp_path)
 
 
@@ -122,13 +122,13 @@ def test_all_problems_come_at_once(tmp_path):
         change(
             session / "dialog" / "EmoEvaluation" / f"Ses0{k}F_impro01.txt", b"\tneu\t", b"\tjoy\t"
         )
-    with pytest.raises(CorpusError) as error:
+    with pytest.raises(InputError) as error:
         data.read_iemocap(tmp_path)
-    assert len(error.value.problems) == 3
+    assert len(str(error.value).splitlines()) == 3
 
 
 def test_a_wrong_root_is_said(tmp_path):
-    with pytest.raises(CorpusError, match="no Session1"):
+    with pytest.raises(InputError, match="no Session1"):
         data.read_iemocap(tmp_path / "nowhere")
 
 
@@ -154,7 +154,8 @@ def test_scan_returns_what_is_whole_and_a_line_for_each_problem(tmp_path):
         )
     wav = next(session.rglob("*_M000.wav"))
     wav.unlink()
-    corpus, problems = data.scan(tmp_path)
+    problems = []
+    corpus = data.read_iemocap(tmp_path, problems)
     assert [u.id for u in corpus] == ["Ses01F_impro01_F000", "Ses01F_impro01_M000", "Ses02F_impro01_F000"]
     assert len(problems) == 1 and problems[0].startswith(f"{wav}: missing")
     rows = data.reference_problems(corpus)
@@ -212,7 +213,7 @@ def test_plain_names_of_emotions(name, code, tmp_path):
     (f"{HEADER},id\nhm,sad,1,a,x,a_7\nhm,sad,1,a,x,7", "mine.csv:3: id 7 is there"),
 ])  # fmt: skip
 def test_more_that_can_be_wrong_with_a_table(text, message, tmp_path):
-    with pytest.raises(CorpusError, match=message):
+    with pytest.raises(InputError, match=message):
         table(tmp_path, text)
 
 
@@ -246,7 +247,7 @@ def test_the_development_speaker_is_drawn_by_the_seed(small_corpus):
 
 def test_a_fold_that_cannot_be_is_said(small_corpus):
     corpus = [u for u in data.read_iemocap(small_corpus) if u.session != 2]
-    with pytest.raises(CorpusError, match="fold 2"):
+    with pytest.raises(InputError, match="fold 2"):
         data.split(corpus, 2, 0)
 
 
@@ -377,9 +378,9 @@ REFUSED = {
 def test_forms_that_are_not_read_are_named_with_the_command_that_converts(case, tmp_path):
     content, message = REFUSED[case]
     (tmp_path / "a.wav").write_bytes(content)
-    with pytest.raises(CorpusError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         data.load_wav(tmp_path / "a.wav")
-    (said,) = error.value.problems
+    (said,) = str(error.value).splitlines()
     assert said.startswith(f"{tmp_path}/a.wav: ") and "ffmpeg -i OLD.wav" in said
 
 
@@ -389,9 +390,9 @@ def test_another_file_in_the_place_of_labels_or_words_is_named(case, folder, tmp
     session = write_dialog(tmp_path, "Ses01F_impro01", [("F000", 0, 1, "neu", "hm")])
     path = session / "dialog" / folder / "Ses01F_impro01.txt"
     path.write_bytes(FOREIGN[case][0])
-    with pytest.raises(CorpusError, match=FOREIGN[case][1]) as error:
+    with pytest.raises(InputError, match=FOREIGN[case][1]) as error:
         data.read_iemocap(tmp_path)
-    assert error.value.problems[0].startswith(f"{path}: ")
+    assert str(error.value).splitlines()[0].startswith(f"{path}: ")
 
 
 def test_clip_trims_leading_silence_and_keeps_five_seconds():
@@ -462,13 +463,13 @@ def test_cached_states_are_the_live_ones_rounded_to_16_bits(kept, tiny, tmp_path
             cached.keep()
         for rows in (torch.tensor([2, 0, 3]), torch.tensor([1])):
             x, mask = cached(rows)
-            y, live_mask = data.live(upstream, RAW[m])(rows)
+            y, live_mask = upstream([RAW[m][i] for i in rows.tolist()])
             assert torch.equal(mask, live_mask)
             torch.testing.assert_close(x, y[mask].detach(), atol=1e-3, rtol=2**-10)
             assert torch.equal(x, x.half().float())  # 16 bits were stored
         address = cached(torch.tensor([0]))[0].data_ptr()
         assert cached(torch.tensor([1]))[0].data_ptr() == address  # one kept buffer
-        cached.release()
+        cached.kept, cached.buffer = [], None
         assert torch.equal(cached(torch.tensor([1]))[0], x)
 
 
@@ -535,8 +536,8 @@ def test_states_are_kept_only_where_they_fit(tiny, tmp_path, monkeypatch):
     cached.keep()
     cached.files[0].unlink()  # from now on, it comes from memory
     assert len(cached(torch.tensor([0]))[0]) and cached.kept[1] is None
-    cached.release()
-    with pytest.raises(CorpusError, match="missing"):
+    cached.kept, cached.buffer = [], None
+    with pytest.raises(InputError, match="missing"):
         cached(torch.tensor([0]))
 
 
@@ -570,7 +571,7 @@ def test_ids_of_ones_own_are_names_of_files_in_the_folder(tiny, tmp_path):
 def test_a_damaged_state_is_named(tiny, tmp_path):
     cached = data.cache_states(tmp_path, tiny["text"], named("a"), ["i hate it"], "cpu")
     cached.files[0].write_bytes(cached.files[0].read_bytes()[:100])
-    with pytest.raises(CorpusError, match=r"a-.*\.npy: .*delete it"):
+    with pytest.raises(InputError, match=r"a-.*\.npy: .*delete it"):
         cached(torch.tensor([0]))
 
 
@@ -578,7 +579,7 @@ def test_a_state_that_does_not_fit_16_bits_is_an_error_not_infinity(tmp_path):
     def loud(raw):
         return torch.full((len(raw), 1, 1, 1), 70000.0), torch.ones(len(raw), 1, dtype=torch.bool)
 
-    with pytest.raises(CorpusError, match="an-id.*16 bits"):
+    with pytest.raises(InputError, match="an-id.*16 bits"):
         data.cache_states(tmp_path, loud, named(["an-id"]), ["a"], "cpu")
 
 
@@ -616,7 +617,7 @@ def test_reference_tables_agree_with_the_paper_and_with_themselves():
 
 def test_the_toy_is_written_once_and_never_over_other_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(CorpusError, match="is not empty"):
+    with pytest.raises(InputError, match="name an empty folder"):
         data.write_toy(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
     root = data.write_toy(tmp_path / "toy")

@@ -544,12 +544,12 @@ def check_7(split):
     ):  # fmt: skip
         try:
             split(part, 2, 0)
-        except data.CorpusError:
+        except data.InputError:
             pass
         except Exception as error:
-            raise AssertionError(f"{empty} is empty: raise CorpusError, not {error!r}") from None
+            raise AssertionError(f"{empty} is empty: raise InputError, not {error!r}") from None
         else:
-            raise AssertionError(f"{empty} is empty, and it goes unsaid: raise CorpusError")
+            raise AssertionError(f"{empty} is empty, and it goes unsaid: raise InputError")
 
 
 class Salted(str):
@@ -578,7 +578,7 @@ def splitter(dev_of=None, keep=False, label=True, by_seed=True, by_fold=True, or
         if dev_of == "all":
             speakers = order({u.speaker for u in corpus if u.session != fold})
         if not enough(speakers, rest, four):
-            raise data.CorpusError("too few")
+            raise data.InputError("too few")
         speaker = rng.choice(speakers[:-1] if skip and len(speakers) > 1 else speakers)
         if dev_of == "utterances":
             dev = rng.sample(rest, 4)

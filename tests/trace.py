@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import Config, EmotionRecognizer, masked_mean
+from model import Config, EmotionRecognizer, FeatureExtractor, masked_mean
 
 
 def numbers(x: Tensor) -> str:
@@ -43,7 +43,7 @@ def by_hand() -> EmotionRecognizer:
     """Build MMT at its smallest size, with weights that pencil and calculator can follow."""
     net = EmotionRecognizer(Config("mmt", 2, 2, 2, 2, dim=3, n_context=3)).eval()
 
-    for extractor in (net.extractor["audio"], net.extractor["text"].utterance):
+    for extractor in (net.extractor["audio"], net.extractor["text"]):
         fill(extractor.se.reduce.weight, [[0.25, 0.25]]), fill(extractor.se.reduce.bias, 0.0)
         fill(extractor.se.expand.weight, [[1.0], [-1.0]]), fill(extractor.se.expand.bias, 0.0)
         fill(extractor.projector.linear.weight, [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -101,7 +101,7 @@ def trace() -> None:
     show("& Norm", "X_A = (W s - mean) / sd (divide by 3); padding: 0", features["audio"][0])
 
     show("Fig. 2b", "BERT's states, (C, T, L, D); one token is padding", states_t)
-    each, _ = net.extractor["text"].utterance(states_t, mask_t)
+    each, _ = FeatureExtractor.forward(net.extractor["text"], states_t, mask_t)
     each = each.masked_fill(~mask_t.unsqueeze(-1), 0.0)
     show("", "gates of the three texts", net.extractor["text"].se.gates(states_t, mask_t))
     show("", "each text through S&E, Project & Norm; padding: 0", each)
