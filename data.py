@@ -73,25 +73,21 @@ def reading(place: str | Path, remedy: str):
         raise InputError(f"{place}: {reason:.200}; {remedy}") from problem
 
 
-FOREIGN = {b"version https://git-lfs": "a Git-LFS pointer in its place: run `git lfs pull`",
-           b"<": "a web page in its place: the download failed",
-           b"NIST_1A": "a NIST SPHERE file", b"fLaC": "a FLAC file"}  # fmt: skip
-
-
 def read_bytes(path: str | Path) -> bytes:
     """Read a file. Raises ValueError if it begins like another kind of file."""
     content = Path(path).read_bytes()
-    for beginning, kind in FOREIGN.items():
+    for beginning, kind in {
+        b"version https://git-lfs": "a Git-LFS pointer in its place: run `git lfs pull`",
+        b"<": "a web page in its place: the download failed",
+        b"NIST_1A": "a NIST SPHERE file", b"fLaC": "a FLAC file",
+    }.items():  # fmt: skip
         if content.startswith(beginning):
             raise ValueError(kind)
     return content
 
 
 def write_whole(path: Path, content: bytes | Callable) -> None:
-    """Write a file, or a folder by content(path), under another name, then rename it.
-
-    It is complete, or it is not there.
-    """
+    """Write a file, or a folder by content(path): it is complete, or it is not there."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write it
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -206,43 +202,43 @@ def read_iemocap(root: str | Path, problems: list[str] | None = None) -> list[Ut
     return whole
 
 
+ID, TIMES = r"(?P<id>\S+)", r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]"
+
+
 def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> list[Utterance]:
     """Read one dialogue in time order. Labels and words are matched by id and must agree."""
     number, dialog, utterances = int(session.name[-1]), labels.stem, []  # 1, Ses01F_impro01
-    felt, spoken = _entries(labels, LABEL, problems), _entries(words, WORDS, problems)
+    felt = _entries(labels, r"\[", rf"{TIMES}\s+{ID}\s+(?P<rest>[a-z]+)\s+\[.+\]", problems)
+    spoken = _entries(words, r"Ses(?!\S+_[FM]XX\d\s)", rf"{ID}\s+{TIMES}:(?P<rest>.*)", problems)
     folder = session / "sentences" / "wav" / dialog
     wavs = {p.name.lower(): p for p in folder.glob("*")}  # .WAV is as good as .wav
     for id in sorted(felt.keys() | spoken.keys()):
         speaker = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
-        start, end, emotion = felt.get(id) or spoken[id]
+        start, end, emotion = felt.get(id) or (*spoken[id][:2], "xxx")
         from_, to, text = spoken.get(id) or felt[id]
+        wrong = ""
         if not speaker or not dialog.startswith(f"Ses{number:02}"):
-            problems.append(f"{labels}: {id} is not an utterance of {dialog} in session {number}")
+            wrong = f"is not an utterance of {dialog} in session {number}"
         elif id not in spoken or id not in felt:
-            a, kind, b = (labels, "words in", words) if id in felt else (words, "label in", labels)
-            problems.append(f"{a}: {id} has no {kind} {b}; fetch both again")
+            wrong = f"has no words in {words}" if id in felt else f"of {words} has no label in it"
         elif emotion not in EMOTIONS:
-            problems.append(f"{labels}: {id} has the unknown emotion {emotion!r}; fetch it again")
+            wrong = f"has the unknown emotion {emotion!r}"
         elif max(abs(from_ - start), abs(to - end)) > 0.01:
-            problems.append(f"{labels}: {id} has other times in {words}; fetch both again")
-        else:
-            wav = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav")
-            turn = f"Ses{number:02}{speaker[1]}", start, end, " ".join(text.split()), emotion, wav
-            utterances.append(Utterance(id, number, dialog, *turn))
+            wrong = f"has other times in {words}"
+        if wrong:
+            problems.append(f"{labels}: {id} {wrong}; fetch it again")
+            continue
+        wav = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav")
+        turn = f"Ses{number:02}{speaker[1]}", start, end, " ".join(text.split()), emotion, wav
+        utterances.append(Utterance(id, number, dialog, *turn))
     if not felt and not spoken:
         problems.append(f"{labels}: no utterance in it, nor in {words}; fetch both again")
     # Neither file is in order: the labels come all F, then all M.
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
 
 
-# How a line that is an utterance begins, and its form: the id, start, end, and the rest.
-TIMES = r"\[(?P<a>\d+\.\d+) ?- ?(?P<b>\d+\.\d+)\]"
-LABEL = r"\[", rf"{TIMES}\s+(?P<id>\S+)\s+(?P<c>[a-z]+)\s+\[.+\]"
-WORDS = r"Ses(?!\S+_[FM]XX\d\s)", rf"(?P<id>\S+)\s+{TIMES}:(?P<c>.*)"
-
-
-def _entries(path: Path, form: tuple[str, str], problems: list) -> dict[str, tuple]:
-    """Read the lines of a file that are utterances: {id: (start, end, emotion or words)}."""
+def _entries(path: Path, begin: str, form: str, problems: list) -> dict[str, tuple]:
+    """Read the lines that are utterances: {id: (start, end, emotion or words)}."""
     entries, text = {}, ""
     try:
         with reading(path, "fetch it again"):
@@ -250,10 +246,12 @@ def _entries(path: Path, form: tuple[str, str], problems: list) -> dict[str, tup
     except InputError as error:
         problems.append(str(error))
     for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
-        match = re.fullmatch(form[1], line.strip())
-        if match and re.match(form[0], line) and match["id"] not in entries:
-            entries[match["id"]] = float(match["a"]), float(match["b"]), match["c"]
-        elif re.match(form[0], line):
+        if not re.match(begin, line):
+            continue
+        match = re.fullmatch(form, line.strip())
+        if match and match["id"] not in entries:
+            entries[match["id"]] = float(match["start"]), float(match["end"]), match["rest"]
+        else:
             why = f"{match['id']} is there for the second time" if match else "another form expected"
             problems.append(f"{path}:{number}: {why}: {line!r:.60}; fetch it again")
     return entries
@@ -296,10 +294,10 @@ def read_csv(path: str | Path) -> list[Utterance]:
         text = read_bytes(path).decode("utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)  # the one in the first line
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        header = [name.strip().lower() for name in next(table, [])]  # the names of the columns
+        header = [name.strip().lower() for name in next(table, [])]
         rows = [(table.line_num, [" ".join(x.split()) for x in row]) for row in table if row]
-        odd = set(header) - set(COLUMNS) or set(COLUMNS[:5]) - set(header)  # unknown or missing
-        if not rows or odd or len(set(header)) < len(header):
+        known = set(COLUMNS[:5]) <= set(header) <= set(COLUMNS)
+        if not rows or not known or len(set(header)) < len(header):
             raise ValueError(f"line 1 has the columns {header}; expected {', '.join(COLUMNS)}")
     corpus, problems, home = {}, [], {}  # home: speaker or dialogue -> its session
     for line, cells in rows:
@@ -320,10 +318,9 @@ def read_csv(path: str | Path) -> list[Utterance]:
         problems += wrong
         if not wrong:
             start, emotion = float(row["start"] or 0), row["emotion"].lower()
-            corpus[id] = Utterance(
-                id, int(row["session"]), row["dialog"], row["speaker"], start, start, row["text"],
-                PLAIN_NAMES.get(emotion, emotion), wav,
-            )  # fmt: skip
+            who = int(row["session"]), row["dialog"], row["speaker"]
+            felt = PLAIN_NAMES.get(emotion, emotion)
+            corpus[id] = Utterance(id, *who, start, start, row["text"], felt, wav)
     if problems:
         raise InputError("\n".join(problems))
     # Sorting is stable: without start times, a dialogue keeps the order of its rows.

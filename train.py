@@ -64,12 +64,14 @@ def number_or_all(text: str) -> int | str:
 def flags() -> argparse.ArgumentParser:
     """Declare the flags. The defaults are the paper's.
 
-    Every flag but those of the first group is a setting: it stands in config.json, and in the name
-    of the run's folder where it differs from the default.
+    Each flag but those of the first group is a setting of the run. It is saved in config.json. If
+    it differs from the default, the name of the run's folder tells it.
     """
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    whole = number(1, kind=int)
+
     add = p.add_argument_group("corpus and machine").add_argument
     add("--iemocap", type=Path, metavar="DIR", help="IEMOCAP_full_release")
     add("--corpus", type=Path, metavar="FILE.csv", help="a corpus of your own")
@@ -77,17 +79,15 @@ def flags() -> argparse.ArgumentParser:
     add("--out", type=Path, default="runs", metavar="DIR", help="where the runs go")
     add("--cache", type=Path, default="cache", metavar="DIR", help="where layer states go")
     add("--device", choices=("cuda", "mps", "cpu"), help="None: a GPU if there is one")
-    add("--micro-batch", type=number(1, kind=int), metavar="N", help="a batch in parts of N")
-    add("--system", nargs="+", type=number_or_all, choices=["all", *range(1, 19)], metavar="N",
-        help="numbers of Table 1, or all")  # fmt: skip
+    add("--micro-batch", type=whole, metavar="N", help="compute a batch in parts of N")
+    systems = ["all", *range(1, 19)]  # Table 1
+    add("--system", nargs="+", type=number_or_all, choices=systems, metavar="N", help="of Table 1")
 
     add = p.add_argument_group("run").add_argument
     add("--fusion", default="mmt", choices=CHOICES["fusion"], help="Fig. 3, Table 1")
     add("--frozen", action="store_true", help="no fine-tuning: the odd systems of Table 1")
-    add("--fold", nargs="+", type=number_or_all, default=[5], metavar="K",
-        help="the sessions to test on, or all")  # fmt: skip
-    add("--seed", nargs="+", type=number(0, kind=int), default=[0], metavar="N",
-        help="of weights, order, dropout and development speaker [A14]")  # fmt: skip
+    add("--fold", nargs="+", type=number_or_all, default=[5], metavar="K", help="test sessions")
+    add("--seed", nargs="+", type=number(0, kind=int), default=[0], metavar="N", help="[A14]")
 
     add = p.add_argument_group("upstreams").add_argument
     add("--upstream", default="paper", choices=("paper", "tiny"), help="tiny: random, a dry run")
@@ -99,14 +99,12 @@ def flags() -> argparse.ArgumentParser:
     add("--lr-frozen", type=number(0), default=1e-3, help="learning rate, initial training")
     add("--lr-finetune", type=number(0), default=1e-5, help="learning rate, fine-tuning")
     add("--weight-decay", type=number(0), default=1e-3, help="of AdamW")
-    add("--batch-size", type=number(1, kind=int), default=32, help="utterances a step")
+    add("--batch-size", type=whole, default=32, help="utterances a step")
     add("--dropout", type=number(0, 1), default=0.5, help="between every two modules")
-    add("--context", type=number(1, kind=int), default=9, help="utterances, odd; 1: none")
-    add("--finetune-after", type=number(1, kind=int), default=5,
-        help="epochs without a lower dev loss until fine-tuning starts")  # fmt: skip
-    add("--stop-after", type=number(1, kind=int), default=10,
-        help="epochs without a lower dev loss until training stops")  # fmt: skip
-    add("--max-epochs", type=number(1, kind=int), help="a cap, which the paper does not have")
+    add("--context", type=whole, default=9, help="utterances, an odd number; 1: no context")
+    add("--finetune-after", type=whole, default=5, help="epochs without a lower dev loss")
+    add("--stop-after", type=whole, default=10, help="epochs without a lower dev loss")
+    add("--max-epochs", type=whole, help="a cap, which the paper does not have")
 
     add = p.add_argument_group("open points (the README lists them)").add_argument
     add("--condense", default="sum", choices=CHOICES["condense"], help="[A1] layers to a vector")
@@ -271,7 +269,8 @@ def train(
         for rows in tqdm(batches.split(args.batch_size), leave=False, delay=3, disable=None):
             optimizer.zero_grad()  # of the last step
             for part in rows.split(args.micro_batch or len(rows)):  # all, unless memory is short
-                loss = F.cross_entropy(recognizer(**batch(part)), labels[part].to(args.device))  # §2.4
+                logits = recognizer(**batch(part))  # (B, 4)
+                loss = F.cross_entropy(logits, labels[part].to(args.device))  # §2.4
                 # A micro-batch's gradient is weighted, so the sum is the batch's gradient.
                 (loss * (len(part) / len(rows))).backward()
                 value = finite(loss.item(), len(log) + 1, [corpus[i].id for i in part.tolist()])
@@ -369,20 +368,17 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
 
     Raises InputError with every problem of it.
     """
-    root = table or iemocap or data.write_toy("corpora/toy")
-    toy, name = (root / "toy.json").exists(), root.resolve().stem
-    if not toy:  # "toy" and "iemocap" have a meaning in reports
-        name = re.sub(r"^(toy|iemocap)", r"my-\1", name)
-    if table:
-        return name, data.read_csv(table)
-    if not iemocap:
+    if not iemocap and not table:
         print("No corpus named: this is the TOY corpus of tones and made-up words. Toy numbers!")
+    root = table or iemocap or data.write_toy("corpora/toy")
     problems: list[str] = []
-    corpus = data.read_iemocap(root, problems)
-    name += "-partial" * partial
+    corpus = data.read_csv(root) if table else data.read_iemocap(root, problems)
+    toy, name = (root / "toy.json").exists(), root.resolve().stem + "-partial" * partial
     if toy:  # every report says toy
         name = f"toy-{name}" if iemocap else "toy"
-    elif not partial:
+    elif table or partial:  # "toy" and "iemocap" have a meaning in reports
+        name = re.sub(r"^(toy|iemocap)", r"my-\1", name)
+    else:
         name = "iemocap"
         problems += data.reference_problems(corpus)  # the full release must be complete
     if problems and not (partial and corpus):  # nothing is left out unasked
@@ -398,7 +394,7 @@ def find_device(asked: str | None) -> str:
     device = asked or next((d for d, found in there.items() if found), "cpu")  # the fastest
     if not there.get(device, True):
         raise InputError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
-    if device != asked and device == "cpu" and shutil.which("nvidia-smi"):
+    if not asked and device == "cpu" and shutil.which("nvidia-smi"):
         print("warning: torch finds no usable GPU. Update the driver, or install a torch for it.")
     print(f"torch {torch.__version__} on {device}")
     return device
@@ -406,20 +402,19 @@ def find_device(asked: str | None) -> str:
 
 def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: set) -> tuple:
     """Load what all runs of the command read: (upstreams, inputs, cached states) by modality."""
-    names, texts = {"audio": args.wavlm, "text": args.bert}, [u.text for u in corpus]
+    texts, upstreams, inputs, cached = [u.text for u in corpus], {}, {}, {}
     if args.upstream == "tiny":
         torch.set_num_threads(1)  # faster for small tensors, and the same sums on every machine
         folder = args.cache / f"tiny-{zlib.crc32(json.dumps(texts).encode()):08x}"
         if not folder.exists():
             data.write_whole(folder, lambda part: make_tiny_upstreams(str(part), texts))
-        names = {m: str(folder / m) for m in names}
-    upstreams, inputs, cached = {}, {}, {}
     for m in sorted(modalities):
-        upstreams[m] = Upstream(names[m], m, args.precision).to(args.device)
+        name = args.wavlm if m == "audio" else args.bert
+        name = str(folder / m) if args.upstream == "tiny" else name
+        upstreams[m] = Upstream(name, m, args.precision).to(args.device)
         inputs[m] = data.load_clips(corpus, args.trim) if m == "audio" else texts
-    for m, upstream in upstreams.items():
-        states = args.cache / f"{Path(names[m]).name}-{args.precision}-{upstream.fingerprint}"
-        cached[m] = data.cache_states(states, upstream, corpus, inputs[m], args.device)
+        states = args.cache / f"{Path(name).name}-{args.precision}-{upstreams[m].fingerprint}"
+        cached[m] = data.cache_states(states, upstreams[m], corpus, inputs[m], args.device)
     return upstreams, inputs, cached
 
 
@@ -430,7 +425,7 @@ def claim(folder: Path, config: dict) -> None:
         data.write_whole(path, json.dumps(config, indent=1).encode())
     with data.reading(path, f"delete {folder}, or take another --out"):
         old = json.loads(path.read_text())
-        for key in config.keys() - {"upstreams", "wavlm", "bert", "made_with"}:  # a folder may move
+        for key in config.keys() - {"upstreams", "wavlm", "bert", "made_with"}:  # may move
             if old[key] != config[key]:
                 raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
 
@@ -448,9 +443,7 @@ def main(arguments: list[str] | None = None) -> None:
             p.error(complaint)
     device = find_device(args.device)
     name, corpus = read_corpus(args.iemocap, args.corpus, args.partial)
-
-    # The toy has its own defaults, so that the first command ends within a minute.
-    if name.startswith("toy"):
+    if name.startswith("toy"):  # other defaults, so that the first command ends within a minute
         p.set_defaults(upstream="tiny", max_epochs=TOY_EPOCHS)
         print(f"Toy defaults: tiny upstreams, at most {TOY_EPOCHS} epochs (the paper has no cap)")
     args = p.parse_args(arguments, argparse.Namespace(name=name))
@@ -461,32 +454,33 @@ def main(arguments: list[str] | None = None) -> None:
     systems = [(args.fusion, args.frozen)]  # one, unless --system names others
     if args.system:
         systems = table_1 if "all" in args.system else [table_1[n - 1] for n in args.system]
-    sessions = sorted({u.session for u in corpus if u.label is not None})  # all folds
-    runs = list(itertools.product(systems, sessions if "all" in args.fold else args.fold, args.seed))
-    for _, fold, seed in runs:
+    sessions = sorted({u.session for u in corpus if u.label is not None})
+    folds = sessions if "all" in args.fold else args.fold
+    for fold, seed in itertools.product(folds, args.seed):
         data.split(corpus, fold, seed)  # raises InputError
     modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}
     upstreams, inputs, cached = load_inputs(args, corpus, modalities)
 
     machine = ("iemocap", "corpus", "partial", "out", "cache", "device", "micro_batch", "system")
     always = ("name", "fusion", "frozen", "fold", "seed")  # in every folder's name
+    runs = itertools.product(systems, folds, args.seed)
     for (args.fusion, args.frozen), args.fold, args.seed in runs:
-        # One run: its settings, and what it uses of all that was loaded. The folder's name tells
-        # every setting that is not the default.
+        # The folder's name tells every setting that is not the default.
         settings = {k: x for k, x in vars(args).items() if k not in machine}
         switches = {k: x for k, x in settings.items() if k not in always and x != p.get_default(k)}
-        system = f"{args.fusion}-{'frozen' if args.frozen else 'finetuned'}"  # mmt-finetuned
+        system = f"{args.fusion}-{'frozen' if args.frozen else 'finetuned'}"
         system += "".join(f"-{k}={Path(str(x)).name}" for k, x in switches.items())
         folder = args.out / name / system / f"fold{args.fold}-seed{args.seed}"
-        number = evaluate.system_number(args.fusion, args.frozen)  # of Table 1
+        number = evaluate.system_number(args.fusion, args.frozen)
         print(f"\nSys. {number} ({system}), fold {args.fold}, seed {args.seed}")
 
+        # What this system uses of all that was loaded. L and D are read off the upstreams.
         used = {m: upstreams[m] for m in Config(args.fusion).modalities}
         states = {m: cached[m] for m in used}
-        shapes = {f"{m}_layers": upstream.n_layers for m, upstream in used.items()}  # L
-        shapes |= {f"{m}_dim": upstream.dim for m, upstream in used.items()}  # D
-        model = {k: x for k, x in settings.items() if hasattr(Config, k)} | shapes
-        model_config = Config(**model, n_context=args.context)
+        shapes = {f"{m}_layers": upstream.n_layers for m, upstream in used.items()}
+        shapes |= {f"{m}_dim": upstream.dim for m, upstream in used.items()}
+        same = {k: x for k, x in settings.items() if hasattr(Config, k)}  # "dropout", "head", ...
+        model_config = Config(**same, **shapes, n_context=args.context)
         files = [[file and file.name for file in states[m].files] for m in used]  # with checksums
         utterances = json.dumps([files, [[u.id, u.emotion, u.speaker] for u in corpus]])
         claim(folder, {
