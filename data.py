@@ -22,21 +22,8 @@ One utterance on its way from the disk to the model, by example:
                    text:  states (N, 13, 768), mask (U, T), context (32, 9) into the U utterances
 """
 
-import argparse
-import contextlib
-import csv
-import io
-import itertools
-import math
-import os
-import random
-import re
-import shutil
-import signal
-import struct
-import sys
-import wave
-import zlib
+import argparse, contextlib, csv, io, itertools, math, os
+import random, re, shutil, signal, struct, sys, wave, zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,10 +39,8 @@ SAMPLE_RATE = 16000  # Hz
 CLASSES = ("neu", "hap", "ang", "sad")  # the order of Fig. 4
 LABELS = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}  # §3.1: happy is merged with excited
 
-
 class InputError(ValueError):
     """A file, a folder or a flag is unusable: one line for each problem, with the remedy."""
-
 
 @contextlib.contextmanager
 def reading(place: str | Path, remedy: str):
@@ -72,7 +57,6 @@ def reading(place: str | Path, remedy: str):
         reason = "missing" if missing else " ".join(str(problem).split()) or repr(problem)
         raise InputError(f"{place}: {reason:.200}; {remedy}") from problem
 
-
 def read_bytes(path: str | Path) -> bytes:
     """Read a file. Raises ValueError if it begins like another kind of file."""
     content = Path(path).read_bytes()
@@ -84,7 +68,6 @@ def read_bytes(path: str | Path) -> bytes:
         if content.startswith(beginning):
             raise ValueError(kind)
     return content
-
 
 def write_whole(path: Path, content: bytes | Callable) -> None:
     """Write a file, or a folder by content(path): it is complete, or it is not there."""
@@ -98,7 +81,6 @@ def write_whole(path: Path, content: bytes | Callable) -> None:
             raise
     finally:  # what a full disk left, for example
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-
 
 def run_command(main: Callable) -> None:
     """Run a command of the four files. An unusable input is one sentence, and the exit is 1."""
@@ -118,7 +100,6 @@ def run_command(main: Callable) -> None:
     except KeyboardInterrupt:
         sys.exit("\nStopped. The same command resumes after the last whole epoch.")
 
-
 # --- IEMOCAP (§3.1) ------------------------------------------------------------------------------
 #
 # Five sessions of one woman and one man, in 28 to 32 dialogues each, improvised ("impro") or
@@ -127,7 +108,6 @@ def run_command(main: Callable) -> None:
 #   - The files are not in time order, and the turns of the two speakers overlap.
 #   - 48 transcript lines have an id with XX, but no label and no wav. Others have no id at all.
 #   - Only 5,531 of 10,039 utterances are of the four classes, but all of them are context.
-
 
 @dataclass(frozen=True)
 class Utterance:
@@ -148,7 +128,6 @@ class Utterance:
         """The index into CLASSES, or None where the emotion is not one of the paper's four."""
         return LABELS.get(self.emotion)
 
-
 EMOTIONS = {  # every code of the full release, with its count
     "xxx": 2507, "fru": 1849, "neu": 1708, "ang": 1103, "sad": 1084, "exc": 1041, "hap": 595,
     "sur": 107, "fea": 40, "oth": 3, "dis": 2,
@@ -162,7 +141,6 @@ SESSIONS = {  # from "ang" on, the columns count the four classes alone
     4: (30, 2103, 327, 65, 238, 143, 258, 534, 497, 528, 503),
     5: (31, 2170, 170, 143, 299, 245, 384, 731, 510, 590, 651),
 }
-
 
 def read_iemocap(root: str | Path, problems: list[str] | None = None) -> list[Utterance]:
     """Read the corpus in `root`, the folder that holds Session1 ... Session5.
@@ -201,9 +179,7 @@ def read_iemocap(root: str | Path, problems: list[str] | None = None) -> list[Ut
         raise InputError("\n".join(found))
     return whole
 
-
 ID, TIMES = r"(?P<id>\S+)", r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]"
-
 
 def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> list[Utterance]:
     """Read one dialogue in time order. Labels and words are matched by id and must agree."""
@@ -236,7 +212,6 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
     # Neither file is in order: the labels come all F, then all M.
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
 
-
 def _entries(path: Path, begin: str, form: str, problems: list) -> dict[str, tuple]:
     """Read the lines that are utterances: {id: (start, end, emotion or words)}."""
     entries, text = {}, ""
@@ -256,7 +231,6 @@ def _entries(path: Path, begin: str, form: str, problems: list) -> dict[str, tup
             problems.append(f"{path}:{number}: {why}: {line!r:.60}; fetch it again")
     return entries
 
-
 def reference_problems(corpus: list[Utterance]) -> list[str]:
     """Compare with the full release: one line for each row of the tables above that differs."""
     found = Counter(("all sessions", u.emotion) for u in corpus)  # ("session 3", "exc"): 151
@@ -274,7 +248,6 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
         problems += [f"full release: {row}: {', '.join(wrong)}"] if wrong else []
     return problems
 
-
 # --- A corpus of your own: a table of utterances (the README shows one) --------------------------
 
 COLUMNS = ("text", "emotion", "session", "dialog", "speaker", "wav", "start", "id")
@@ -282,7 +255,6 @@ PLAIN_NAMES = {
     "neutral": "neu", "calm": "neu", "happy": "hap", "happiness": "hap", "joy": "hap",
     "excited": "exc", "excitement": "exc", "angry": "ang", "anger": "ang", "sadness": "sad",
 }  # fmt: skip
-
 
 def read_csv(path: str | Path) -> list[Utterance]:
     """Read a corpus from a CSV file: UTF-8, one row an utterance, separated by , ; or tab.
@@ -326,9 +298,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
     # Sorting is stable: without start times, a dialogue keeps the order of its rows.
     return sorted(corpus.values(), key=lambda u: (u.session, u.dialog, u.start))
 
-
 # --- Folds and contexts (§3.1, §3.2) -------------------------------------------------------------
-
 
 # EXERCISE 7 (20 min): delete the body, write it again; pytest -m ex7
 def split(
@@ -356,7 +326,6 @@ def split(
     test = [u for u in targets if u.session == fold]
     return train, dev, test
 
-
 def texts_elsewhere(corpus: list[Utterance]) -> set[str]:
     """Find the ids of utterances whose words another session speaks too, case and marks aside.
 
@@ -367,7 +336,6 @@ def texts_elsewhere(corpus: list[Utterance]) -> set[str]:
     for u in corpus:
         sessions.setdefault(plain[u.id], set()).add(u.session)
     return {u.id for u in corpus if len(sessions[plain[u.id]]) > 1}
-
 
 def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
     """Find each utterance's neighbours in time (§3.2): rows of the corpus (N, size), -1 for none.
@@ -384,7 +352,6 @@ def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
     inside &= dialog[windows.clamp(0, n - 1)] == dialog[:, None]
     return torch.where(inside, windows, -1)  # (N, size)
 
-
 # --- Waveforms (§3.2): "audios are clipped into 5 seconds ... by trimming or padding" ------------
 #
 # A batch is padded to its longest clip. Padding is masked everywhere, so padding to 5 s would give
@@ -393,7 +360,6 @@ def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
 CLIP_SECONDS = 5  # §3.2
 TRIM_DB = 60  # [A13]
 MIN_SAMPLES = 400  # 25 ms: WavLM's first frame, and the window of the search for silence
-
 
 def load_wav(path: str | Path) -> Tensor:
     """Load a 16-bit mono PCM file: (n,) float32 in [-1, 1] at 16 kHz, resampled if need be.
@@ -431,7 +397,6 @@ def load_wav(path: str | Path) -> Tensor:
         x = resample(x, rate, SAMPLE_RATE)
     return x
 
-
 def clip(x: Tensor, trim: str = "leading") -> Tensor:
     """Keep the first five voiced seconds (§3.2): (n,) -> (m,) with 400 <= m <= 80,000."""
     # UNSPECIFIED [A13]: "we trim the voiced 5 seconds of audio ... at the beginning". A window of
@@ -446,7 +411,6 @@ def clip(x: Tensor, trim: str = "leading") -> Tensor:
     x = x[: CLIP_SECONDS * SAMPLE_RATE]  # §3.2: 5 s
     return F.pad(x, (0, max(0, MIN_SAMPLES - len(x))))
 
-
 def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | None]:
     """Load what WavLM hears of each utterance. The context is text, so other emotions get None."""
     silent = [u.id for u in corpus if u.label is not None and u.wav is None]
@@ -455,7 +419,6 @@ def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | 
         raise InputError(f"no wav for {len(silent)} utterances, as {silent[0]}; {hint}")
     bar = tqdm(corpus, desc="clips", leave=False, delay=3, disable=None)
     return [None if u.label is None else clip(load_wav(u.wav), trim) for u in bar]
-
 
 # --- Layer states: from the cache, or from the live upstream -------------------------------------
 #
@@ -467,7 +430,6 @@ def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | 
 
 KEEP_ON_CPU = 4 * 2**30  # bytes of states that may stay in the memory of a machine without a GPU
 GPU_RESERVE = 8 * 2**30  # bytes that a frozen step on 32 clips needs beside them, by estimate
-
 
 class CachedStates:
     """Layer states of a corpus, in one .npy file an utterance.
@@ -508,7 +470,6 @@ class CachedStates:
             place.copy_(part)  # the place of one utterance in the buffer
         return self.buffer[:n], mask  # (N, L, D), (U, T)
 
-
 def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequence, device: str):
     """Compute the layer states that are not yet in `folder`, and return a CachedStates.
 
@@ -548,7 +509,6 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
             write_whole(files[i], content.getvalue())
     return CachedStates(files, device)
 
-
 # EXERCISE 9 (20 min): delete the body, write it again; pytest -m ex9
 def batch(
     rows: Tensor, windows: Tensor, sources: dict[str, Callable], device: str
@@ -574,7 +534,6 @@ def batch(
         arguments["text"] = (*sources["text"](distinct), context)
     return {m: tuple(x.to(device) for x in tensors) for m, tensors in arguments.items()}
 
-
 # --- The toy corpus: tones and made-up sentences in IEMOCAP's layout (nothing of the paper) -------
 #
 # It is built to show the paper's ordering, so it is no evidence for it. An emotion tends to stay
@@ -591,7 +550,6 @@ KEYWORDS = {
 FILLERS = "well you know i think that it was".split()
 TOY = dict(seed=9, dialogs=10, turns=24, stay=0.75, named=0.42, voice=0.65)
 
-
 def write_toy(root: str | Path) -> Path:
     """Write 1,200 utterances of 0.15 to 0.25 s into `root`, if it is empty. Returns root."""
     root = Path(root)
@@ -600,7 +558,6 @@ def write_toy(root: str | Path) -> Path:
             root.exists() and root.rmdir()  # raises unless it is empty
             write_whole(root, _write_toy)
     return root
-
 
 def _write_toy(root: Path) -> None:
     """Write five sessions of ten dialogues, six improvised and four scripted."""
@@ -646,7 +603,6 @@ def _write_toy(root: Path) -> None:
         write_whole(folder / "dialog" / "transcriptions" / f"{name}.txt", "".join(words).encode())
     write_whole(root / "toy.json", b"{}")
 
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("check", "toy"))
@@ -663,7 +619,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{args.dir}: {kind}; {len(corpus)} utterances in {dialogs} dialogues of {speakers} "
           f"speakers; four classes: {counts.total()} "
           f"({', '.join(f'{c} {counts[c]}' for c in CLASSES)})")  # fmt: skip
-
 
 if __name__ == "__main__":
     run_command(main)

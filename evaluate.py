@@ -10,14 +10,7 @@ RUNS is a folder of runs, RUN the folder of one run. A and B are numbers of Tabl
 for example of a system with and without a switch.
 """
 
-import argparse
-import csv
-import io
-import json
-import math
-import re
-import sys
-import zipfile
+import argparse, csv, io, json, math, re, sys, zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,7 +28,6 @@ from model import FUSIONS, Config, EmotionRecognizer, Upstream
 # weights)". The names are easily confused. WA is plain accuracy, so a class counts by its size.
 # UA gives every class the same weight: an utterance weighs 1 / the size of its class.
 
-
 def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray:
     """Count (4, 4): entry [i, j] is the number of utterances of class i predicted as class j.
 
@@ -46,7 +38,6 @@ def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray
     np.add.at(counts, (np.asarray(y_true), np.asarray(y_pred)), 1)  # adds up repeated pairs
     return counts
 
-
 def weighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     """Compute WA: the fraction of utterances that are right.
 
@@ -54,7 +45,6 @@ def weighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     0.75
     """
     return float(np.mean(np.asarray(y_true) == np.asarray(y_pred)))
-
 
 # EXERCISE 6 (10 min): delete the body, write it again; pytest -m ex6
 def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
@@ -70,15 +60,11 @@ def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     size = counts.sum(axis=1)  # (4,): utterances of each class
     return float((counts.diagonal()[size > 0] / size[size > 0]).mean())  # mean recall
 
-
 def metrics(y_true: Sequence[int], y_pred: Sequence[int]) -> dict:
-    """Compute {"wa", "ua", "confusion"} of N class indices."""
-    return {
-        "wa": weighted_accuracy(y_true, y_pred),
-        "ua": unweighted_accuracy(y_true, y_pred),
-        "confusion": confusion_matrix(y_true, y_pred).tolist(),  # lists, for result.json
-    }
-
+    """Compute {"wa", "ua", "confusion"} of N class indices, as result.json holds them."""
+    counts = confusion_matrix(y_true, y_pred).tolist()
+    wa, ua = weighted_accuracy(y_true, y_pred), unweighted_accuracy(y_true, y_pred)
+    return {"wa": wa, "ua": ua, "confusion": counts}
 
 @torch.no_grad()
 def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> Tensor:
@@ -87,33 +73,31 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
     logits = [model(**batch(part)) for part in rows.split(size)]  # (size, 4) each
     return torch.cat(logits).log_softmax(dim=1).cpu()  # (N, 4)
 
-
 # ----- The files of a run (train.py lists them)
 def read_run(folder: Path) -> SimpleNamespace:
     """Read a finished run: what config.json holds as attributes, and what is added here.
 
     Raises InputError if the run is unfinished, or if its files are damaged or disagree.
     """
-    remedy = f"restore it, or delete {folder} and train again"
+    run, remedy = SimpleNamespace(folder=folder), f"restore it, or delete {folder} and train again"
     with reading(folder / "config.json", remedy):
-        run = SimpleNamespace(folder=folder, **json.loads((folder / "config.json").read_bytes()))
-        run.system = system_number(run.fusion, run.frozen)  # the number in Table 1
-        switches = [f"{k}={x}" for k, x in run.switches.items()]  # settings not from the paper
-        run.title = ", ".join([run.corpus, *switches])  # "toy, condense=concat"
+        vars(run).update(json.loads((folder / "config.json").read_bytes()))
+        run.system = system_number(run.fusion, run.frozen)
+        run.title = ", ".join([run.corpus, *(f"{k}={x}" for k, x in run.switches.items())])
         run.name = f"Sys. {run.system} ({TABLE_1[run.system][0]}), {run.title}"
-        run.sessions = sorted(run.sessions)  # all folds that the corpus has
         expected = {k: vars(run)[k] for k in ("corpus", "fusion", "frozen", "fold", "seed")}
+        run.sessions = sorted(run.sessions)  # all folds of the corpus
     if not (folder / "result.json").exists():  # training writes it last
         epochs = sum(1 for path in folder.glob("log.jsonl") for _ in path.open("rb"))
-        progress = f"{folder} ({epochs} epochs so far)"  # one line an epoch
+        progress = f"{folder} ({epochs} epochs so far)"
         raise InputError(f"unfinished: {progress}; the same train.py command goes on")
 
     with reading(folder / "predictions.csv", remedy):
-        lines = (folder / "predictions.csv").read_text(encoding="utf-8").splitlines()
-        run.rows = list(csv.DictReader(lines))  # N rows, and some more columns:
+        text = (folder / "predictions.csv").read_text(encoding="utf-8")
+        run.rows = list(csv.DictReader(text.splitlines()))  # a row an utterance, and more columns:
         for row in run.rows:
             row["dialog"] = row["utterance"].rpartition("_")[0]  # Ses05F_impro01 of ..._F000
-            row["speaker"] = row["speaker"] or "unknown"  # a KeyError if there is no such column
+            row["speaker"] = row["speaker"] or "unknown"
             row["truth"], row["guess"] = map(CLASSES.index, (row["label"], row["prediction"]))
             row["seen"] = bool(int(row["seen_text"]))  # another session has the same words
             p = [float(row[c]) for c in CLASSES]
@@ -121,14 +105,12 @@ def read_run(folder: Path) -> SimpleNamespace:
                 raise ValueError(f"the probabilities of {row['utterance']} do not sum to 1")
         expected |= metrics(column([run], "truth"), column([run], "guess"))
         expected["n_test"] = len(set(column([run], "utterance")))  # fewer if one occurs twice
-
     with reading(folder / "result.json", remedy):
         run.result = json.loads((folder / "result.json").read_bytes())
         wrong = [f"{k} is not {x}" for k, x in expected.items() if run.result[k] != x]
         if wrong or not (0 <= run.result["loss"] < math.inf and run.result["epochs"] > 0):
             raise ValueError(f"config.json or predictions.csv disagrees: {wrong or 'loss, epochs'}")
     return run
-
 
 def find_runs(root: Path) -> tuple[list, list[str]]:
     """Read all runs below a folder -> (the usable ones, a sentence for each of the others)."""
@@ -139,22 +121,19 @@ def find_runs(root: Path) -> tuple[list, list[str]]:
             run = read_run(folder)
             first = runs.setdefault((run.title, run.system, run.fold, run.seed), run)
             if first is not run:  # averages must not count it twice
-                raise InputError(f"{run.folder}: duplicate of {first.folder}; delete one of them")
+                others.append(f"{folder}: duplicate of {first.folder}; delete one of them")
         except InputError as error:
-            others.append(str(error))  # unfinished, damaged or duplicate
+            others.append(str(error))  # unfinished or damaged
     return list(runs.values()), others
-
 
 def grouped(runs: list, key: str) -> dict:
     """Group runs by their "title", "system", "fold" or "seed", in order."""
     values = sorted({getattr(run, key) for run in runs})
     return {value: [run for run in runs if getattr(run, key) == value] for value in values}
 
-
 def column(runs: list, name: str) -> np.ndarray:
     """Join a column of predictions.csv over several runs -> (N,) for their N rows in all."""
     return np.array([row[name] for run in runs for row in run.rows])
-
 
 def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen: set[str]) -> None:
     """Write predictions.csv: one row an utterance, with the probability of each class.
@@ -170,14 +149,12 @@ def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen: set
         table.writerow([u.id, u.speaker, CLASSES[u.label], CLASSES[guess], *p, int(u.id in seen)])
     write_whole(path, text.getvalue().encode())
 
-
 def load_checkpoint(path: Path) -> dict:
     """Load checkpoint.pt on the CPU, or raise InputError."""
     with reading(path, "delete it and train again"):
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError("it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
-
 
 # ----- Reports (§3.3, §4)
 # PAPER-ERROR [E5]: "fine-tuned features generally outperform frozen features". Exceptions: the UA
@@ -204,35 +181,23 @@ TABLE_1 = {  # model, modality, WA and UA in %, mean of 5 folds
 # PAPER-ERROR [E2]: §5 prints a WA of 84.35, the abstract and Table 2 print 84.45.
 TABLE_2 = {15: (78.32, 80.56), 17: (78.32, 80.56), 18: (84.45, 84.39)}
 
-
 def system_number(fusion: str, frozen: bool) -> int:
     """Return Table 1's number: 1 to 18, odd numbers are frozen, even numbers fine-tuned."""
     return 2 * list(FUSIONS).index(fusion) + (1 if frozen else 2)  # in its order
 
-
-def normalized(counts: np.ndarray) -> np.ndarray:
-    """Divide each row of a confusion matrix by its sum, as in Fig. 4. Empty rows stay 0.
-
-    >>> normalized(np.array([[3, 1], [0, 0]])).tolist()
-    [[0.75, 0.25], [0.0, 0.0]]
-    """
-    return counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-
-
 def markdown(title: str, rows: list[dict]) -> str:
     """Format rows with the same keys as an aligned Markdown table below its title."""
     cells = [list(rows[0]), *([str(x) for x in row.values()] for row in rows)]  # header first
-    widths = [max(map(len, column)) for column in zip(*cells)]  # of the columns
-    cells.insert(1, ["-" * width for width in widths])  # Markdown's line below the header
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
     lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells]
     return "\n".join([title, "", *lines, ""])
-
 
 def describe(result: dict) -> str:
     """Format WA and UA of one run, those of chance, and the confusion matrix (Fig. 4)."""
     corpus, counts = result["corpus"], np.array(result["confusion"])  # (4, 4)
     size, rows = counts.sum(axis=1), []  # (4,): utterances of each class
-    for name, row, n in zip(CLASSES, normalized(counts), size):
+    for name, row, n in zip(CLASSES, counts / size.clip(min=1)[:, None], size):
         rows.append({"true": name} | {c: f"{x:.2f}" for c, x in zip(CLASSES, row)} | {"n": n})
     return (
         f"{corpus}: WA {result['wa']:.2%}  UA {result['ua']:.2%}  on {result['n_test']} test "
@@ -241,15 +206,14 @@ def describe(result: dict) -> str:
         + markdown(f"{corpus}: fraction of each true class (row) predicted as (column)", rows)
     )
 
-
-def table_1(runs: list, name="Table 1", published=TABLE_1, sessions=None) -> str:
+def table_1(runs: list, name="Table 1", published=TABLE_1, wanted=None) -> str:
     """Format the systems that were run, for runs of one title. Return "" if there are none.
 
-    The first ± is the standard deviation over the folds, each averaged over its seeds. It shows how
-    much the sessions differ. With several seeds, the last ± is that of the averages of the seeds.
-    It shows the effect of initial weights, order and development speaker.
+    The first ± is the standard deviation over the folds, each averaged over its seeds: how much the
+    sessions differ. With several seeds, the last ± is that of the averages of the seeds: the effect
+    of initial weights, order and development speaker.
     """
-    rows, wanted = [], set(sessions or runs[0].sessions)  # wanted: folds
+    rows, wanted = [], set(wanted or runs[0].sessions)  # wanted: folds
     for number, mine in grouped([run for run in runs if run.system in published], "system").items():
         row = {"Sys.": number, "model": TABLE_1[number][0], "runs": len(mine)}
         for metric, figure in zip(("WA", "UA"), published[number][-2:]):
@@ -264,17 +228,15 @@ def table_1(runs: list, name="Table 1", published=TABLE_1, sessions=None) -> str
                 row[f"diff {metric}"] = f"{values[0] - figure:+.2f}"  # ours minus the paper's
         # A mean over other folds than the paper's is not comparable with the paper's.
         gaps = {s: wanted - grouped(x, "fold").keys() for s, x in grouped(mine, "seed").items()}
-        gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]  # as text
+        gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]
         rows.append(row | {"missing folds": ", ".join(gaps)})
     title = f"{name} with {runs[0].title if runs else ''}, in %: mean ± sd (folds) ± sd (seeds)"
     return markdown(title, rows) if rows else ""
 
-
 def table_2(runs: list) -> str:
     """Format the rows "ours" of Table 2, on Session 5 of IEMOCAP, or return ""."""
     runs = [run for run in runs if run.fold == 5 and run.corpus == "iemocap"]
-    return table_1(runs, "Table 2, Session 5,", TABLE_2, sessions=[5])
-
+    return table_1(runs, "Table 2, Session 5,", TABLE_2, wanted=[5])
 
 def breakdown(runs: list) -> str:
     """Format WA and UA on parts of the test data, pooled over all runs of a system.
@@ -297,7 +259,6 @@ def breakdown(runs: list) -> str:
                 rows.append({"Sys.": number, "part": name, "n": part.sum(), "WA": wa, "UA": ua})
     return markdown(f"Parts of the test data with {runs[0].title}, in %, pooled over runs", rows)
 
-
 # ----- Is the difference between two systems real? (The paper has no tests.)
 def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     """Compute the p-value of McNemar's exact test: do a and b err equally often?
@@ -314,7 +275,6 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     n = only_a + only_b  # coins, with 2^n equally likely outcomes
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))  # outcomes of one tail
     return min(1.0, 2 * tail / 2**n)
-
 
 def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0) -> dict:
     """Compute for "wa" and "ua" the difference b - a, and the ends of its 95 % interval.
@@ -337,7 +297,6 @@ def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0
         low, high = np.percentile(values[1:], [2.5, 97.5]).tolist()  # of the draws
         result[name] = (values[0], low, high)  # sample 0 is the test data itself
     return result
-
 
 def compare(first: list, second: list) -> str:
     """Compare the runs of two systems, A and B, paired by fold and seed, or raise InputError.
@@ -368,7 +327,6 @@ def compare(first: list, second: list) -> str:
         lines.append(line + verdict)
     return "\n".join([*lines, ""])
 
-
 # ----- Pictures (matplotlib is the one optional package)
 def figure(width: float, height: float, title: str):
     """Create an empty matplotlib Figure, in inches. Raises InputError without matplotlib."""
@@ -379,14 +337,14 @@ def figure(width: float, height: float, title: str):
     fig.suptitle(title, wrap=True)  # as many lines as it needs
     return fig
 
-
 def draw_confusions(runs: list, path: Path) -> None:
     """Draw Fig. 4 for its own four systems on Session 5, or else for the first four runs."""
     lowest = {(run.system, run.fold): run for run in sorted(runs, key=lambda run: -run.seed)}
     shown = [lowest[n, 5] for n in (4, 8, 18, 7) if (n, 5) in lowest] or runs[:4]  # panels a to d
     fig = figure(3 * len(shown), 3.6, f"Fig. 4 with {runs[0].title}")  # one row of panels
     for ax, letter, run in zip(fig.subplots(1, len(shown), squeeze=False)[0], "abcd", shown):
-        fractions = normalized(np.array(run.result["confusion"]))  # (4, 4)
+        counts = np.array(run.result["confusion"])  # (4, 4)
+        fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
         ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)  # the colours of the paper
         for (i, j), x in np.ndenumerate(fractions):
             ax.text(j, i, f"{x:.2f}", ha="center", va="center", color="w" if x > 0.5 else "k")
@@ -395,7 +353,6 @@ def draw_confusions(runs: list, path: Path) -> None:
         ax.set(xticks=range(4), xticklabels=CLASSES, xlabel="Predictions")
         ax.set(yticks=range(4), yticklabels=CLASSES, ylabel="Groundtruth")
     fig.savefig(path)
-
 
 def draw_curves(runs: list, path: Path) -> None:
     """Draw loss and development UA of one system's runs over the epochs, one colour a run."""
@@ -416,7 +373,6 @@ def draw_curves(runs: list, path: Path) -> None:
     ua.set(xlabel="epoch", ylabel="development UA")
     fig.savefig(path)
 
-
 def draw_gates(recognizer: "Recognizer", path: Path) -> None:
     """Draw the gates of squeeze-and-excitation (S&E) over the layers, for one utterance."""
     fig = figure(6.5, 3.5, f"S&E gates of one utterance, {recognizer.name}")
@@ -428,7 +384,6 @@ def draw_gates(recognizer: "Recognizer", path: Path) -> None:
         ax.plot(gates[target], "o-", label=modality)
     ax.legend()
     fig.savefig(path)
-
 
 def draw_attention(recognizer: "Recognizer", text: str, path: Path) -> None:
     """Draw the weights of Eq. (1) for one utterance, one panel for each cross-modal block."""
@@ -448,7 +403,6 @@ def draw_attention(recognizer: "Recognizer", text: str, path: Path) -> None:
         line = "row" if target == "text" else "column"
         ax.set(title=f"{source} to {target}: each {line} sums to 1", xlabel="frame of 20 ms")
     fig.savefig(path)
-
 
 # ----- An utterance of your own, and the command
 class Recognizer:
@@ -510,7 +464,6 @@ class Recognizer:
                 remark(f"{missing} turns of context are missing. They count as a dialogue's edge.")
         return dict(zip(CLASSES, self.model(**self.batch)[0].softmax(dim=0).tolist()))
 
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="a folder of runs, or the folder of one run")
@@ -564,7 +517,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(describe(runs[0].result))
     if damaged:
         sys.exit(1)
-
 
 if __name__ == "__main__":
     run_command(main)

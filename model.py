@@ -28,12 +28,7 @@ Masks are bool, True = real, False = padding. The data flow of the main system (
                                             logits (B, 4) <-- MLP -- (B, 32) <-------+
 """
 
-import argparse
-import math
-import os
-import re
-import warnings
-import zlib
+import argparse, math, os, re, warnings, zlib
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +37,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import InputError, reading
 
-# Fig. 3 and Table 1: a system is a list of paths (target, source). Their outputs are concatenated.
-# Without a source a path is the features as they are. If the source is the target, it is a vanilla
-# Transformer. Otherwise it is CMT (source -> target), and the target gives the queries. So "a ⊕ b"
-# of Table 1 is literally a + b. Odd numbers are frozen systems, even numbers fine-tuned ones.
+# Fig. 3 and Table 1: a system is a list of paths (target, source) whose outputs are concatenated.
+# Without a source, a path is the features as they are. From a modality to itself it is a vanilla
+# Transformer, otherwise CMT (source -> target). Odd numbers are frozen, even ones fine-tuned.
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
@@ -64,13 +58,9 @@ CHOICES = {
     "head": ("mlp", "linear"), "dropout_at": ("modules", "projector", "both"),
 }  # fmt: skip
 
-
 @dataclass
 class Config:
-    """Describe the trained part. The defaults are the paper's main system at full size.
-
-    Raises ValueError for a value that is not in CHOICES.
-    """
+    """Describe the trained part. The defaults are the paper's main system at full size."""
 
     fusion: str = "mmt"
     audio_layers: int = 25  # L of WavLM-Large
@@ -94,12 +84,10 @@ class Config:
 
     @property
     def modalities(self) -> list[str]:
-        """List the modalities that the fusion uses, audio first."""
+        """The modalities that the fusion uses, audio first."""
         return [m for m in ("audio", "text") if any(m in path for path in FUSIONS[self.fusion])]
 
-
 # --- Equations ------------------------------------------------------------------------------------
-
 
 # EXERCISE 1 (10 min): delete the body, write it again; pytest -m ex1
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -111,7 +99,6 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """
     steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
-
 
 # EXERCISE 2 (15 min): delete the body, write it again; pytest -m ex2
 def cross_modal_attention(
@@ -134,7 +121,6 @@ def cross_modal_attention(
     weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(dim=-1)
     weights = weights.masked_fill(padded, 0.0)  # (B, T_t, T_s)
     return weights @ v, weights
-
 
 # --- Blocks of the feature extractor (Fig. 2) -----------------------------------------------------
 class SqueezeExcitation(nn.Module):
@@ -161,14 +147,12 @@ class SqueezeExcitation(nn.Module):
         """Compute one gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L)."""
         # Squeeze. The mask is the "padding mask" arrow of Fig. 2: padded states are not zero.
         z = masked_mean(x.mean(dim=-1), mask)  # (B, L)
-
         # Excitation: down to the bottleneck and back.
         hidden = torch.relu(self.reduce(z))  # (B, 1)
         return torch.sigmoid(self.expand(hidden))  # (B, L)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return x * self.gates(x, mask)[:, None, :, None]  # (B, T, L, D)
-
 
 class Projector(nn.Module):
     """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
@@ -200,7 +184,6 @@ class Projector(nn.Module):
             x = (gates.unsqueeze(-1) * x).flatten(-2)  # (B, T, L * D)
         return self.norm(self.linear(self.dropout(x)))  # (B, T, d)
 
-
 class FeatureExtractor(nn.Module):
     """Fig. 2a without the upstream: states, mask (B, T) -> (X (B, T, d), mask).
 
@@ -208,10 +191,12 @@ class FeatureExtractor(nn.Module):
     one after another, as the cache gives them. The mask tells where each step belongs.
     """
 
-    def __init__(self, n_layers: int, in_dim: int, config: Config):
+    def __init__(self, config: Config, modality: str):
         super().__init__()
+        n_layers = config.audio_layers if modality == "audio" else config.text_layers  # L
+        width = config.audio_dim if modality == "audio" else config.text_dim  # D
+        width *= 1 if config.condense == "sum" else n_layers
         self.se = SqueezeExcitation(n_layers)
-        width = in_dim if config.condense == "sum" else n_layers * in_dim
         dropout = 0.0 if config.dropout_at == "modules" else config.dropout  # [A16]
         self.projector = Projector(width, config.dim, config.condense, dropout)
 
@@ -231,7 +216,6 @@ class FeatureExtractor(nn.Module):
         x[mask] = projected
         return x, mask
 
-
 class ContextConv(nn.Module):
     """The Conv2D of Fig. 2b: the feature maps of C utterances become one map of the target.
 
@@ -250,19 +234,15 @@ class ContextConv(nn.Module):
     # EXERCISE 4 (15 min): delete the body, write it again; pytest -m ex4
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         C = x.shape[1]
-
         # UNSPECIFIED [A6]: what is beyond a dialogue's edge. We put zeros, as implementations of
         # [23] do. Alternative: repeat the edge. A missing neighbour has an all-False mask, so this
         # line turns it into a map of zeros. It zeroes padding, too.
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # (B, C, T, d)
-
         x = self.conv(x).squeeze(1)  # (B, T, d)
-
         # UNSPECIFIED [A5]: which steps of X_T are real. We take each position where any of the C
         # utterances has a token. Alternative: --text-mask target. Effect: tests/COURSE.md.
         mask = mask.any(dim=1) if self.text_mask == "union" else mask[:, C // 2]  # (B, T)
         return x, mask
-
 
 class TextFeatureExtractor(FeatureExtractor):
     """Fig. 2b without BERT: the states of U utterances -> (X_T (B, T, d), mask (B, T)).
@@ -271,18 +251,16 @@ class TextFeatureExtractor(FeatureExtractor):
     in each window, -1 for none. Windows overlap, so each distinct utterance is given once.
     """
 
-    def __init__(self, n_layers: int, in_dim: int, config: Config):
-        super().__init__(n_layers, in_dim, config)
+    def __init__(self, config: Config):
+        super().__init__(config, "text")
         self.context = ContextConv(config.n_context, config.text_mask)
 
     def forward(self, states: Tensor, mask: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         x, mask = super().forward(states, mask)  # (U, T, d), (U, T)
-
         # Append one empty utterance. In Python, index -1 is the last row: the missing neighbour.
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
         mask = torch.cat([mask, mask.new_zeros(1, mask.shape[1])])
         return self.context(x[context], mask[context])  # of (B, C, T, d), (B, C, T)
-
 
 # --- Fusion (Fig. 3) and the whole (Fig. 1) -------------------------------------------------------
 class TransformerBlock(nn.Module):
@@ -324,7 +302,6 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(self.feed_forward(x))
         return self.norm2(x)
 
-
 class Fusion(nn.Module):
     """Fig. 3: run the paths of FUSIONS, pool each over time (§2.2), concatenate.
 
@@ -338,18 +315,16 @@ class Fusion(nn.Module):
         for target, source in self.paths:
             if source is not None:
                 residual = source == target or config.cma_residual  # [A7]
-                block = TransformerBlock(config.dim, residual=residual)
-                self.blocks[f"{source}-to-{target}"] = block
+                self.blocks[f"{source}-to-{target}"] = TransformerBlock(config.dim, 0.1, residual)
 
     def forward(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
         pooled = []
         for target, source in self.paths:
             h = x[target]  # (B, T_t, d)
             if source is not None:
-                h = self.blocks[f"{source}-to-{target}"](h, x[source], mask[source])  # (B, T_t, d)
+                h = self.blocks[f"{source}-to-{target}"](h, x[source], mask[source])
             pooled.append(masked_mean(h, mask[target]))  # (B, d)
         return torch.cat(pooled, dim=-1)
-
 
 class EmotionRecognizer(nn.Module):
     """Fig. 1: everything that is trained from scratch. Layer states of a batch -> logits (B, 4).
@@ -365,13 +340,9 @@ class EmotionRecognizer(nn.Module):
         self.config = config
         self.extractor = nn.ModuleDict()
         if "audio" in config.modalities:
-            self.extractor["audio"] = FeatureExtractor(
-                config.audio_layers, config.audio_dim, config
-            )
+            self.extractor["audio"] = FeatureExtractor(config, "audio")
         if "text" in config.modalities:
-            self.extractor["text"] = TextFeatureExtractor(
-                config.text_layers, config.text_dim, config
-            )
+            self.extractor["text"] = TextFeatureExtractor(config)
         self.fusion = Fusion(config)
         # UNSPECIFIED [A16]: "a dropout layer (0.5) between every two modules" (§3.2). We take the
         # boxes of Fig. 1: extractor -> fusion -> classifier. A unimodal system has no fusion box.
@@ -403,7 +374,6 @@ class EmotionRecognizer(nn.Module):
         x = {m: self.dropout(features) for m, features in x.items()}  # (B, T, d) each
         fused = self.fusion_dropout(self.fusion(x, mask))  # (B, d * paths)
         return self.classifier(fused)
-
 
 # --- Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4) ------------------
 class Upstream(nn.Module):
@@ -508,31 +478,26 @@ class Upstream(nn.Module):
         if self.modality == "audio":
             time = torch.arange(9000) / 16000
             inputs = [(2764 * time).sin(), (942 * time[:5000]).sin()]
-            rate = getattr(self.preprocessor, "sampling_rate", 16000)
-            if rate != 16000:
+            if (rate := getattr(self.preprocessor, "sampling_rate", 16000)) != 16000:
                 raise ValueError(f"it was trained on {rate} Hz, and this project uses 16,000 Hz")
         else:
-            words = "you know that i am so happy and you are not sad or angry"
-            inputs = [words, "yes"]
+            inputs = ["you know that i am so happy and you are not sad or angry", "yes"]
             rows, known = self.model.get_input_embeddings().num_embeddings, len(self.preprocessor)
-            ids = self.preprocessor(words)["input_ids"]
+            ids = self.preprocessor(inputs[0])["input_ids"]
             unknown = ids.count(self.preprocessor.unk_token_id)
             if not rows / 2 < known <= rows or 2 * unknown > len(ids):
                 has = f"the tokenizer has {known:,} entries, the embedding {rows:,}"
                 raise ValueError(f"{has}, and {unknown} of {len(ids)} ordinary words are unknown")
-            self([words * 200])  # the greatest length must run
-        together, mask = self(inputs)
+            self([inputs[0] * 200])  # the greatest length must run
         depends = False
-        for x, states, real in zip(inputs, together, mask):
-            alone, n = self([x])[0][0], int(real.sum())
-            if alone.shape != (n, self.n_layers, self.dim):
-                expected = n, self.n_layers, self.dim
+        for x, states, real in zip(inputs, *self(inputs)):
+            alone, expected = self([x])[0][0], (int(real.sum()), self.n_layers, self.dim)
+            if alone.shape != expected:
                 raise ValueError(f"it gives states of shape {tuple(alone.shape)}, not {expected}")
             if not alone.isfinite().all():
                 raise ValueError("its states are not finite")
-            depends |= bool((states[:n] - alone).norm() > 0.01 * alone.norm())
+            depends |= bool((states[: len(alone)] - alone).norm() > 0.01 * alone.norm())
         return depends
-
 
 def frame_count(samples: Tensor | int, config) -> Tensor | int:
     """Count the frames of a CNN encoder, layer by layer. For WavLM floor((n - 400) / 320) + 1.
@@ -542,7 +507,6 @@ def frame_count(samples: Tensor | int, config) -> Tensor | int:
     for kernel, stride in zip(config.conv_kernel, config.conv_stride):
         samples = (samples - kernel) // stride + 1
     return samples
-
 
 def load_transformers():
     """Import the library when it is needed, because that takes seconds. Make it quiet."""
@@ -554,50 +518,45 @@ def load_transformers():
     transformers.logging.disable_progress_bar()
     return transformers
 
-
 def load_pretrained(name: str, modality: str, label: str):
     """Load (preprocessor, model) from a folder, the download cache, or the Hugging Face hub."""
+    import huggingface_hub
+
     hf = load_transformers()
     loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
 
     # A model folder must not run code of its own. Careful: without False, the library asks.
     def load(local: bool):
         how = {"local_files_only": local, "trust_remote_code": False}
-        model, info = hf.AutoModel.from_pretrained(
-            name, output_loading_info=True, dtype=torch.float32, **how
-        )
+        kind = {"output_loading_info": True, "dtype": torch.float32}
+        model, info = hf.AutoModel.from_pretrained(name, **kind, **how)
         if not hasattr(model, "feature_extractor" if modality == "audio" else "embeddings"):
             raise ValueError(f"{type(model).__name__} is no {modality} encoder of a known kind")
-        return loader.from_pretrained(name, **how), model, info
+        return loader.from_pretrained(name, **how), model, info["missing_keys"]
 
     try:
-        preprocessor, model, info = load(local=True)  # a folder, or downloaded before
+        preprocessor, model, missing = load(local=True)  # a folder, or downloaded before
     except Exception:
         if os.path.isdir(name):
             raise
-        from huggingface_hub import HfApi
-
         # Ask first, because from_pretrained retries for half a minute without a network.
         advice = "give the model's folder, or use --upstream tiny for a dry run"
         with reading(f"{label}: no such folder, and the Hugging Face hub fails", advice):
-            HfApi().model_info(name, timeout=5)
-        preprocessor, model, info = load(local=False)
+            huggingface_hub.HfApi().model_info(name, timeout=5)
+        preprocessor, model, missing = load(local=False)
 
     # A weight that fails to load stays random without any error, so we check. No pooled output is
     # read, and no input is masked [A12], so these two may be missing.
-    unused = ("pooler", "masked_spec_embed")
-    missing = [key for key in info["missing_keys"] if not any(u in key for u in unused)]
+    missing = [key for key in missing if "pooler" not in key and "masked_spec_embed" not in key]
     if missing:
         raise ValueError(f"no weights for {', '.join(missing[:3])}")
     return preprocessor, model
-
 
 # The configuration of microsoft/wavlm-large, where it is not the library's default
 WAVLM_LARGE = dict(
     hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
     feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320,
 )  # fmt: skip
-
 
 def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
     """Write WavLM and BERT of two layers with random weights, in the hub's file format.
@@ -632,7 +591,6 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
             part.save_pretrained(os.path.join(folder, modality))
     return {modality: os.path.join(folder, modality) for modality in made}
 
-
 def main() -> None:
     """Print every block of the MMT system at WavLM-Large / BERT-base size."""
     argparse.ArgumentParser(description=main.__doc__).parse_args()
@@ -647,15 +605,13 @@ def main() -> None:
         text = torch.empty(9, 20, 13, 768), torch.ones(9, 20, dtype=torch.bool)
         context = torch.arange(9).repeat(2, 1)
 
-    def shapes(*xs) -> str:
+    def shapes(xs) -> str:
+        xs = xs if isinstance(xs, tuple) else (xs,)
         return " ".join(str(tuple(x.shape)) for x in xs if isinstance(x, Tensor))
 
-    def note(module: nn.Module, given: tuple, result) -> None:
-        calls[module] = shapes(*given), shapes(*(result if isinstance(result, tuple) else [result]))
-
-    calls = {wavlm: ("(2, 80000)", shapes(*audio)), bert: ("(9, 20)", shapes(*text))}
+    calls = {wavlm: ("(2, 80000)", shapes(audio)), bert: ("(9, 20)", shapes(text))}
     for module in recognizer.modules():
-        module.register_forward_hook(note)
+        module.register_forward_hook(lambda m, xs, y: calls.update({m: (shapes(xs), shapes(y))}))
     recognizer(audio, (*text, context))
 
     rows = [("WavLM-Large", wavlm), ("  CNN encoder: fine-tuned", wavlm.feature_extractor),
@@ -668,10 +624,9 @@ def main() -> None:
         given, result = calls.get(module, ("", ""))
         if count := sum(p.numel() for p in module.parameters()):
             print(f"{title:44} {given:36} {result:32} {count:>11,}")
-        for name, w in module.named_parameters(recurse=False):
-            if name.startswith("w_"):  # the matrices of Eq. (1)
-                print(f"{'':8}{name.upper():72} {shapes(w):32} {w.numel():>11,}")
-
+        for name in ("w_q", "w_k", "w_v") if isinstance(module, TransformerBlock) else ():  # Eq. (1)
+            w = getattr(module, name)
+            print(f"{'':8}{name.upper():73} {shapes(w):32} {w.numel():>11,}")
 
 if __name__ == "__main__":
     main()

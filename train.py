@@ -18,17 +18,7 @@ The folder's name tells each setting that differs from the defaults (the toy has
 change to the code, delete runs/ and cache/. Read Patience (the triggers) first, then train().
 """
 
-import argparse
-import copy
-import io
-import itertools
-import json
-import math
-import os
-import re
-import shutil
-import time
-import zlib
+import argparse, copy, io, itertools, json, math, os, re, shutil, time, zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +34,6 @@ from model import CHOICES, Config, EmotionRecognizer, Upstream, make_tiny_upstre
 
 TOY_EPOCHS = 50  # the cap on the toy corpus
 
-
 def number(low: float, high: float = 1e9, kind: Callable = float) -> Callable:
     """Make a type of argparse's: a number from low to high."""
 
@@ -55,11 +44,9 @@ def number(low: float, high: float = 1e9, kind: Callable = float) -> Callable:
 
     return number
 
-
 def number_or_all(text: str) -> int | str:
     """Read a value of --fold or --system."""
     return text if text == "all" else int(text)  # argparse reports a ValueError
-
 
 def flags() -> argparse.ArgumentParser:
     """Declare the flags. The defaults are the paper's.
@@ -120,7 +107,6 @@ def flags() -> argparse.ArgumentParser:
     add("--open", default="bottom", choices=("nothing", "bottom", "all"), help="§2.4: what learns")
     return p
 
-
 class Patience:
     """The two triggers of §3.2. Call step() with the development loss after each epoch.
 
@@ -165,7 +151,6 @@ class Patience:
         if self.reset_at_finetune:
             self.since_best = 0
         return "finetune"
-
 
 def train(
     args: argparse.Namespace, model_config: Config, corpus: list[Utterance],
@@ -352,7 +337,6 @@ def train(
     for p, value in pretrained:  # the next run of the command starts from these
         p.requires_grad_(False).copy_(value)
 
-
 def finite(loss: float, epoch: int, ids: list[str]) -> float:
     """Return the loss. Raises InputError on inf or NaN: a model does not recover from it."""
     if not math.isfinite(loss):
@@ -360,7 +344,6 @@ def finite(loss: float, epoch: int, ids: list[str]) -> float:
         advice = "look at these inputs, or try --precision fp32. The last checkpoint is kept"
         raise InputError(f"the loss is {loss} {where}; {advice}")
     return loss
-
 
 # --- The command ---------------------------------------------------------------------------------
 def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Utterance]]:
@@ -387,7 +370,6 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
     print("\n".join([*problems, f"{name}: {len(corpus)} utterances, {len(problems)} problem(s)"]))
     return name, corpus
 
-
 def find_device(asked: str | None) -> str:
     """Choose the device, and print it. Raises InputError if the one asked for is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -398,7 +380,6 @@ def find_device(asked: str | None) -> str:
         print("warning: torch finds no usable GPU. Update the driver, or install a torch for it.")
     print(f"torch {torch.__version__} on {device}")
     return device
-
 
 def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: set) -> tuple:
     """Load what all runs of the command read: (upstreams, inputs, cached states) by modality."""
@@ -417,7 +398,6 @@ def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: s
         cached[m] = data.cache_states(states, upstreams[m], corpus, inputs[m], args.device)
     return upstreams, inputs, cached
 
-
 def claim(folder: Path, config: dict) -> None:
     """Write config.json. Raises InputError if the folder holds a run with other settings."""
     path = folder / "config.json"
@@ -428,7 +408,6 @@ def claim(folder: Path, config: dict) -> None:
         for key in config.keys() - {"upstreams", "wavlm", "bert", "made_with"}:  # may move
             if old[key] != config[key]:
                 raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
-
 
 def main(arguments: list[str] | None = None) -> None:
     p = flags()
@@ -495,7 +474,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"done before, see {folder}; delete that to train again")
         else:
             train(args, model_config, corpus, used, inputs, states, folder)
-
 
 if __name__ == "__main__":
     data.run_command(main)
