@@ -128,10 +128,9 @@ class Utterance:
         """The index into CLASSES, or None where the emotion is not one of the paper's four."""
         return LABELS.get(self.emotion)
 
-EMOTIONS = {  # every code of the full release, with its count
-    "xxx": 2507, "fru": 1849, "neu": 1708, "ang": 1103, "sad": 1084, "exc": 1041, "hap": 595,
-    "sur": 107, "fea": 40, "oth": 3, "dis": 2,
-}  # fmt: skip
+# Every code of the full release, with its count
+EMOTIONS = {"xxx": 2507, "fru": 1849, "neu": 1708, "ang": 1103, "sad": 1084, "exc": 1041,
+            "hap": 595, "sur": 107, "fea": 40, "oth": 3, "dis": 2}  # fmt: skip
 # PAPER-ERROR [E1]: 1,626 happy (§3.1). The total of 5,531 leaves 1,636, as the corpus has.
 SESSION_COLUMNS = "dialogues utterances ang hap exc sad neu impro script woman man".split()
 SESSIONS = {  # from "ang" on, the columns count the four classes alone
@@ -227,7 +226,7 @@ def _entries(path: Path, begin: str, form: str, problems: list) -> dict[str, tup
         if match and match["id"] not in entries:
             entries[match["id"]] = float(match["start"]), float(match["end"]), match["rest"]
         else:
-            why = f"{match['id']} is there for the second time" if match else "another form expected"
+            why = f"{match['id']} for the second time" if match else "another form expected"
             problems.append(f"{path}:{number}: {why}: {line!r:.60}; fetch it again")
     return entries
 
@@ -237,13 +236,12 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
     found.update((f"session {s}", "dialogues") for s, _ in {(u.session, u.dialog) for u in corpus})
     for u in corpus:
         act = "impro" if "impro" in u.dialog else "script"  # from the dialogue's name
-        four = [u.emotion, act, "woman" if u.speaker[-1] == "F" else "man"]
-        for kind in ["utterances"] + (four if u.label is not None else []):
+        four = u.emotion, act, "woman" if u.speaker[-1] == "F" else "man"
+        for kind in ("utterances", *(four if u.label is not None else ())):
             found[f"session {u.session}", kind] += 1
-    rows = {"all sessions": EMOTIONS}  # name of a row -> its expected counts
-    rows |= {f"session {s}": dict(zip(SESSION_COLUMNS, row)) for s, row in SESSIONS.items()}
-    problems = []  # a line for each row
-    for row, cells in rows.items():
+    rows = {f"session {s}": dict(zip(SESSION_COLUMNS, row)) for s, row in SESSIONS.items()}
+    problems = []
+    for row, cells in {"all sessions": EMOTIONS, **rows}.items():
         wrong = [f"{c} {found[row, c]} (not {n})" for c, n in cells.items() if found[row, c] != n]
         problems += [f"full release: {row}: {', '.join(wrong)}"] if wrong else []
     return problems
@@ -251,10 +249,9 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
 # --- A corpus of your own: a table of utterances (the README shows one) --------------------------
 
 COLUMNS = ("text", "emotion", "session", "dialog", "speaker", "wav", "start", "id")
-PLAIN_NAMES = {
-    "neutral": "neu", "calm": "neu", "happy": "hap", "happiness": "hap", "joy": "hap",
-    "excited": "exc", "excitement": "exc", "angry": "ang", "anger": "ang", "sadness": "sad",
-}  # fmt: skip
+PLAIN_NAMES = {"neutral": "neu", "calm": "neu", "happy": "hap", "happiness": "hap", "joy": "hap",
+               "excited": "exc", "excitement": "exc", "angry": "ang", "anger": "ang",
+               "sadness": "sad"}  # fmt: skip
 
 def read_csv(path: str | Path) -> list[Utterance]:
     """Read a corpus from a CSV file: UTF-8, one row an utterance, separated by , ; or tab.
@@ -332,10 +329,8 @@ def texts_elsewhere(corpus: list[Utterance]) -> set[str]:
     A quarter of IEMOCAP's scripted lines do, so leaving a session out does not leave its texts out.
     """
     plain = {u.id: " ".join(re.findall(r"\w+", u.text.lower())) for u in corpus}
-    sessions: dict[str, set[int]] = {}  # text -> sessions that speak it
-    for u in corpus:
-        sessions.setdefault(plain[u.id], set()).add(u.session)
-    return {u.id for u in corpus if len(sessions[plain[u.id]]) > 1}
+    spoken = Counter(text for text, _ in {(plain[u.id], u.session) for u in corpus})  # sessions
+    return {u.id for u in corpus if spoken[plain[u.id]] > 1}
 
 def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
     """Find each utterance's neighbours in time (§3.2): rows of the corpus (N, size), -1 for none.
@@ -356,7 +351,6 @@ def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
 #
 # A batch is padded to its longest clip. Padding is masked everywhere, so padding to 5 s would give
 # the same result (a test holds that). WavLM's preprocessor makes mean 0 and variance 1.
-
 CLIP_SECONDS = 5  # §3.2
 TRIM_DB = 60  # [A13]
 MIN_SAMPLES = 400  # 25 ms: WavLM's first frame, and the window of the search for silence
@@ -413,8 +407,7 @@ def clip(x: Tensor, trim: str = "leading") -> Tensor:
 
 def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | None]:
     """Load what WavLM hears of each utterance. The context is text, so other emotions get None."""
-    silent = [u.id for u in corpus if u.label is not None and u.wav is None]
-    if silent:
+    if silent := [u.id for u in corpus if u.label is not None and u.wav is None]:
         hint = "fill the column wav, or use a text system: --fusion text-fc or text-te"
         raise InputError(f"no wav for {len(silent)} utterances, as {silent[0]}; {hint}")
     bar = tqdm(corpus, desc="clips", leave=False, delay=3, disable=None)
@@ -424,17 +417,14 @@ def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | 
 #
 # While the upstreams are frozen (§2.4), an utterance's states never change. They are computed once
 # and kept in files: a 5 s clip has 249 x 25 x 1024 numbers, 12.7 MB in 16 bits, and IEMOCAP's 5,531
-# clips have at most 46 GB. In fine-tuning the upstreams run on every batch. Both are a source:
-#
-#     states, mask = source(rows)        for U rows of the corpus, as FeatureExtractor takes them
-
+# clips have at most 46 GB. In fine-tuning the upstreams run on every batch.
 KEEP_ON_CPU = 4 * 2**30  # bytes of states that may stay in the memory of a machine without a GPU
 GPU_RESERVE = 8 * 2**30  # bytes that a frozen step on 32 clips needs beside them, by estimate
 
 class CachedStates:
     """Layer states of a corpus, in one .npy file an utterance.
 
-    Called with U rows, it returns the N real steps of these utterances without padding:
+    Called with U rows of the corpus, it returns their N real steps without padding:
     (states (N, L, D), mask (U, T)). Careful: finish the backward pass first, because the next
     call overwrites these states. A fresh tensor of this size costs more time than filling it.
     """
@@ -474,9 +464,8 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
     """Compute the layer states that are not yet in `folder`, and return a CachedStates.
 
     inputs: a clip (n,) or a text of each utterance, None where no states are needed. A file is
-    named by the id and a checksum of the input, so states of another input are never read. After a
-    kill, only batches with a missing file are computed. Raises InputError for states beyond 16
-    bits.
+    named by the id and a checksum of the input, so states of another input are never read.
+    Raises InputError for states beyond 16 bits.
     """
     # DEVIATION [D1]: the frozen phase reads states rounded to 16 bits, the paper does not mention a
     # cache. Why: the upstreams run once and not once an epoch, and files have half the size.
@@ -487,8 +476,8 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
         files.append(None if x is None else folder / f"{name}-{zlib.crc32(content):08x}.npy")
     folder.mkdir(parents=True, exist_ok=True)  # cache/<upstream>-<precision>-<fingerprint>
     there = set(os.listdir(folder))  # one look is faster than 10,000
-    # A batch is of one session and computed as a whole, because the last bits of a state depend on
-    # its batch. So a state depends neither on the test session nor on a kill.
+    # The last bits of a state depend on its batch. A batch is of one session and computed as a
+    # whole, so a state depends neither on the test session nor on a kill.
     parts = []  # rows of each batch
     for session in sorted({u.session for u in corpus}):
         rows = [i for i, u in enumerate(corpus) if files[i] and u.session == session]
@@ -517,17 +506,16 @@ def batch(
 
         {"audio": (states, mask), "text": (states, mask, context)}, on `device`
 
-    sources: by modality, cached or live. A modality without a source is left out. Audio is asked
-    for `rows` as they come. Text is asked for the rows in their windows, each once, because windows
-    overlap. With windows [[-1, 5, 6], [5, 6, 7]] text is asked for rows [5, 6, 7], and context is
-    [[-1, 0, 1], [0, 1, 2]].
+    sources: by modality, functions that return states and mask of rows. Audio is asked for `rows`
+    as they come. Text is asked for the rows in their windows, each once, because windows overlap.
+    With windows [[-1, 5, 6], [5, 6, 7]] it is asked for [5, 6, 7], and context is [[-1, 0, 1],
+    [0, 1, 2]].
     """
     arguments = {}  # by modality
     if "audio" in sources:
         arguments["audio"] = sources["audio"](rows)  # (states, mask)
     if "text" in sources:
-        # unique() sorts, so a missing neighbour (-1) comes first. Drop it and shift all indices
-        # down by one.
+        # unique() sorts, so a missing neighbour (-1) comes first. Drop it, shift all indices down.
         distinct, context = windows[rows].unique(return_inverse=True)  # (U,), (B, C)
         if distinct[0] == -1:
             distinct, context = distinct[1:], context - 1  # -1 is a missing neighbour again
@@ -538,15 +526,12 @@ def batch(
 #
 # It is built to show the paper's ordering, so it is no evidence for it. An emotion tends to stay
 # from turn to turn, and two sentences in five name it: context helps, and text beats audio. The
-# voice shows the emotion of two turns in three: both modalities together beat either.
-
-# Pitch in Hz and fall of the overtones. All frames of 20 ms sound alike, because every pitch is a
-# multiple of 50 Hz. So CMT(A->T) cannot pass the text on by its choice of frames [A7].
+# voice shows the emotion of two turns in three: both modalities together beat either. Pitch in Hz,
+# fall of the overtones. Every pitch is a multiple of 50 Hz, so all frames of 20 ms sound the same,
+# and CMT(A->T) cannot pass the text on by its choice of frames [A7].
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
-KEYWORDS = {
-    "neu": ["table", "monday"], "hap": ["lovely", "wonderful"], "ang": ["stupid", "hate"],
-    "sad": ["lost", "alone"],
-}  # fmt: skip
+KEYWORDS = {"neu": ["table", "monday"], "hap": ["lovely", "wonderful"],
+            "ang": ["stupid", "hate"], "sad": ["lost", "alone"]}  # fmt: skip
 FILLERS = "well you know i think that it was".split()
 TOY = dict(seed=9, dialogs=10, turns=24, stay=0.75, named=0.42, voice=0.65)
 
@@ -566,14 +551,13 @@ def _write_toy(root: Path) -> None:
         act = f"impro{k + 1:02}" if k < 6 else f"script{k - 5:02}_1"
         name = f"Ses{session:02}{'FM'[k % 2]}_{act}"
         folder = root / f"Session{session}"
-        felt, end, labels, words, counts = "neu", 0.0, {"F": "", "M": ""}, [], Counter()
+        felt, end, labels, words = "neu", 0.0, {"F": [], "M": []}, []
         for _ in range(TOY["turns"]):
             felt = felt if rng.random() < TOY["stay"] else str(rng.choice(CLASSES))
             emotion = "xxx" if rng.random() < 0.1 else felt  # the raters disagree
             emotion = "exc" if emotion == "hap" and rng.random() < 0.5 else emotion
             letter = "FM"[rng.integers(2)]  # who speaks
-            id = f"{name}_{letter}{counts[letter]:03}"
-            counts[letter] += 1  # ids count each speaker's turns
+            id = f"{name}_{letter}{len(labels[letter]):03}"  # ids count each speaker's turns
             text = rng.choice(FILLERS, rng.integers(2, 5))
             if rng.random() < TOY["named"]:
                 text = rng.choice(KEYWORDS[felt], len(text))  # a sentence that names the emotion
@@ -586,21 +570,20 @@ def _write_toy(root: Path) -> None:
             tone = (overtone**-fall * np.sin(2 * np.pi * turn)).sum(axis=0)
             tone += 1e-4 * rng.standard_normal(n)
             pcm = (tone / np.abs(tone).max() * rng.uniform(3000, 10000)).astype("<i2")  # loudness
-            wav = folder / "sentences" / "wav" / name / f"{id}.wav"
-            wav.parent.mkdir(parents=True, exist_ok=True)
-            with wave.open(str(wav), "wb") as file:
+            with wave.open(content := io.BytesIO(), "wb") as file:
                 file.setparams((1, 2, SAMPLE_RATE, n, "NONE", ""))
                 file.writeframes(pcm.tobytes())
+            write_whole(folder / "sentences" / "wav" / name / f"{id}.wav", content.getvalue())
             start = max(end + rng.uniform(-0.1, 0.8), 0.5)  # the speakers interrupt each other
             end = start + n / SAMPLE_RATE
             words.append(f"{id} [{start:08.4f}-{end:08.4f}]: {text}\n")
-            labels[letter] += f"[{start:.4f} - {end:.4f}]\t{id}\t{emotion}\t[2.5, 2.5, 2.5]\n\n"
+            labels[letter].append(f"[{start:.4f} - {end:.4f}]\t{id}\t{emotion}\t[2.5, 2.5, 2.5]\n")
         # Like the original: labels come all F then all M, transcripts are out of order and have
         # lines that are no utterances.
         words[2:2] = [words.pop(5), "M: hm.\n", f"{name}_MXX0 [000.1000-000.2000]: oh\n"]
-        text = "% [START_TIME - END_TIME] TURN_NAME EMOTION\n\n" + labels["F"] + labels["M"]
-        write_whole(folder / "dialog" / "EmoEvaluation" / f"{name}.txt", text.encode())
-        write_whole(folder / "dialog" / "transcriptions" / f"{name}.txt", "".join(words).encode())
+        texts = {"EmoEvaluation": labels["F"] + labels["M"], "transcriptions": words}
+        for kind, lines in texts.items():
+            write_whole(folder / "dialog" / kind / f"{name}.txt", "".join(lines).encode())
     write_whole(root / "toy.json", b"{}")
 
 def main(arguments: list[str] | None = None) -> None:

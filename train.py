@@ -36,17 +36,11 @@ TOY_EPOCHS = 50  # the cap on the toy corpus
 
 def number(low: float, high: float = 1e9, kind: Callable = float) -> Callable:
     """Make a type of argparse's: a number from low to high."""
-
     def number(text: str) -> float:
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text}: expected a number from {low} to {high:g}")
         return kind(text)
-
     return number
-
-def number_or_all(text: str) -> int | str:
-    """Read a value of --fold or --system."""
-    return text if text == "all" else int(text)  # argparse reports a ValueError
 
 def flags() -> argparse.ArgumentParser:
     """Declare the flags. The defaults are the paper's.
@@ -54,11 +48,8 @@ def flags() -> argparse.ArgumentParser:
     Each flag but those of the first group is a setting of the run. It is saved in config.json. If
     it differs from the default, the name of the run's folder tells it.
     """
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     whole = number(1, kind=int)
-
     add = p.add_argument_group("corpus and machine").add_argument
     add("--iemocap", type=Path, metavar="DIR", help="IEMOCAP_full_release")
     add("--corpus", type=Path, metavar="FILE.csv", help="a corpus of your own")
@@ -67,13 +58,13 @@ def flags() -> argparse.ArgumentParser:
     add("--cache", type=Path, default="cache", metavar="DIR", help="where layer states go")
     add("--device", choices=("cuda", "mps", "cpu"), help="None: a GPU if there is one")
     add("--micro-batch", type=whole, metavar="N", help="compute a batch in parts of N")
-    systems = ["all", *range(1, 19)]  # Table 1
-    add("--system", nargs="+", type=number_or_all, choices=systems, metavar="N", help="of Table 1")
+    systems = ["all", *map(str, range(1, 19))]
+    add("--system", nargs="+", choices=systems, metavar="N", help="of Table 1, or all")
 
     add = p.add_argument_group("run").add_argument
     add("--fusion", default="mmt", choices=CHOICES["fusion"], help="Fig. 3, Table 1")
     add("--frozen", action="store_true", help="no fine-tuning: the odd systems of Table 1")
-    add("--fold", nargs="+", type=number_or_all, default=[5], metavar="K", help="test sessions")
+    add("--fold", nargs="+", default=["5"], metavar="K", help="sessions to test on, or all")
     add("--seed", nargs="+", type=number(0, kind=int), default=[0], metavar="N", help="[A14]")
 
     add = p.add_argument_group("upstreams").add_argument
@@ -163,17 +154,13 @@ def train(
     finite, or if the checkpoint cannot be used.
     """
     # The three parts of the fold, as rows of the corpus. Windows hold rows, too.
-    row_of = {u.id: i for i, u in enumerate(corpus)}  # id -> row of the corpus
-    train_set, dev_set, test_set = data.split(corpus, args.fold, args.seed)
-    train_rows, dev_rows, test_rows = (
-        torch.tensor([row_of[u.id] for u in part]) for part in (train_set, dev_set, test_set)
-    )
+    row_of = {u.id: i for i, u in enumerate(corpus)}
+    parts = train_set, dev_set, test_set = data.split(corpus, args.fold, args.seed)
+    train_rows, dev_rows, test_rows = (torch.tensor([row_of[u.id] for u in x]) for x in parts)
     labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])  # (N,)
     windows = data.context_windows(corpus, args.context)  # (N, C)
-    print(
-        f"{args.name}: train {len(train_set)}, dev {len(dev_set)} (speaker {dev_set[0].speaker}), "
-        f"test {len(test_set)} (session {args.fold}) utterances; {folder}"
-    )
+    print(f"{args.name}: train {len(train_set)}, dev {len(dev_set)} utterances (of "
+          f"{dev_set[0].speaker}), test {len(test_set)} (session {args.fold}); {folder}")  # fmt: skip
 
     # §2.4: first, the upstreams are frozen. Their states come from the cache.
     sources = dict(cached)  # by modality: the cache, later the live upstream
@@ -280,11 +267,10 @@ def train(
             "since_best": since_best, "seconds": time.perf_counter() - started,
         })  # fmt: skip
         since = f"no improvement for {since_best} of {args.stop_after} epochs"
-        print(
-            f"{args.name} epoch {len(log):3} {log[-1]['phase']:8} train loss {train_loss:.4f}  "
-            f"dev loss {dev_loss:.4f} WA {dev['wa']:6.2%} UA {dev['ua']:6.2%}  "
-            f"{log[-1]['seconds']:.1f} s  {since if since_best else 'dev loss improved'}"
-        )
+        print(f"{args.name} epoch {len(log):3} {log[-1]['phase']:8} train loss {train_loss:.4f}  "
+              f"dev loss {dev_loss:.4f} WA {dev['wa']:6.2%} UA {dev['ua']:6.2%}  "
+              f"{log[-1]['seconds']:.1f} s  "
+              f"{since if since_best else 'dev loss improved'}")  # fmt: skip
 
         # UNSPECIFIED [A10]: "the last model is selected and then evaluated". We test the last
         # epoch's weights. Alternative: --select best, those of the lowest development loss. Effect:
@@ -307,10 +293,9 @@ def train(
         }  # fmt: skip
         if args.device != "cpu":
             state[args.device] = getattr(torch, args.device).get_rng_state()
-        content = io.BytesIO()  # first in memory, then to the disk in one piece
-        torch.save(state, content)  # tensors, numbers, strings, lists and dicts
         lines = "".join(json.dumps(row) + "\n" for row in log)
         data.write_whole(folder / "log.jsonl", lines.encode())
+        torch.save(state, content := io.BytesIO())  # first in memory, then to the disk at once
         data.write_whole(path, content.getvalue())
 
     # Test the last model on the test session, which is evaluated here for the first time.
@@ -370,17 +355,6 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
     print("\n".join([*problems, f"{name}: {len(corpus)} utterances, {len(problems)} problem(s)"]))
     return name, corpus
 
-def find_device(asked: str | None) -> str:
-    """Choose the device, and print it. Raises InputError if the one asked for is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    device = asked or next((d for d, found in there.items() if found), "cpu")  # the fastest
-    if not there.get(device, True):
-        raise InputError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
-    if not asked and device == "cpu" and shutil.which("nvidia-smi"):
-        print("warning: torch finds no usable GPU. Update the driver, or install a torch for it.")
-    print(f"torch {torch.__version__} on {device}")
-    return device
-
 def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: set) -> tuple:
     """Load what all runs of the command read: (upstreams, inputs, cached states) by modality."""
     texts, upstreams, inputs, cached = [u.text for u in corpus], {}, {}, {}
@@ -420,7 +394,13 @@ def main(arguments: list[str] | None = None) -> None:
     }.items():
         if wrong:
             p.error(complaint)
-    device = find_device(args.device)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = args.device or next((d for d, found in there.items() if found), "cpu")
+    if not there.get(device, True):
+        raise InputError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
+    if not args.device and device == "cpu" and shutil.which("nvidia-smi"):
+        print("warning: torch finds no usable GPU. Update the driver, or install a torch for it.")
+    print(f"torch {torch.__version__} on {device}")
     name, corpus = read_corpus(args.iemocap, args.corpus, args.partial)
     if name.startswith("toy"):  # other defaults, so that the first command ends within a minute
         p.set_defaults(upstream="tiny", max_epochs=TOY_EPOCHS)
@@ -432,9 +412,10 @@ def main(arguments: list[str] | None = None) -> None:
     table_1 = list(itertools.product(CHOICES["fusion"], (True, False)))  # Sys. 1 to 18
     systems = [(args.fusion, args.frozen)]  # one, unless --system names others
     if args.system:
-        systems = table_1 if "all" in args.system else [table_1[n - 1] for n in args.system]
+        systems = table_1 if "all" in args.system else [table_1[int(n) - 1] for n in args.system]
     sessions = sorted({u.session for u in corpus if u.label is not None})
-    folds = sessions if "all" in args.fold else args.fold
+    with data.reading("--fold", f"name sessions of {sessions}, or all"):
+        folds = sessions if "all" in args.fold else [int(k) for k in args.fold]
     for fold, seed in itertools.product(folds, args.seed):
         data.split(corpus, fold, seed)  # raises InputError
     modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}

@@ -18,8 +18,7 @@ BUGS = {  # what is wrong -> (file, what stands there, what to put there instead
         ("model.py", "pooled.append(masked_mean(h, mask[target]))", "pooled.append(h.mean(dim=1))"),
     ],
     "WA and UA are swapped": [
-        ("evaluate.py", '"wa": weighted_accuracy(', '"wa": unweighted_accuracy('),
-        ("evaluate.py", '"ua": unweighted_accuracy(', '"ua": weighted_accuracy('),
+        ("evaluate.py", 'return {"wa": wa, "ua": ua,', 'return {"wa": ua, "ua": wa,'),
     ],
     "the development speaker is left in training": [
         ("data.py", "train = [u for u in rest if u.speaker != dev_speaker]", "train = list(rest)"),

