@@ -27,7 +27,6 @@ from model import FUSIONS, Config, EmotionRecognizer, Upstream
 # ----- Metrics (§3.1): "weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
 # weights)". The names are easily confused. WA is plain accuracy, so a class counts by its size.
 # UA gives every class the same weight: an utterance weighs 1 / the size of its class.
-
 def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray:
     """Count (4, 4): entry [i, j] is the number of utterances of class i predicted as class j.
 
@@ -263,8 +262,8 @@ def breakdown(runs: list) -> str:
 def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     """Compute the p-value of McNemar's exact test: do a and b err equally often?
 
-    Only utterances that exactly one of the two systems gets right carry information. Each falls to
-    either side like a fair coin if the systems are equally good. p is the probability of so uneven
+    Only utterances that exactly one of the two systems gets right carry information. If the systems
+    are equally good, each falls to either side like a fair coin. p is the probability of so uneven
     a split. Example: 1 falls to a and 5 to b, so p = 2 (C(6,0) + C(6,1)) / 2^6 = 14 / 64.
 
     >>> mcnemar([1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1, 1, 0])
@@ -273,23 +272,21 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)  # (N,)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = only_a + only_b  # coins, with 2^n equally likely outcomes
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))  # outcomes of one tail
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)
 
 def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0) -> dict:
     """Compute for "wa" and "ua" the difference b - a, and the ends of its 95 % interval.
 
     This is the percentile bootstrap (Efron and Tibshirani 1993, ch. 13). Neighbouring utterances
-    depend on each other, so we draw whole dialogues with replacement. Both systems are scored on
-    the same draw. Example: b is right on one more of the two utterances of each dialogue.
+    depend on each other, so we draw whole dialogues with replacement, the same for a and b.
 
     >>> bootstrap(np.array([0, 0, 0, 0]), np.array([0, 1, 0, 1]), np.array([0, 0, 0, 0]),
     ...           np.array(["d", "d", "e", "e"]))["wa"]
     (0.5, 0.5, 0.5)
     """
     members = [np.flatnonzero(dialogs == d) for d in np.unique(dialogs)]  # rows of each dialogue
-    random = np.random.default_rng(seed)
-    drawn = random.integers(len(members), size=(draws, len(members)))  # dialogues of each draw
+    drawn = np.random.default_rng(seed).integers(len(members), size=(draws, len(members)))
     samples = [np.arange(len(truth)), *(np.concatenate([members[d] for d in x]) for x in drawn)]
     result = {}
     for name, metric in (("wa", weighted_accuracy), ("ua", unweighted_accuracy)):
@@ -313,19 +310,17 @@ def compare(first: list, second: list) -> str:
         raise InputError("--compare: A and B were tested on different utterances")
     truth, guess_a, guess_b = column(a, "truth"), column(a, "guess"), column(b, "guess")  # (N,)
     right_a, right_b, dialogs = guess_a == truth, guess_b == truth, column(a, "dialog")
-    lines = [
-        f"A: {a[0].name}\nB: {b[0].name}",
-        f"folds {list(grouped(a, 'fold'))}, seeds {list(grouped(a, 'seed'))}: {len(truth)} "
-        f"predictions in {len(set(dialogs))} dialogues",
+    text = (
+        f"A: {a[0].name}\nB: {b[0].name}\nfolds {list(grouped(a, 'fold'))}, seeds "
+        f"{list(grouped(a, 'seed'))}: {len(truth)} predictions in {len(set(dialogs))} dialogues\n"
         f"only A right: {(right_a & ~right_b).sum()}, only B right: {(right_b & ~right_a).sum()}; "
-        f"McNemar's exact test: p = {mcnemar(right_a, right_b):.3g} (if independent)",
-    ]
+        f"McNemar's exact test: p = {mcnemar(right_a, right_b):.3g} (if independent)\n"
+    )
     for metric, points in bootstrap(truth, guess_a, guess_b, dialogs).items():
-        difference, low, high = (f"{100 * x:+.2f}" for x in points)  # in percentage points
-        line = f"{metric.upper()} of B minus A: {difference} points, 95 % interval {low} to {high}"
-        verdict = "  (contains 0: no difference shown)" if points[1] <= 0 <= points[2] else ""
-        lines.append(line + verdict)
-    return "\n".join([*lines, ""])
+        change, low, high = (f"{100 * x:+.2f}" for x in points)  # in percentage points
+        text += f"{metric.upper()} of B minus A: {change} points, 95 % interval {low} to {high}"
+        text += "  (contains 0: no difference shown)\n" if points[1] <= 0 <= points[2] else "\n"
+    return text
 
 # ----- Pictures (matplotlib is the one optional package)
 def figure(width: float, height: float, title: str):
@@ -349,7 +344,7 @@ def draw_confusions(runs: list, path: Path) -> None:
         for (i, j), x in np.ndenumerate(fractions):
             ax.text(j, i, f"{x:.2f}", ha="center", va="center", color="w" if x > 0.5 else "k")
         title = f"({letter}) Sys. {run.system} (UA: {run.result['ua']:.2%})"  # as in the paper
-        ax.set_title(f"{title}\nfold {run.fold}, seed {run.seed}")
+        ax.set(title=f"{title}\nfold {run.fold}, seed {run.seed}")
         ax.set(xticks=range(4), xticklabels=CLASSES, xlabel="Predictions")
         ax.set(yticks=range(4), yticklabels=CLASSES, ylabel="Groundtruth")
     fig.savefig(path)
@@ -359,10 +354,9 @@ def draw_curves(runs: list, path: Path) -> None:
     fig = figure(6.5, 6.5, runs[0].name)
     loss, ua = fig.subplots(2, 1, sharex=True)
     for k, run in enumerate(runs):
-        path_of_log = run.folder / "log.jsonl"
-        with reading(path_of_log, "restore it, or leave out --pictures"):
-            log = [json.loads(line) for line in path_of_log.read_text().splitlines()]
-            x = {key: [row[key] for row in log] for key in log[0]}  # a list of values by epoch
+        with reading(run.folder / "log.jsonl", "restore it, or leave out --pictures"):
+            lines = (run.folder / "log.jsonl").read_text().splitlines()
+            x = {key: [json.loads(line)[key] for line in lines] for key in json.loads(lines[0])}
             loss.plot(x["epoch"], x["dev_loss"], f"C{k}", label=f"fold {run.fold}, seed {run.seed}")
             loss.plot(x["epoch"], x["train_loss"], f"C{k}:")  # dotted
             ua.plot(x["epoch"], x["dev_ua"], f"C{k}")
@@ -435,7 +429,7 @@ class Recognizer:
         before, after: the texts of the turns around the utterance, in their order. Afterwards
         `batch` holds the model's input, and `remarks` what a user must know about the answer.
         """
-        self.batch, self.remarks = {}, []  # batch: the model's keyword arguments
+        self.batch, self.remarks = {}, []
         remark = self.remarks.append
         if self.run.title.startswith("toy"):
             remark("This model learned from toy data. It is useless for real speech.")
@@ -457,11 +451,10 @@ class Recognizer:
             context = [-1] * (half - len(before)) + [*range(len(texts))]  # -1: none there [A6]
             context += [-1] * (2 * half + 1 - len(context))  # C indices of texts
             self.batch["text"] = (*upstream(texts), torch.tensor([context]))  # context (1, C)
-            tokens, missing = len(upstream.preprocessor(text)["input_ids"]), context.count(-1)
-            if tokens > upstream.max_tokens:
+            if (tokens := len(upstream.preprocessor(text)["input_ids"])) > upstream.max_tokens:
                 remark(f"Of {tokens} tokens, {upstream.max_tokens} are used.")
-            if missing:
-                remark(f"{missing} turns of context are missing. They count as a dialogue's edge.")
+            if n := context.count(-1):
+                remark(f"{n} turns of context are missing. They count as a dialogue's edge.")
         return dict(zip(CLASSES, self.model(**self.batch)[0].softmax(dim=0).tolist()))
 
 def main(arguments: list[str] | None = None) -> None:
@@ -494,7 +487,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Reports, one for each title: the corpus and the switches
     runs, others = find_runs(args.runs)
     if not runs + others:
-        raise InputError(f"{args.runs}: no run in it; `python train.py --out {args.runs}` makes one")
+        raise InputError(f"{args.runs}: no run in it; `python train.py --out DIR` makes one in DIR")
     damaged = [line for line in others if not line.startswith("unfinished")]  # or duplicate
     for line in others:
         print(line, file=sys.stderr if line in damaged else sys.stdout)
@@ -503,8 +496,7 @@ def main(arguments: list[str] | None = None) -> None:
         pairs = [[[run for run in x if str(run.system) == n] for n in args.compare] for x in groups]
         if not "".join(args.compare).isdigit():
             pairs = [[find_runs(Path(folder))[0] for folder in args.compare]]
-        for first, second in [pair for pair in pairs if all(pair)] or pairs:
-            print(compare(first, second))
+        print("\n".join(compare(*pair) for pair in [x for x in pairs if all(x)] or pairs))
         groups = []  # no other report
     for group in groups:
         print(breakdown(group) if args.parts else f"{table_1(group)}\n{table_2(group)}")
