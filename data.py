@@ -59,7 +59,7 @@ def reading(place: str | Path, remedy: str):
 
 def read_bytes(path: str | Path) -> bytes:
     """Read a file. Raises ValueError if it begins like another kind of file."""
-    content = Path(path).read_bytes()
+    content = Path(path).read_bytes()  # the whole file
     for beginning, kind in {
         b"version https://git-lfs": "a Git-LFS pointer in its place: run `git lfs pull`",
         b"<": "a web page in its place: the download failed",
@@ -88,7 +88,7 @@ def run_command(main: Callable) -> None:
         stream.reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler stops like Ctrl-C
     try:
-        main()
+        main()  # prints as it goes
     except BrokenPipeError:  # for example `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
@@ -171,7 +171,7 @@ def read_iemocap(root: str | Path, problems: list[str] | None = None) -> list[Ut
             if abs(seconds - expected) > 0.1:
                 lengths = f"{seconds:.2f} s long, {expected:.2f} s by its label"
                 raise InputError(f"{u.wav}: {lengths}; fetch it again")
-            whole.append(u)
+            whole.append(u)  # nothing is wrong with it
         except InputError as error:
             found.append(str(error))
     if found and problems is None:
@@ -185,13 +185,13 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
     number, dialog, utterances = int(session.name[-1]), labels.stem, []  # 1, Ses01F_impro01
     felt = _entries(labels, r"\[", rf"{TIMES}\s+{ID}\s+(?P<rest>[a-z]+)\s+\[.+\]", problems)
     spoken = _entries(words, r"Ses(?!\S+_[FM]XX\d\s)", rf"{ID}\s+{TIMES}:(?P<rest>.*)", problems)
-    folder = session / "sentences" / "wav" / dialog
+    folder = session / "sentences" / "wav" / dialog  # one wav for each utterance
     wavs = {p.name.lower(): p for p in folder.glob("*")}  # .WAV is as good as .wav
-    for id in sorted(felt.keys() | spoken.keys()):
+    for id in sorted(felt.keys() | spoken.keys()):  # in either file
         speaker = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
         start, end, emotion = felt.get(id) or (*spoken[id][:2], "xxx")
         from_, to, text = spoken.get(id) or felt[id]
-        wrong = ""
+        wrong = ""  # nothing yet
         if not speaker or not dialog.startswith(f"Ses{number:02}"):
             wrong = f"is not an utterance of {dialog} in session {number}"
         elif id not in spoken or id not in felt:
@@ -263,14 +263,14 @@ def read_csv(path: str | Path) -> list[Utterance]:
         text = read_bytes(path).decode("utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)  # the one in the first line
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        header = [name.strip().lower() for name in next(table, [])]
+        header = [name.strip().lower() for name in next(table, [])]  # the names of the columns
         rows = [(table.line_num, [" ".join(x.split()) for x in row]) for row in table if row]
         known = set(COLUMNS[:5]) <= set(header) <= set(COLUMNS)
         if not rows or not known or len(set(header)) < len(header):
             raise ValueError(f"line 1 has the columns {header}; expected {', '.join(COLUMNS)}")
     corpus, problems, home = {}, [], {}  # home: speaker or dialogue -> its session
     for line, cells in rows:
-        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells))
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells))  # what is not there is empty
         # evaluate.py takes what precedes the last "_" of an id for the dialogue.
         id = row["id"].removeprefix(row["dialog"] + "_").replace("_", "-") or f"{len(corpus):05}"
         id, wav = f"{row['dialog']}_{id}", Path(path).parent / row["wav"] if row["wav"] else None
@@ -285,7 +285,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
         }
         wrong = [f"{path}:{line}: {x}; change the row" for x, right in holds.items() if not right]
         problems += wrong
-        if not wrong:
+        if not wrong:  # the row is an utterance
             start, emotion = float(row["start"] or 0), row["emotion"].lower()
             who = int(row["session"]), row["dialog"], row["speaker"]
             felt = PLAIN_NAMES.get(emotion, emotion)
@@ -319,8 +319,8 @@ def split(
     # development speaker's words are in the context of training utterances, without labels.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [u for u in rest if u.speaker != dev_speaker]  # seven speakers of IEMOCAP
-    dev = [u for u in rest if u.speaker == dev_speaker]
-    test = [u for u in targets if u.session == fold]
+    dev = [u for u in rest if u.speaker == dev_speaker]  # one speaker
+    test = [u for u in targets if u.session == fold]  # two speakers
     return train, dev, test
 
 def texts_elsewhere(corpus: list[Utterance]) -> set[str]:

@@ -61,7 +61,7 @@ def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
 
 def metrics(y_true: Sequence[int], y_pred: Sequence[int]) -> dict:
     """Compute {"wa", "ua", "confusion"} of N class indices, as result.json holds them."""
-    counts = confusion_matrix(y_true, y_pred).tolist()
+    counts = confusion_matrix(y_true, y_pred).tolist()  # lists, for result.json
     wa, ua = weighted_accuracy(y_true, y_pred), unweighted_accuracy(y_true, y_pred)
     return {"wa": wa, "ua": ua, "confusion": counts}
 
@@ -81,7 +81,7 @@ def read_run(folder: Path) -> SimpleNamespace:
     run, remedy = SimpleNamespace(folder=folder), f"restore it, or delete {folder} and train again"
     with reading(folder / "config.json", remedy):
         vars(run).update(json.loads((folder / "config.json").read_bytes()))
-        run.system = system_number(run.fusion, run.frozen)
+        run.system = system_number(run.fusion, run.frozen)  # in Table 1
         run.title = ", ".join([run.corpus, *(f"{k}={x}" for k, x in run.switches.items())])
         run.name = f"Sys. {run.system} ({TABLE_1[run.system][0]}), {run.title}"
         expected = {k: vars(run)[k] for k in ("corpus", "fusion", "frozen", "fold", "seed")}
@@ -99,7 +99,7 @@ def read_run(folder: Path) -> SimpleNamespace:
             row["speaker"] = row["speaker"] or "unknown"
             row["truth"], row["guess"] = map(CLASSES.index, (row["label"], row["prediction"]))
             row["seen"] = bool(int(row["seen_text"]))  # another session has the same words
-            p = [float(row[c]) for c in CLASSES]
+            p = [float(row[c]) for c in CLASSES]  # probabilities
             if not (min(p) >= 0 and abs(sum(p) - 1) < 1e-4):  # NaN fails, too
                 raise ValueError(f"the probabilities of {row['utterance']} do not sum to 1")
         expected |= metrics(column([run], "truth"), column([run], "guess"))
@@ -144,7 +144,7 @@ def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen: set
     table.writerow(["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"])
     guesses = log_probs.argmax(dim=1)  # before exp, which can make unequal numbers equal
     for u, guess, p in zip(utterances, guesses, log_probs.exp().tolist()):
-        p = [f"{x:.6f}" for x in p]
+        p = [f"{x:.6f}" for x in p]  # of the four classes
         table.writerow([u.id, u.speaker, CLASSES[u.label], CLASSES[guess], *p, int(u.id in seen)])
     write_whole(path, text.getvalue().encode())
 
@@ -187,8 +187,8 @@ def system_number(fusion: str, frozen: bool) -> int:
 def markdown(title: str, rows: list[dict]) -> str:
     """Format rows with the same keys as an aligned Markdown table below its title."""
     cells = [list(rows[0]), *([str(x) for x in row.values()] for row in rows)]  # header first
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
+    widths = [max(map(len, column)) for column in zip(*cells)]  # of the columns
+    cells.insert(1, ["-" * width for width in widths])  # Markdown's line below the header
     lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells]
     return "\n".join([title, "", *lines, ""])
 
@@ -272,7 +272,7 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     a, b = np.asarray(right_a, dtype=bool), np.asarray(right_b, dtype=bool)  # (N,)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = only_a + only_b  # coins, with 2^n equally likely outcomes
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))  # outcomes of one tail
     return min(1.0, 2 * tail / 2**n)
 
 def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0) -> dict:
@@ -286,6 +286,7 @@ def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0
     (0.5, 0.5, 0.5)
     """
     members = [np.flatnonzero(dialogs == d) for d in np.unique(dialogs)]  # rows of each dialogue
+    # Dialogues of each draw
     drawn = np.random.default_rng(seed).integers(len(members), size=(draws, len(members)))
     samples = [np.arange(len(truth)), *(np.concatenate([members[d] for d in x]) for x in drawn)]
     result = {}
@@ -309,7 +310,7 @@ def compare(first: list, second: list) -> str:
     if any(column(a, x).tolist() != column(b, x).tolist() for x in ("utterance", "truth")):
         raise InputError("--compare: A and B were tested on different utterances")
     truth, guess_a, guess_b = column(a, "truth"), column(a, "guess"), column(b, "guess")  # (N,)
-    right_a, right_b, dialogs = guess_a == truth, guess_b == truth, column(a, "dialog")
+    right_a, right_b, dialogs = guess_a == truth, guess_b == truth, column(a, "dialog")  # (N,)
     text = (
         f"A: {a[0].name}\nB: {b[0].name}\nfolds {list(grouped(a, 'fold'))}, seeds "
         f"{list(grouped(a, 'seed'))}: {len(truth)} predictions in {len(set(dialogs))} dialogues\n"
@@ -409,7 +410,7 @@ class Recognizer:
     def __init__(self, folder: str | Path):
         self.run = run = read_run(Path(folder))
         self.name = f"{run.name}, fold {run.fold}, seed {run.seed}"  # in titles and errors
-        state = load_checkpoint(run.folder / "checkpoint.pt")
+        state = load_checkpoint(run.folder / "checkpoint.pt")  # of the last epoch
         with reading(run.folder, "checkpoint.pt does not fit config.json; train again"):
             weights = (state["selected"] or state)["weights"]  # [A10]
             self.trim, self.model = run.trim, EmotionRecognizer(Config(**run.model))
@@ -429,7 +430,7 @@ class Recognizer:
         before, after: the texts of the turns around the utterance, in their order. Afterwards
         `batch` holds the model's input, and `remarks` what a user must know about the answer.
         """
-        self.batch, self.remarks = {}, []
+        self.batch, self.remarks = {}, []  # batch: the model's keyword arguments
         remark = self.remarks.append
         if self.run.title.startswith("toy"):
             remark("This model learned from toy data. It is useless for real speech.")
@@ -491,7 +492,7 @@ def main(arguments: list[str] | None = None) -> None:
     damaged = [line for line in others if not line.startswith("unfinished")]  # or duplicate
     for line in others:
         print(line, file=sys.stderr if line in damaged else sys.stdout)
-    groups = list(grouped(runs, "title").values())
+    groups = list(grouped(runs, "title").values())  # a table for each title
     if args.compare:
         pairs = [[[run for run in x if str(run.system) == n] for n in args.compare] for x in groups]
         if not "".join(args.compare).isdigit():

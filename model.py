@@ -624,9 +624,9 @@ def main() -> None:
         given, result = calls.get(module, ("", ""))
         if count := sum(p.numel() for p in module.parameters()):
             print(f"{title:44} {given:36} {result:32} {count:>11,}")
-        for name in ("w_q", "w_k", "w_v") if isinstance(module, TransformerBlock) else ():  # Eq. (1)
-            w = getattr(module, name)
-            print(f"{'':8}{name.upper():73} {shapes(w):32} {w.numel():>11,}")
+        for name, w in module.named_parameters(recurse=False):
+            if name in ("w_q", "w_k", "w_v"):  # of Eq. (1)
+                print(f"{'':8}{name.upper():73} {shapes(w):32} {w.numel():>11,}")
 
 if __name__ == "__main__":
     main()

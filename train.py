@@ -49,7 +49,7 @@ def flags() -> argparse.ArgumentParser:
     it differs from the default, the name of the run's folder tells it.
     """
     p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    whole = number(1, kind=int)
+    whole = number(1, kind=int)  # 1, 2, 3, ...
     add = p.add_argument_group("corpus and machine").add_argument
     add("--iemocap", type=Path, metavar="DIR", help="IEMOCAP_full_release")
     add("--corpus", type=Path, metavar="FILE.csv", help="a corpus of your own")
@@ -154,13 +154,13 @@ def train(
     finite, or if the checkpoint cannot be used.
     """
     # The three parts of the fold, as rows of the corpus. Windows hold rows, too.
-    row_of = {u.id: i for i, u in enumerate(corpus)}
+    row_of = {u.id: i for i, u in enumerate(corpus)}  # id -> row of the corpus
     parts = train_set, dev_set, test_set = data.split(corpus, args.fold, args.seed)
     train_rows, dev_rows, test_rows = (torch.tensor([row_of[u.id] for u in x]) for x in parts)
     labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])  # (N,)
     windows = data.context_windows(corpus, args.context)  # (N, C)
-    print(f"{args.name}: train {len(train_set)}, dev {len(dev_set)} utterances (of "
-          f"{dev_set[0].speaker}), test {len(test_set)} (session {args.fold}); {folder}")  # fmt: skip
+    print(f"{args.name}: train {len(train_set)}, dev {len(dev_set)} (speaker "
+          f"{dev_set[0].speaker}), test {len(test_set)} utterances; {folder}")  # fmt: skip
 
     # §2.4: first, the upstreams are frozen. Their states come from the cache.
     sources = dict(cached)  # by modality: the cache, later the live upstream
@@ -178,7 +178,7 @@ def train(
     optimizer = torch.optim.AdamW(recognizer.parameters(), args.lr_frozen, weight_decay=decay)
     finetune_after = None if args.frozen else args.finetune_after
     patience = Patience(finetune_after, args.stop_after, args.reset_patience, args.min_decrease)
-    log: list[dict] = []  # a row an epoch
+    log: list[dict] = []  # a row an epoch, as in log.jsonl
     finetune_epoch: int | None = None  # the epoch at which the trigger fired
     selected: dict | None = None  # [A10]
 
@@ -203,13 +203,13 @@ def train(
 
     def weights() -> dict:
         """Return everything that training has changed so far."""
-        parts = {m: {n: p.detach() for n, p in x.items()} for m, x in opened.items()}
+        parts = {m: {n: p.detach() for n, p in x.items()} for m, x in opened.items()}  # by name
         return parts | {"model": recognizer.state_dict()}
 
     def load_weights(state: dict) -> None:
         recognizer.load_state_dict(state["model"])
         for m in upstreams:
-            for n, value in state[m].items():
+            for n, value in state[m].items():  # by name
                 opened[m][n].data.copy_(value)
 
     # Resume after a kill. With the same weights, moments and random states, the next epoch is the
@@ -256,7 +256,7 @@ def train(
 
         # "We randomly select one speaker as a development set and monitor its loss" (§3.2).
         log_probs = evaluate.predict(recognizer, dev_rows, batch)  # (N_dev, 4)
-        dev_loss = F.nll_loss(log_probs, labels[dev_rows]).item()
+        dev_loss = F.nll_loss(log_probs, labels[dev_rows]).item()  # cross-entropy
         dev = evaluate.metrics(labels[dev_rows], log_probs.argmax(dim=1))
         event = patience.step(finite(dev_loss, len(log) + 1, [u.id for u in dev_set]))
         since_best = args.finetune_after if event == "finetune" else patience.since_best
@@ -314,7 +314,7 @@ def train(
         **evaluate.metrics(labels[test_rows], log_probs.argmax(dim=1)),
         "loss": F.nll_loss(log_probs, labels[test_rows]).item(), "epochs": len(log),
         "finetune_epoch": finetune_epoch, "dev_speaker": dev_set[0].speaker,
-        "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),
+        "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),  # utterances
         "seconds": sum(row["seconds"] for row in log),
     }  # fmt: skip
     data.write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
@@ -324,7 +324,7 @@ def train(
 
 def finite(loss: float, epoch: int, ids: list[str]) -> float:
     """Return the loss. Raises InputError on inf or NaN: a model does not recover from it."""
-    if not math.isfinite(loss):
+    if not math.isfinite(loss):  # inf or NaN
         where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}"
         advice = "look at these inputs, or try --precision fp32. The last checkpoint is kept"
         raise InputError(f"the loss is {loss} {where}; {advice}")
@@ -338,8 +338,8 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
     """
     if not iemocap and not table:
         print("No corpus named: this is the TOY corpus of tones and made-up words. Toy numbers!")
-    root = table or iemocap or data.write_toy("corpora/toy")
-    problems: list[str] = []
+    root = table or iemocap or data.write_toy("corpora/toy")  # written once
+    problems: list[str] = []  # a line each
     corpus = data.read_csv(root) if table else data.read_iemocap(root, problems)
     toy, name = (root / "toy.json").exists(), root.resolve().stem + "-partial" * partial
     if toy:  # every report says toy
@@ -358,27 +358,28 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
 def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: set) -> tuple:
     """Load what all runs of the command read: (upstreams, inputs, cached states) by modality."""
     texts, upstreams, inputs, cached = [u.text for u in corpus], {}, {}, {}
-    if args.upstream == "tiny":
+    if args.upstream == "tiny":  # random weights for a dry run
         torch.set_num_threads(1)  # faster for small tensors, and the same sums on every machine
         folder = args.cache / f"tiny-{zlib.crc32(json.dumps(texts).encode()):08x}"
         if not folder.exists():
             data.write_whole(folder, lambda part: make_tiny_upstreams(str(part), texts))
-    for m in sorted(modalities):
+    for m in sorted(modalities):  # "audio", "text"
         name = args.wavlm if m == "audio" else args.bert
         name = str(folder / m) if args.upstream == "tiny" else name
         upstreams[m] = Upstream(name, m, args.precision).to(args.device)
         inputs[m] = data.load_clips(corpus, args.trim) if m == "audio" else texts
         states = args.cache / f"{Path(name).name}-{args.precision}-{upstreams[m].fingerprint}"
+        # Computed once for each upstream and corpus, the longest step before training
         cached[m] = data.cache_states(states, upstreams[m], corpus, inputs[m], args.device)
     return upstreams, inputs, cached
 
 def claim(folder: Path, config: dict) -> None:
     """Write config.json. Raises InputError if the folder holds a run with other settings."""
     path = folder / "config.json"
-    if not path.exists():
+    if not path.exists():  # a new run
         data.write_whole(path, json.dumps(config, indent=1).encode())
     with data.reading(path, f"delete {folder}, or take another --out"):
-        old = json.loads(path.read_text())
+        old = json.loads(path.read_text())  # the settings of the run that is here
         for key in config.keys() - {"upstreams", "wavlm", "bert", "made_with"}:  # may move
             if old[key] != config[key]:
                 raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
@@ -393,9 +394,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--context: expected an odd number": args.context % 2 == 0,
     }.items():
         if wrong:
-            p.error(complaint)
+            p.error(complaint)  # exits
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    device = args.device or next((d for d, found in there.items() if found), "cpu")
+    device = args.device or next((d for d, found in there.items() if found), "cpu")  # fastest
     if not there.get(device, True):
         raise InputError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
     if not args.device and device == "cpu" and shutil.which("nvidia-smi"):
@@ -405,7 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     if name.startswith("toy"):  # other defaults, so that the first command ends within a minute
         p.set_defaults(upstream="tiny", max_epochs=TOY_EPOCHS)
         print(f"Toy defaults: tiny upstreams, at most {TOY_EPOCHS} epochs (the paper has no cap)")
-    args = p.parse_args(arguments, argparse.Namespace(name=name))
+    args = p.parse_args(arguments, argparse.Namespace(name=name))  # with these defaults
     args.device = device
 
     # The runs: systems x folds x seeds. A fold that cannot be split is an error now, not later.
@@ -413,29 +414,30 @@ def main(arguments: list[str] | None = None) -> None:
     systems = [(args.fusion, args.frozen)]  # one, unless --system names others
     if args.system:
         systems = table_1 if "all" in args.system else [table_1[int(n) - 1] for n in args.system]
-    sessions = sorted({u.session for u in corpus if u.label is not None})
+    sessions = sorted({u.session for u in corpus if u.label is not None})  # all folds
     with data.reading("--fold", f"name sessions of {sessions}, or all"):
         folds = sessions if "all" in args.fold else [int(k) for k in args.fold]
     for fold, seed in itertools.product(folds, args.seed):
         data.split(corpus, fold, seed)  # raises InputError
+    # All runs share what is loaded.
     modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}
     upstreams, inputs, cached = load_inputs(args, corpus, modalities)
 
     machine = ("iemocap", "corpus", "partial", "out", "cache", "device", "micro_batch", "system")
     always = ("name", "fusion", "frozen", "fold", "seed")  # in every folder's name
-    runs = itertools.product(systems, folds, args.seed)
+    runs = itertools.product(systems, folds, args.seed)  # in this order
     for (args.fusion, args.frozen), args.fold, args.seed in runs:
         # The folder's name tells every setting that is not the default.
-        settings = {k: x for k, x in vars(args).items() if k not in machine}
+        settings = {k: x for k, x in vars(args).items() if k not in machine}  # for config.json
         switches = {k: x for k, x in settings.items() if k not in always and x != p.get_default(k)}
-        system = f"{args.fusion}-{'frozen' if args.frozen else 'finetuned'}"
+        system = f"{args.fusion}-{'frozen' if args.frozen else 'finetuned'}"  # mmt-finetuned
         system += "".join(f"-{k}={Path(str(x)).name}" for k, x in switches.items())
         folder = args.out / name / system / f"fold{args.fold}-seed{args.seed}"
-        number = evaluate.system_number(args.fusion, args.frozen)
+        number = evaluate.system_number(args.fusion, args.frozen)  # in Table 1
         print(f"\nSys. {number} ({system}), fold {args.fold}, seed {args.seed}")
 
         # What this system uses of all that was loaded. L and D are read off the upstreams.
-        used = {m: upstreams[m] for m in Config(args.fusion).modalities}
+        used = {m: upstreams[m] for m in Config(args.fusion).modalities}  # audio, text or both
         states = {m: cached[m] for m in used}
         shapes = {f"{m}_layers": upstream.n_layers for m, upstream in used.items()}
         shapes |= {f"{m}_dim": upstream.dim for m, upstream in used.items()}
@@ -451,7 +453,7 @@ def main(arguments: list[str] | None = None) -> None:
                           for m, u in used.items()},
             "made_with": {"torch": torch.__version__, "device": device},
         })  # fmt: skip
-        if (folder / "result.json").exists():
+        if (folder / "result.json").exists():  # written last
             print(f"done before, see {folder}; delete that to train again")
         else:
             train(args, model_config, corpus, used, inputs, states, folder)
