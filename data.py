@@ -154,45 +154,33 @@ def read_iemocap(root: str | Path, problems: list[str] | None = None) -> list[Ut
         near = {p.resolve().parent for to in ("*/Session1", "../Session1") for p in root.glob(to)}
         hint = f"name {' or '.join(map(str, near))}" if near else "name the folder that holds them"
         found.append(f"{root}: holds no Session1 ... Session5; {hint}")
-    for session in sessions:
+    for session in tqdm(sessions, leave=False, delay=3, disable=None):
         # Some copies hold macOS's ._* files. Sub-folders hold the labels of single raters.
-        labels, words = session / "dialog" / "EmoEvaluation", session / "dialog" / "transcriptions"
-        names = sorted({p.name for folder in (labels, words) for p in folder.glob("Ses*.txt")})
+        folders = session / "dialog" / "EmoEvaluation", session / "dialog" / "transcriptions"
+        names = sorted({p.name for folder in folders for p in folder.glob("Ses*.txt")})
         if not names:
-            found.append(f"{labels}: holds no label file Ses*.txt; fetch it again")
+            found.append(f"{folders[0]}: holds no label file Ses*.txt; fetch it again")
         for name in names:
-            corpus += _read_dialog(labels / name, words / name, session, found)
-
-    # A wav of another length is a file that was cut off, or another utterance.
-    whole = []
-    for u in tqdm(corpus, desc="wav files", leave=False, delay=3, disable=None):
-        try:
-            seconds, expected = len(load_wav(u.wav)) / SAMPLE_RATE, u.end - u.start
-            if abs(seconds - expected) > 0.1:
-                lengths = f"{seconds:.2f} s long, {expected:.2f} s by its label"
-                raise InputError(f"{u.wav}: {lengths}; fetch it again")
-            whole.append(u)  # nothing is wrong with it
-        except InputError as error:
-            found.append(str(error))
+            corpus += _read_dialog(*(folder / name for folder in folders), session, found)
     if found and problems is None:
         raise InputError("\n".join(found))
-    return whole
+    return corpus
 
 ID, TIMES = r"(?P<id>\S+)", r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]"
 
 def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> list[Utterance]:
-    """Read one dialogue in time order. Labels and words are matched by id and must agree."""
+    """Read one dialogue in time order. Labels, words and wavs are matched by id and must agree."""
     number, dialog, utterances = int(session.name[-1]), labels.stem, []  # 1, Ses01F_impro01
     felt = _entries(labels, r"\[", rf"{TIMES}\s+{ID}\s+(?P<rest>[a-z]+)\s+\[.+\]", problems)
     spoken = _entries(words, r"Ses(?!\S+_[FM]XX\d\s)", rf"{ID}\s+{TIMES}:(?P<rest>.*)", problems)
     folder = session / "sentences" / "wav" / dialog  # one wav for each utterance
     wavs = {p.name.lower(): p for p in folder.glob("*")}  # .WAV is as good as .wav
     for id in sorted(felt.keys() | spoken.keys()):  # in either file
-        speaker = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
+        letter = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
         start, end, emotion = felt.get(id) or (*spoken[id][:2], "xxx")
         from_, to, text = spoken.get(id) or felt[id]
-        wrong = ""  # nothing yet
-        if not speaker or not dialog.startswith(f"Ses{number:02}"):
+        wav, wrong = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav"), ""
+        if not letter or not dialog.startswith(f"Ses{number:02}"):
             wrong = f"is not an utterance of {dialog} in session {number}"
         elif id not in spoken or id not in felt:
             wrong = f"has no words in {words}" if id in felt else f"of {words} has no label in it"
@@ -200,12 +188,17 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
             wrong = f"has the unknown emotion {emotion!r}"
         elif max(abs(from_ - start), abs(to - end)) > 0.01:
             wrong = f"has other times in {words}"
-        if wrong:
-            problems.append(f"{labels}: {id} {wrong}; fetch it again")
-            continue
-        wav = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav")
-        turn = f"Ses{number:02}{speaker[1]}", start, end, " ".join(text.split()), emotion, wav
-        utterances.append(Utterance(id, number, dialog, *turn))
+        else:
+            try:  # a wav of another length was cut off, or is another utterance
+                if abs((seconds := len(load_wav(wav)) / SAMPLE_RATE) - (end - start)) > 0.1:
+                    lengths = f"{seconds:.2f} s long, {end - start:.2f} s by its label"
+                    wrong = f"has a wav {lengths}: {wav}"
+                who = number, dialog, f"Ses{number:02}{letter[1]}"
+                u = Utterance(id, *who, start, end, " ".join(text.split()), emotion, wav)
+                utterances += [] if wrong else [u]
+            except InputError as error:
+                problems.append(str(error))
+        problems += [f"{labels}: {id} {wrong}; fetch it again"] if wrong else []
     if not felt and not spoken:
         problems.append(f"{labels}: no utterance in it, nor in {words}; fetch both again")
     # Neither file is in order: the labels come all F, then all M.
@@ -364,7 +357,6 @@ def load_wav(path: str | Path) -> Tensor:
         raw = read_bytes(path)
         if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
             raise ValueError("not usable as a WAV file")
-
         # A RIFF file is a list of chunks: a name, a size, a body. Two of them matter.
         place, name, form = 12, b"", (0, 0, 0, 0, 0, 0)
         while name != b"data" and place + 8 <= len(raw):
@@ -386,9 +378,9 @@ def load_wav(path: str | Path) -> Tensor:
             raise ValueError("no samples, or shorter than its header says")
     x = torch.from_numpy(np.frombuffer(raw, "<i2", size // 2, start).astype(np.float32) / 32768)
     if rate != SAMPLE_RATE:
-        from torchaudio.functional import resample  # torchaudio.load would need FFmpeg
+        import torchaudio  # torchaudio.load would need FFmpeg
 
-        x = resample(x, rate, SAMPLE_RATE)
+        x = torchaudio.functional.resample(x, rate, SAMPLE_RATE)
     return x
 
 def clip(x: Tensor, trim: str = "leading") -> Tensor:
@@ -441,23 +433,22 @@ class CachedStates:
 
     def keep(self) -> None:
         """Read all states once and keep them, if they fit beside what training needs."""
-        gpu = self.device == "cuda"  # Apple's GPU shares the memory of the CPU
-        room = torch.cuda.mem_get_info()[0] - GPU_RESERVE if gpu else KEEP_ON_CPU
+        where = "cuda" if self.device == "cuda" else "cpu"  # MPS shares the memory of the CPU
+        room = torch.cuda.mem_get_info()[0] - GPU_RESERVE if where == "cuda" else KEEP_ON_CPU
         if not self.kept and sum(file.stat().st_size for file in self.files if file) <= room:
-            rows, where = range(len(self.files)), "cuda" if gpu else "cpu"
-            self.kept = [self.read(i).to(where) if self.files[i] else None for i in rows]
+            self.kept = [f and self.read(i).to(where) for i, f in enumerate(self.files)]
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self.kept[i] if self.kept else self.read(i) for i in rows.tolist()]
         lengths = torch.tensor([len(part) for part in parts])  # (U,)
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (U, T)
         n, gpu = int(lengths.sum()), self.device == "cuda"  # N
-        if self.buffer is None or len(self.buffer) < n:  # grow it
+        if self.buffer is None or len(self.buffer) < n:
             # On the CPU, convert to 32 bits on the way. For a GPU, 16 bits are half to transfer.
             dtype, pin = torch.float16 if gpu else torch.float32, gpu and not self.kept
             self.buffer = parts[0].new_empty((n, *parts[0].shape[1:]), dtype=dtype, pin_memory=pin)
         for part, place in zip(parts, self.buffer[:n].split(lengths.tolist())):
-            place.copy_(part)  # the place of one utterance in the buffer
+            place.copy_(part)
         return self.buffer[:n], mask  # (N, L, D), (U, T)
 
 def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequence, device: str):
@@ -590,8 +581,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("check", "toy"))
     parser.add_argument("dir", type=Path, help="check: holds Session1 ... Session5; toy: is empty")
-    args = parser.parse_args(arguments)
-    problems = []
+    args, problems = parser.parse_args(arguments), []
     corpus = read_iemocap(write_toy(args.dir) if args.command == "toy" else args.dir, problems)
     problems += reference_problems(corpus) if args.command == "check" and corpus else []
     if problems:
