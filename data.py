@@ -45,9 +45,7 @@ class InputError(ValueError):
 @contextlib.contextmanager
 def reading(place: str | Path, remedy: str):
     """Turn any exception inside into InputError("PLACE: what is wrong; what to do").
-
-    Everything that comes from outside is read inside this helper.
-    """
+    Everything that comes from outside is read inside this helper."""
     try:
         yield
     except InputError:
@@ -63,8 +61,7 @@ def read_bytes(path: str | Path) -> bytes:
     for beginning, kind in {
         b"version https://git-lfs": "a Git-LFS pointer in its place: run `git lfs pull`",
         b"<": "a web page in its place: the download failed",
-        b"NIST_1A": "a NIST SPHERE file", b"fLaC": "a FLAC file",
-    }.items():  # fmt: skip
+        b"NIST_1A": "a NIST SPHERE file", b"fLaC": "a FLAC file"}.items():  # fmt: skip
         if content.startswith(beginning):
             raise ValueError(kind)
     return content
@@ -138,15 +135,12 @@ SESSIONS = {  # from "ang" on, the columns count the four classes alone
     2: (30, 1811, 137, 117, 210, 197, 362, 530, 493, 481, 542),
     3: (32, 2136, 240, 135, 151, 305, 320, 627, 524, 522, 629),
     4: (30, 2103, 327, 65, 238, 143, 258, 534, 497, 528, 503),
-    5: (31, 2170, 170, 143, 299, 245, 384, 731, 510, 590, 651),
-}
+    5: (31, 2170, 170, 143, 299, 245, 384, 731, 510, 590, 651)}  # fmt: skip
 
 def read_iemocap(root: str | Path, problems: list[str] | None = None) -> list[Utterance]:
     """Read the corpus in `root`, the folder that holds Session1 ... Session5.
-
     Raises InputError with every problem found. If a list is given, the problems go into it, and the
-    utterances without a problem are returned.
-    """
+    utterances without a problem are returned."""
     root, corpus, found = Path(root), [], [] if problems is None else problems
     sessions = sorted(p for p in root.glob("*") if re.fullmatch(r"session[1-9]", p.name, re.I))
     if not sessions:
@@ -248,10 +242,8 @@ PLAIN_NAMES = {"neutral": "neu", "calm": "neu", "happy": "hap", "happiness": "ha
 
 def read_csv(path: str | Path) -> list[Utterance]:
     """Read a corpus from a CSV file: UTF-8, one row an utterance, separated by , ; or tab.
-
     The columns wav, start and id are optional. Emotions that are none of the four classes serve as
-    context. Raises InputError with every problem and its line.
-    """
+    context. Raises InputError with every problem and its line."""
     with reading(path, "save it as CSV in UTF-8"):
         text = read_bytes(path).decode("utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)  # the one in the first line
@@ -291,15 +283,11 @@ def read_csv(path: str | Path) -> list[Utterance]:
 # --- Folds and contexts (§3.1, §3.2) -------------------------------------------------------------
 
 # EXERCISE 7 (20 min): delete the body, write it again; pytest -m ex7
-def split(
-    corpus: list[Utterance], fold: int, seed: int
-) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
+def split(corpus: list[Utterance], fold: int, seed: int) -> tuple[list, list, list]:
     """Leave one session out (§3.1): the four-class utterances as (train, dev, test).
-
     Test is session `fold`. Dev is one speaker of the rest, drawn by fold and seed (§3.2). Train is
     everyone else. Raises InputError if one of the three would be empty. Any generator may draw,
-    but another one gives other numbers than the README's.
-    """
+    but another one gives other numbers than the README's."""
     targets = [u for u in corpus if u.label is not None]
     rest = [u for u in targets if u.session != fold]  # for training and development
     speakers = sorted({u.speaker for u in rest})  # a set has no fixed order
@@ -318,7 +306,6 @@ def split(
 
 def texts_elsewhere(corpus: list[Utterance]) -> set[str]:
     """Find the ids of utterances whose words another session speaks too, case and marks aside.
-
     A quarter of IEMOCAP's scripted lines do, so leaving a session out does not leave its texts out.
     """
     plain = {u.id: " ".join(re.findall(r"\w+", u.text.lower())) for u in corpus}
@@ -327,11 +314,9 @@ def texts_elsewhere(corpus: list[Utterance]) -> set[str]:
 
 def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
     """Find each utterance's neighbours in time (§3.2): rows of the corpus (N, size), -1 for none.
-
     Column size // 2 is the utterance itself. Both speakers and every emotion count. Windows never
     reach into another dialogue. A dialogue of three in rows 0 to 2, with size 3, gives
-    [[-1, 0, 1], [0, 1, 2], [1, 2, -1]].
-    """
+    [[-1, 0, 1], [0, 1, 2], [1, 2, -1]]."""
     n, half = len(corpus), size // 2  # half: neighbours on each side
     windows = torch.arange(n)[:, None] + torch.arange(-half, half + 1)  # (N, size)
     _, number = np.unique([u.dialog for u in corpus], return_inverse=True)
@@ -350,9 +335,7 @@ MIN_SAMPLES = 400  # 25 ms: WavLM's first frame, and the window of the search fo
 
 def load_wav(path: str | Path) -> Tensor:
     """Load a 16-bit mono PCM file: (n,) float32 in [-1, 1] at 16 kHz, resampled if need be.
-
-    Raises InputError with the reason and the command that converts the file.
-    """
+    Raises InputError with the reason and the command that converts the file."""
     with reading(path, "convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"):
         raw = read_bytes(path)
         if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
@@ -415,12 +398,9 @@ GPU_RESERVE = 8 * 2**30  # bytes that a frozen step on 32 clips needs beside the
 
 class CachedStates:
     """Layer states of a corpus, in one .npy file an utterance.
-
     Called with U rows of the corpus, it returns their N real steps without padding:
     (states (N, L, D), mask (U, T)). Careful: finish the backward pass first, because the next
-    call overwrites these states. A fresh tensor of this size costs more time than filling it.
-    """
-
+    call overwrites these states. A fresh tensor of this size costs more time than filling it."""
     def __init__(self, files: list[Path | None], device: str):
         self.files, self.device = files, device  # None: no states are needed
         self.kept: list[Tensor | None] = []  # states in memory, by row
@@ -453,11 +433,9 @@ class CachedStates:
 
 def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequence, device: str):
     """Compute the layer states that are not yet in `folder`, and return a CachedStates.
-
     inputs: a clip (n,) or a text of each utterance, None where no states are needed. A file is
     named by the id and a checksum of the input, so states of another input are never read.
-    Raises InputError for states beyond 16 bits.
-    """
+    Raises InputError for states beyond 16 bits."""
     # DEVIATION [D1]: the frozen phase reads states rounded to 16 bits, the paper does not mention a
     # cache. Why: the upstreams run once and not once an epoch, and files have half the size.
     files: list[Path | None] = []
@@ -490,9 +468,7 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
     return CachedStates(files, device)
 
 # EXERCISE 9 (20 min): delete the body, write it again; pytest -m ex9
-def batch(
-    rows: Tensor, windows: Tensor, sources: dict[str, Callable], device: str
-) -> dict[str, tuple]:
+def batch(rows: Tensor, windows: Tensor, sources: dict, device: str) -> dict[str, tuple]:
     """Make the keyword arguments of EmotionRecognizer for the utterances at `rows` (B,):
 
         {"audio": (states, mask), "text": (states, mask, context)}, on `device`
@@ -500,8 +476,7 @@ def batch(
     sources: by modality, functions that return states and mask of rows. Audio is asked for `rows`
     as they come. Text is asked for the rows in their windows, each once, because windows overlap.
     With windows [[-1, 5, 6], [5, 6, 7]] it is asked for [5, 6, 7], and context is [[-1, 0, 1],
-    [0, 1, 2]].
-    """
+    [0, 1, 2]]."""
     arguments = {}  # by modality
     if "audio" in sources:
         arguments["audio"] = sources["audio"](rows)  # (states, mask)
@@ -553,7 +528,6 @@ def _write_toy(root: Path) -> None:
             if rng.random() < TOY["named"]:
                 text = rng.choice(KEYWORDS[felt], len(text))  # a sentence that names the emotion
             text = "[LAUGHTER]" if rng.random() < 0.01 else " ".join(text).capitalize() + "."
-
             # A steady tone with overtones. A voice that does not show the emotion shows any.
             pitch, fall = VOICES[felt if rng.random() < TOY["voice"] else str(rng.choice(CLASSES))]
             n, overtone = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE), np.arange(1, 13)[:, None]

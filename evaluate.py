@@ -75,9 +75,7 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
 # ----- The files of a run (train.py lists them)
 def read_run(folder: Path) -> SimpleNamespace:
     """Read a finished run: what config.json holds as attributes, and what is added here.
-
-    Raises InputError if the run is unfinished, or if its files are damaged or disagree.
-    """
+    Raises InputError if the run is unfinished, or if its files are damaged or disagree."""
     run, remedy = SimpleNamespace(folder=folder), f"restore it, or delete {folder} and train again"
     with reading(folder / "config.json", remedy):
         vars(run).update(json.loads((folder / "config.json").read_bytes()))
@@ -136,9 +134,7 @@ def column(runs: list, name: str) -> np.ndarray:
 
 def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen: set[str]) -> None:
     """Write predictions.csv: one row an utterance, with the probability of each class.
-
-    seen: ids of utterances whose words occur in another session.
-    """
+    seen: ids of utterances whose words occur in another session."""
     text = io.StringIO(newline="")  # the csv module ends the lines itself
     table = csv.writer(text)
     table.writerow(["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"])
@@ -207,19 +203,16 @@ def describe(result: dict) -> str:
 
 def table_1(runs: list, name="Table 1", published=TABLE_1, wanted=None) -> str:
     """Format the systems that were run, for runs of one title. Return "" if there are none.
-
     The first ± is the standard deviation over the folds, each averaged over its seeds: how much the
     sessions differ. With several seeds, the last ± is that of the averages of the seeds: the effect
-    of initial weights, order and development speaker.
-    """
+    of initial weights, order and development speaker."""
     rows, wanted = [], set(wanted or runs[0].sessions)  # wanted: folds
     for number, mine in grouped([run for run in runs if run.system in published], "system").items():
         row = {"Sys.": number, "model": TABLE_1[number][0], "runs": len(mine)}
         for metric, figure in zip(("WA", "UA"), published[number][-2:]):
             folds, seeds = (  # averages in %, over the runs of each fold and of each seed
                 [100 * fmean(run.result[metric.lower()] for run in x) for x in groups.values()]
-                for groups in (grouped(mine, "fold"), grouped(mine, "seed"))
-            )
+                for groups in (grouped(mine, "fold"), grouped(mine, "seed")))  # fmt: skip
             values = [fmean(folds), *(stdev(x) for x in (folds, seeds) if len(x) > 1)]
             row[metric] = " ± ".join(f"{x:.2f}" for x in values)
             if mine[0].corpus == "iemocap":  # the paper has figures for IEMOCAP alone
@@ -239,10 +232,8 @@ def table_2(runs: list) -> str:
 
 def breakdown(runs: list) -> str:
     """Format WA and UA on parts of the test data, pooled over all runs of a system.
-
     A quarter of IEMOCAP's scripted lines occur in several sessions ("text seen"), so a text model
-    can know them from training. Within one class, WA and UA are both its recall.
-    """
+    can know them from training. Within one class, WA and UA are both its recall."""
     names, rows = ("truth", "guess", "seen", "dialog", "speaker"), []
     for number, mine in grouped(runs, "system").items():
         truth, guess, seen, dialog, speaker = (column(mine, name) for name in names)  # (N,) each
@@ -298,9 +289,7 @@ def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0
 
 def compare(first: list, second: list) -> str:
     """Compare the runs of two systems, A and B, paired by fold and seed, or raise InputError.
-
-    Of each fold we take the lowest seed that both have, so that an utterance counts once.
-    """
+    Of each fold we take the lowest seed that both have, so that an utterance counts once."""
     a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))
     pairs = {fold: (a[fold, seed], b[fold, seed])
              for fold, seed in sorted(a.keys() & b.keys(), reverse=True)}  # fmt: skip
@@ -406,7 +395,6 @@ class Recognizer:
         from evaluate import Recognizer
         Recognizer("runs/toy/mmt-finetuned/fold5-seed0").recognize("x.wav", "i never said that")
     """
-
     def __init__(self, folder: str | Path):
         self.run = run = read_run(Path(folder))
         self.name = f"{run.name}, fold {run.fold}, seed {run.seed}"  # in titles and errors
@@ -426,10 +414,8 @@ class Recognizer:
 
     def recognize(self, wav=None, text=None, before=(), after=()) -> dict[str, float]:
         """Return {"neu": p, "hap": p, "ang": p, "sad": p}.
-
         before, after: the texts of the turns around the utterance, in their order. Afterwards
-        `batch` holds the model's input, and `remarks` what a user must know about the answer.
-        """
+        `batch` holds the model's input, and `remarks` what a user must know about the answer."""
         self.batch, self.remarks = {}, []  # batch: the model's keyword arguments
         remark = self.remarks.append
         if self.run.title.startswith("toy"):
@@ -471,7 +457,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-
     # An utterance of your own
     if args.wav is not None or args.text is not None or args.before or args.after:
         recognizer = Recognizer(args.runs)
@@ -484,7 +469,6 @@ def main(arguments: list[str] | None = None) -> None:
             if recognizer.run.fusion in ("cmt-a2t", "cmt-t2a", "mmt"):
                 draw_attention(recognizer, args.text, args.pictures / "attention.png")
         return
-
     # Reports, one for each title: the corpus and the switches
     runs, others = find_runs(args.runs)
     if not runs + others:

@@ -55,8 +55,7 @@ FUSIONS["mmt"] = FUSIONS["cmt-a2t"] + FUSIONS["cmt-t2a"]  # Sys. 17, 18: Fig. 3d
 # The values of some fields of Config, and of train.py's flags
 CHOICES = {
     "fusion": tuple(FUSIONS), "condense": ("sum", "concat"), "text_mask": ("union", "target"),
-    "head": ("mlp", "linear"), "dropout_at": ("modules", "projector", "both"),
-}  # fmt: skip
+    "head": ("mlp", "linear"), "dropout_at": ("modules", "projector", "both")}  # fmt: skip
 
 @dataclass
 class Config:
@@ -92,11 +91,9 @@ class Config:
 # EXERCISE 1 (10 min): delete the body, write it again; pytest -m ex1
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
-
     x (B, T, D), mask (B, T) -> (B, D). Example: x [[1], [3], [9]] with mask [True, True, False]
     gives [2]. An utterance without a real step gives zeros, so there is no 0/0 = NaN. Padding is
-    never read, so it may contain anything, even NaN. A NaN in a real step propagates.
-    """
+    never read, so it may contain anything, even NaN. A NaN in a real step propagates."""
     steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
 
@@ -105,12 +102,10 @@ def cross_modal_attention(
     x_t: Tensor, x_s: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, mask_s: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute Eq. (1): each step of the target takes a weighted mean of the source's values.
-
     x_t (B, T_t, d_t), x_s (B, T_s, d_s), w_q (d_t, d_k), w_k (d_s, d_k), w_v (d_s, d_v),
     mask_s (B, T_s) or None -> (out (B, T_t, d_v), weights (B, T_t, T_s)). Each row of the weights
     sums to 1 over the real steps of the source. Without a real step, weights and output are zero.
-    Padding of the source may contain any finite number (0 * NaN is NaN).
-    """
+    Padding of the source may contain any finite number (0 * NaN is NaN)."""
     # Eq. (1), §2.2: softmax(Q_t K_s^T / sqrt(d_k)) V_s
     q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v  # (B, T_t, d_k), (B, T_s, d_k), (B, T_s, d_v)
     scores = q @ k.transpose(1, 2) / math.sqrt(w_k.shape[1])  # (B, T_t, T_s)
@@ -131,7 +126,6 @@ class SqueezeExcitation(nn.Module):
         z = mean of x over features and real steps        squeeze, (B, L)
         gates = sigmoid(W_2 ReLU(W_1 z + b_1) + b_2)      excitation, (B, L)
     """
-
     def __init__(self, n_layers: int):
         super().__init__()
         # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
@@ -156,12 +150,9 @@ class SqueezeExcitation(nn.Module):
 
 class Projector(nn.Module):
     """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
-
     x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat". Given
     gates (B, T, L), it scales the layers on the way. That equals a projection of S&E's output, but
-    makes no scaled copy of the states. In training, the gates are applied here.
-    """
-
+    makes no scaled copy of the states. In training, the gates are applied here."""
     def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
         super().__init__()
         self.condense = condense
@@ -186,11 +177,8 @@ class Projector(nn.Module):
 
 class FeatureExtractor(nn.Module):
     """Fig. 2a without the upstream: states, mask (B, T) -> (X (B, T, d), mask).
-
     The states are (B, T, L, D), or (N, L, D) without padding: the N real steps of all utterances,
-    one after another, as the cache gives them. The mask tells where each step belongs.
-    """
-
+    one after another, as the cache gives them. The mask tells where each step belongs."""
     def __init__(self, config: Config, modality: str):
         super().__init__()
         n_layers = config.audio_layers if modality == "audio" else config.text_layers  # L
@@ -204,7 +192,6 @@ class FeatureExtractor(nn.Module):
         states = states.float()  # the cache stores 16 bits [D1], the weights have 32
         if states.ndim == 4:
             return self.projector(states, self.se.gates(states, mask)[:, None]), mask
-
         # Without padding. Subtle: gates() averages over the features first, so these averages can
         # be passed as states of width 1.
         means = states.new_zeros(*mask.shape, states.shape[1], 1)  # (B, T, L, 1)
@@ -218,10 +205,8 @@ class FeatureExtractor(nn.Module):
 
 class ContextConv(nn.Module):
     """The Conv2D of Fig. 2b: the feature maps of C utterances become one map of the target.
-
     x (B, C, T, d), mask (B, C, T) -> (X_T (B, T, d), mask (B, T)). The target is utterance C // 2.
     """
-
     def __init__(self, n_context: int = 9, text_mask: str = "union"):
         super().__init__()
         # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3"
@@ -246,11 +231,8 @@ class ContextConv(nn.Module):
 
 class TextFeatureExtractor(FeatureExtractor):
     """Fig. 2b without BERT: the states of U utterances -> (X_T (B, T, d), mask (B, T)).
-
     states (U, T, L, D) or (N, L, D), mask (U, T), and context (B, C): the numbers of the utterances
-    in each window, -1 for none. Windows overlap, so each distinct utterance is given once.
-    """
-
+    in each window, -1 for none. Windows overlap, so each distinct utterance is given once."""
     def __init__(self, config: Config):
         super().__init__(config, "text")
         self.context = ContextConv(config.n_context, config.text_mask)
@@ -265,11 +247,8 @@ class TextFeatureExtractor(FeatureExtractor):
 # --- Fusion (Fig. 3) and the whole (Fig. 1) -------------------------------------------------------
 class TransformerBlock(nn.Module):
     """One Transformer block around Eq. (1). The source is the target itself, or the other modality.
-
     x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). There are two
-    sublayers, each followed by dropout, add and norm. `residual` switches the first add alone.
-    """
-
+    sublayers, each followed by dropout, add and norm. `residual` switches the first add alone."""
     def __init__(self, dim: int = 16, dropout: float = 0.1, residual: bool = True):
         super().__init__()
         # UNSPECIFIED [A8]: heads, depth, width, norm, positions. Eq. (1) has one head and no output
@@ -281,8 +260,7 @@ class TransformerBlock(nn.Module):
         )
         self.norm1 = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim)
-        )
+            nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))  # fmt: skip
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         # UNSPECIFIED [A7]: the vanilla Transformer adds the queries to the attention's output. Then
@@ -304,10 +282,7 @@ class TransformerBlock(nn.Module):
 
 class Fusion(nn.Module):
     """Fig. 3: run the paths of FUSIONS, pool each over time (§2.2), concatenate.
-
-    x and mask are dicts by modality, (B, T_m, d) and (B, T_m) -> (B, d * number of paths).
-    """
-
+    x and mask are dicts by modality, (B, T_m, d) and (B, T_m) -> (B, d * number of paths)."""
     def __init__(self, config: Config):
         super().__init__()
         self.paths = FUSIONS[config.fusion]
@@ -328,13 +303,10 @@ class Fusion(nn.Module):
 
 class EmotionRecognizer(nn.Module):
     """Fig. 1: everything that is trained from scratch. Layer states of a batch -> logits (B, 4).
-
     audio  (states, mask) as in FeatureExtractor, or None for the text systems
     text   (states, mask, context) as in TextFeatureExtractor, or None for the audio systems
     The classes are in the order of Fig. 4: neu, hap, ang, sad (data.CLASSES). Raises ValueError
-    if a modality that the fusion needs is missing.
-    """
-
+    if a modality that the fusion needs is missing."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -384,9 +356,7 @@ class Upstream(nn.Module):
     precision  "fp32", or "bf16": matrix products in 16 bits
     call       list of B waveforms (n,) at 16 kHz, or of B strings
                -> (states (B, T, L, D), mask (B, T))
-    Raises InputError if the model cannot be loaded or fails a check.
-    """
-
+    Raises InputError if the model cannot be loaded or fails a check."""
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
         super().__init__()
         self.name, self.modality, self.precision = name, modality, "fp32"
@@ -407,7 +377,6 @@ class Upstream(nn.Module):
             self.one_by_one = False
             self.one_by_one = self.check()
         self.precision = precision
-
         # A checksum of the weights and of the preprocessor's rules, for the cache's name.
         rules = getattr(self.preprocessor, "backend_tokenizer", None)
         rules = rules.to_str() if rules else self.preprocessor.to_json_string()
@@ -427,14 +396,12 @@ class Upstream(nn.Module):
             parts = [self([x]) for x in raw]
             both = zip(*parts)  # all states, all masks
             return tuple(pad_sequence([x[0] for x in xs], batch_first=True) for xs in both)
-
         # Preprocess and pad. The audio preprocessor makes mean 0 and variance 1.
         device = next(self.model.parameters()).device
         if self.modality == "audio":
             inputs = self.preprocessor(
                 [clip.numpy() for clip in raw], sampling_rate=16000, padding=True,
-                return_attention_mask=True, return_tensors="pt",
-            )  # fmt: skip
+                return_attention_mask=True, return_tensors="pt")  # fmt: skip
             frames = frame_count(inputs["attention_mask"].sum(dim=1), self.model.config)  # (B,)
             mask = torch.arange(int(frames.max())) < frames[:, None]  # (B, T)
         else:
@@ -449,7 +416,6 @@ class Upstream(nn.Module):
         with cast, warnings.catch_warnings():  # torch warns of two kinds of mask: harmless
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             output = self.model(**inputs.to(device), output_hidden_states=True)
-
         # Take all L states (§2.1). PAPER-ERROR [E4]: "information leakage" there means loss.
         # State 0 is the input of the first Transformer layer. Careful: the last of `hidden_states`
         # may come before the final LayerNorm, so we take last_hidden_state.
@@ -471,10 +437,8 @@ class Upstream(nn.Module):
     @torch.no_grad()
     def check(self) -> bool:
         """Run inputs of unlike length, alone and in one batch. Raises ValueError for a bad model.
-
         Returns whether the states of an input depend on the rest of its batch. Some models
-        normalise over time, padding included. They work if they get one input at a time.
-        """
+        normalise over time, padding included. They work if they get one input at a time."""
         if self.modality == "audio":
             time = torch.arange(9000) / 16000
             inputs = [(2764 * time).sin(), (942 * time[:5000]).sin()]
@@ -501,9 +465,7 @@ class Upstream(nn.Module):
 
 def frame_count(samples: Tensor | int, config) -> Tensor | int:
     """Count the frames of a CNN encoder, layer by layer. For WavLM floor((n - 400) / 320) + 1.
-
-    PAPER-ERROR [E3]: "50 x 25 x 1024 for each second" (§2.1). 1 s gives 49 frames, 5 s give 249.
-    """
+    PAPER-ERROR [E3]: "50 x 25 x 1024 for each second" (§2.1). 1 s gives 49 frames, 5 s give 249."""
     for kernel, stride in zip(config.conv_kernel, config.conv_stride):
         samples = (samples - kernel) // stride + 1
     return samples
@@ -524,7 +486,6 @@ def load_pretrained(name: str, modality: str, label: str):
 
     hf = load_transformers()
     loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
-
     # A model folder must not run code of its own. Careful: without False, the library asks.
     def load(local: bool):
         how = {"local_files_only": local, "trust_remote_code": False}
@@ -544,7 +505,6 @@ def load_pretrained(name: str, modality: str, label: str):
         with reading(f"{label}: no such folder, and the Hugging Face hub fails", advice):
             huggingface_hub.HfApi().model_info(name, timeout=5)
         preprocessor, model, missing = load(local=False)
-
     # A weight that fails to load stays random without any error, so we check. No pooled output is
     # read, and no input is masked [A12], so these two may be missing.
     missing = [key for key in missing if "pooler" not in key and "masked_spec_embed" not in key]
@@ -555,15 +515,12 @@ def load_pretrained(name: str, modality: str, label: str):
 # The configuration of microsoft/wavlm-large, where it is not the library's default
 WAVLM_LARGE = dict(
     hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-    feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320,
-)  # fmt: skip
+    feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320)  # fmt: skip
 
 def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
     """Write WavLM and BERT of two layers with random weights, in the hub's file format.
-
     They are for dry runs. The vocabulary is made from `texts`, without labels. Letters are in it
-    too, so no word is unknown. Returns {"audio": folder, "text": folder}.
-    """
+    too, so no word is unknown. Returns {"audio": folder, "text": folder}."""
     hf = load_transformers()
     words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}
     letters = set("abcdefghijklmnopqrstuvwxyz")
@@ -576,8 +533,7 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
         "audio": (hf.Wav2Vec2FeatureExtractor(return_attention_mask=True),
                   hf.WavLMModel(hf.WavLMConfig(**WAVLM_LARGE | cnn | size))),
         "text": (hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}),
-                 hf.BertModel(hf.BertConfig(vocab_size=len(vocabulary), **size))),
-    }  # fmt: skip
+                 hf.BertModel(hf.BertConfig(vocab_size=len(vocabulary), **size)))}  # fmt: skip
     for modality, (preprocessor, model) in made.items():
         # Draw the weights here, because each version of the library draws others.
         for name, p in model.named_parameters():

@@ -44,10 +44,8 @@ def number(low: float, high: float = 1e9, kind: Callable = float) -> Callable:
 
 def flags() -> argparse.ArgumentParser:
     """Declare the flags. The defaults are the paper's.
-
     Each flag but those of the first group is a setting of the run. It is saved in config.json. If
-    it differs from the default, the name of the run's folder tells it.
-    """
+    it differs from the default, the name of the run's folder tells it."""
     p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     whole = number(1, kind=int)  # 1, 2, 3, ...
     add = p.add_argument_group("corpus and machine").add_argument
@@ -110,7 +108,6 @@ class Patience:
         0.7        "continue"                  lower: the counter is 0 again, fine-tuning goes on
         0.8 x 4    "continue" x 3  "stop"      4 epochs without a lower loss
     """
-
     def __init__(self, finetune_after=5, stop_after=10, reset_at_finetune=False, min_decrease=0.0):
         self.finetune_after, self.stop_after = finetune_after, stop_after
         self.reset_at_finetune, self.min_decrease = reset_at_finetune, min_decrease
@@ -119,22 +116,18 @@ class Patience:
     # EXERCISE 8 (20 min): delete the body, write it again; pytest -m ex8
     def step(self, dev_loss: float) -> str:
         """Count an epoch. Returns "continue", "finetune" (once) or "stop" ("stop" if both are due).
-
-        Keeps the counts in `best`, `since_best` and `finetuning`.
-        """
+        Keeps the counts in `best`, `since_best` and `finetuning`."""
         # UNSPECIFIED [A17]: what "decreased" means. We take any lower loss. Alternative:
         # --min-decrease 1e-4, relative, as in the author's other code. Effect: tests/COURSE.md.
         if dev_loss < self.best * (1 - self.min_decrease):
             self.best, self.since_best = dev_loss, 0
         else:
             self.since_best += 1
-
         # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs for every system.
         if self.since_best >= self.stop_after:
             return "stop"  # before the trigger: if both are due, stop
         if self.finetune_after is None or self.finetuning or self.since_best < self.finetune_after:
             return "continue"
-
         # UNSPECIFIED [A9]: whether the 10 epochs are counted from the trigger again. We read one
         # counter: 5 more epochs without a lower loss stop the run. Alternative: --reset-patience.
         # Effect: tests/COURSE.md.
@@ -143,16 +136,12 @@ class Patience:
             self.since_best = 0
         return "finetune"
 
-def train(
-    args: argparse.Namespace, model_config: Config, corpus: list[Utterance],
-    upstreams: dict[str, Upstream], inputs: dict, cached: dict, folder: Path,
-) -> None:  # fmt: skip
+def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance],
+          upstreams: dict, inputs: dict, cached: dict, folder: Path) -> None:  # fmt: skip
     """Train one system on one fold with one seed. Resume if its folder has a checkpoint.
-
     args: the flags, with one fold and one seed, and the corpus's name. By modality: the upstreams,
     their inputs (clips, texts), their cached layer states. Raises InputError if the loss is not
-    finite, or if the checkpoint cannot be used.
-    """
+    finite, or if the checkpoint cannot be used."""
     # The three parts of the fold, as rows of the corpus. Windows hold rows, too.
     row_of = {u.id: i for i, u in enumerate(corpus)}  # id -> row of the corpus
     parts = train_set, dev_set, test_set = data.split(corpus, args.fold, args.seed)
@@ -264,8 +253,7 @@ def train(
             "epoch": len(log) + 1, "phase": "frozen" if finetune_epoch is None else "finetune",
             "lr": optimizer.param_groups[-1]["lr"], "train_loss": train_loss,
             "dev_loss": dev_loss, "dev_wa": dev["wa"], "dev_ua": dev["ua"],
-            "since_best": since_best, "seconds": time.perf_counter() - started,
-        })  # fmt: skip
+            "since_best": since_best, "seconds": time.perf_counter() - started})  # fmt: skip
         since = f"no improvement for {since_best} of {args.stop_after} epochs"
         print(f"{args.name} epoch {len(log):3} {log[-1]['phase']:8} train loss {train_loss:.4f}  "
               f"dev loss {dev_loss:.4f} WA {dev['wa']:6.2%} UA {dev['ua']:6.2%}  "
@@ -289,8 +277,7 @@ def train(
         state = {
             "log": log, "finetune_epoch": finetune_epoch, "selected": selected,
             "weights": weights(), "optimizer": optimizer.state_dict(), "patience": vars(patience),
-            "order": order.get_state(), "cpu": torch.get_rng_state(),
-        }  # fmt: skip
+            "order": order.get_state(), "cpu": torch.get_rng_state()}  # fmt: skip
         if args.device != "cpu":
             state[args.device] = getattr(torch, args.device).get_rng_state()
         lines = "".join(json.dumps(row) + "\n" for row in log)
@@ -315,8 +302,7 @@ def train(
         "loss": F.nll_loss(log_probs, labels[test_rows]).item(), "epochs": len(log),
         "finetune_epoch": finetune_epoch, "dev_speaker": dev_set[0].speaker,
         "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),  # utterances
-        "seconds": sum(row["seconds"] for row in log),
-    }  # fmt: skip
+        "seconds": sum(row["seconds"] for row in log)}  # fmt: skip
     data.write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
     print(evaluate.describe(result))
     for p, value in pretrained:  # the next run of the command starts from these
@@ -333,9 +319,7 @@ def finite(loss: float, epoch: int, ids: list[str]) -> float:
 # --- The command ---------------------------------------------------------------------------------
 def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Utterance]]:
     """Read the corpus that was asked for: (its name in reports, its utterances).
-
-    Raises InputError with every problem of it.
-    """
+    Raises InputError with every problem of it."""
     if not iemocap and not table:
         print("No corpus named: this is the TOY corpus of tones and made-up words. Toy numbers!")
     root = table or iemocap or data.write_toy("corpora/toy")  # written once
@@ -391,8 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--frozen: --system says it already (odd: frozen)": args.system and args.frozen,
         "--corpus: use either --iemocap or --corpus": args.iemocap and args.corpus,
         "--partial: of which folder? Add --iemocap DIR": args.partial and not args.iemocap,
-        "--context: expected an odd number": args.context % 2 == 0,
-    }.items():
+        "--context: expected an odd number": args.context % 2 == 0}.items():  # fmt: skip
         if wrong:
             p.error(complaint)  # exits
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -408,7 +391,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Toy defaults: tiny upstreams, at most {TOY_EPOCHS} epochs (the paper has no cap)")
     args = p.parse_args(arguments, argparse.Namespace(name=name))  # with these defaults
     args.device = device
-
     # The runs: systems x folds x seeds. A fold that cannot be split is an error now, not later.
     table_1 = list(itertools.product(CHOICES["fusion"], (True, False)))  # Sys. 1 to 18
     systems = [(args.fusion, args.frozen)]  # one, unless --system names others
@@ -435,7 +417,6 @@ def main(arguments: list[str] | None = None) -> None:
         folder = args.out / name / system / f"fold{args.fold}-seed{args.seed}"
         number = evaluate.system_number(args.fusion, args.frozen)  # in Table 1
         print(f"\nSys. {number} ({system}), fold {args.fold}, seed {args.seed}")
-
         # What this system uses of all that was loaded. L and D are read off the upstreams.
         used = {m: upstreams[m] for m in Config(args.fusion).modalities}  # audio, text or both
         states = {m: cached[m] for m in used}
@@ -451,8 +432,7 @@ def main(arguments: list[str] | None = None) -> None:
             "weights": {m: upstream.fingerprint for m, upstream in used.items()},
             "upstreams": {m: os.path.abspath(u.name) if os.path.isdir(u.name) else u.name
                           for m, u in used.items()},
-            "made_with": {"torch": torch.__version__, "device": device},
-        })  # fmt: skip
+            "made_with": {"torch": torch.__version__, "device": device}})  # fmt: skip
         if (folder / "result.json").exists():  # written last
             print(f"done before, see {folder}; delete that to train again")
         else:
