@@ -44,8 +44,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reading(place: str | Path, remedy: str):
-    """Turn any exception inside into InputError("PLACE: what is wrong; what to do").
-    Everything that comes from outside is read inside this helper."""
+    """Turn any exception inside into InputError("PLACE: what is wrong; what to do")."""
     try:
         yield
     except InputError:
@@ -98,18 +97,15 @@ def run_command(main: Callable) -> None:
         sys.exit("\nStopped. The same command resumes after the last whole epoch.")
 
 # --- IEMOCAP (§3.1) ------------------------------------------------------------------------------
-#
 # Five sessions of one woman and one man, in 28 to 32 dialogues each, improvised ("impro") or
 # scripted ("script"). A test covers each of these pitfalls:
 #   - The letter in a dialogue's name is not the speaker. The letter in the id's suffix is.
 #   - The files are not in time order, and the turns of the two speakers overlap.
 #   - 48 transcript lines have an id with XX, but no label and no wav. Others have no id at all.
 #   - Only 5,531 of 10,039 utterances are of the four classes, but all of them are context.
-
 @dataclass(frozen=True)
 class Utterance:
     """One turn of a dialogue. A corpus is a list of these: dialogue by dialogue, in time order."""
-
     id: str  # Ses01F_impro01_M003
     session: int  # the fold that tests on it
     dialog: str  # Ses01F_impro01: this F wore the markers, and is not the speaker
@@ -152,16 +148,14 @@ def read_iemocap(root: str | Path, problems: list[str] | None = None) -> list[Ut
         # Some copies hold macOS's ._* files. Sub-folders hold the labels of single raters.
         folders = session / "dialog" / "EmoEvaluation", session / "dialog" / "transcriptions"
         names = sorted({p.name for folder in folders for p in folder.glob("Ses*.txt")})
-        if not names:
-            found.append(f"{folders[0]}: holds no label file Ses*.txt; fetch it again")
+        found += [] if names else [f"{folders[0]}: holds no label file Ses*.txt; fetch it again"]
         for name in names:
             corpus += _read_dialog(*(folder / name for folder in folders), session, found)
-    if found and problems is None:
+    if found and problems is None:  # nobody asked for a list
         raise InputError("\n".join(found))
     return corpus
 
 ID, TIMES = r"(?P<id>\S+)", r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]"
-
 def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> list[Utterance]:
     """Read one dialogue in time order. Labels, words and wavs are matched by id and must agree."""
     number, dialog, utterances = int(session.name[-1]), labels.stem, []  # 1, Ses01F_impro01
@@ -173,7 +167,7 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
         letter = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
         start, end, emotion = felt.get(id) or (*spoken[id][:2], "xxx")
         from_, to, text = spoken.get(id) or felt[id]
-        wav, wrong = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav"), ""
+        wav, wrong = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav"), ""  # not wrong yet
         if not letter or not dialog.startswith(f"Ses{number:02}"):
             wrong = f"is not an utterance of {dialog} in session {number}"
         elif id not in spoken or id not in felt:
@@ -207,12 +201,10 @@ def _entries(path: Path, begin: str, form: str, problems: list) -> dict[str, tup
     except InputError as error:
         problems.append(str(error))
     for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
-        if not re.match(begin, line):
-            continue
-        match = re.fullmatch(form, line.strip())
-        if match and match["id"] not in entries:
+        match = re.fullmatch(form, line.strip())  # None: not this form
+        if match and re.match(begin, line) and match["id"] not in entries:
             entries[match["id"]] = float(match["start"]), float(match["end"]), match["rest"]
-        else:
+        elif re.match(begin, line):
             why = f"{match['id']} for the second time" if match else "another form expected"
             problems.append(f"{path}:{number}: {why}: {line!r:.60}; fetch it again")
     return entries
@@ -227,14 +219,13 @@ def reference_problems(corpus: list[Utterance]) -> list[str]:
         for kind in ("utterances", *(four if u.label is not None else ())):
             found[f"session {u.session}", kind] += 1
     rows = {f"session {s}": dict(zip(SESSION_COLUMNS, row)) for s, row in SESSIONS.items()}
-    problems = []
+    problems = []  # a line for each row
     for row, cells in {"all sessions": EMOTIONS, **rows}.items():
         wrong = [f"{c} {found[row, c]} (not {n})" for c, n in cells.items() if found[row, c] != n]
         problems += [f"full release: {row}: {', '.join(wrong)}"] if wrong else []
     return problems
 
 # --- A corpus of your own: a table of utterances (the README shows one) --------------------------
-
 COLUMNS = ("text", "emotion", "session", "dialog", "speaker", "wav", "start", "id")
 PLAIN_NAMES = {"neutral": "neu", "calm": "neu", "happy": "hap", "happiness": "hap", "joy": "hap",
                "excited": "exc", "excitement": "exc", "angry": "ang", "anger": "ang",
@@ -242,8 +233,7 @@ PLAIN_NAMES = {"neutral": "neu", "calm": "neu", "happy": "hap", "happiness": "ha
 
 def read_csv(path: str | Path) -> list[Utterance]:
     """Read a corpus from a CSV file: UTF-8, one row an utterance, separated by , ; or tab.
-    The columns wav, start and id are optional. Emotions that are none of the four classes serve as
-    context. Raises InputError with every problem and its line."""
+    wav, start and id are optional. Raises InputError with every problem and its line."""
     with reading(path, "save it as CSV in UTF-8"):
         text = read_bytes(path).decode("utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)  # the one in the first line
@@ -272,7 +262,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
         problems += wrong
         if not wrong:  # the row is an utterance
             start, emotion = float(row["start"] or 0), row["emotion"].lower()
-            who = int(row["session"]), row["dialog"], row["speaker"]
+            who = int(row["session"]), row["dialog"], row["speaker"]  # strings, but the fold
             felt = PLAIN_NAMES.get(emotion, emotion)
             corpus[id] = Utterance(id, *who, start, start, row["text"], felt, wav)
     if problems:
@@ -281,23 +271,20 @@ def read_csv(path: str | Path) -> list[Utterance]:
     return sorted(corpus.values(), key=lambda u: (u.session, u.dialog, u.start))
 
 # --- Folds and contexts (§3.1, §3.2) -------------------------------------------------------------
-
 # EXERCISE 7 (20 min): delete the body, write it again; pytest -m ex7
 def split(corpus: list[Utterance], fold: int, seed: int) -> tuple[list, list, list]:
     """Leave one session out (§3.1): the four-class utterances as (train, dev, test).
     Test is session `fold`. Dev is one speaker of the rest, drawn by fold and seed (§3.2). Train is
-    everyone else. Raises InputError if one of the three would be empty. Any generator may draw,
-    but another one gives other numbers than the README's."""
-    targets = [u for u in corpus if u.label is not None]
+    everyone else. Raises InputError if one of the three would be empty."""
+    targets = [u for u in corpus if u.label is not None]  # of the four classes
     rest = [u for u in targets if u.session != fold]  # for training and development
     speakers = sorted({u.speaker for u in rest})  # a set has no fixed order
     if len(speakers) < 2 or len(rest) == len(targets):
         needs = f"four-class utterances in session {fold} and two speakers in the others"
         have = sorted({u.session for u in targets})
         raise InputError(f"fold {fold} needs {needs}; the corpus has sessions {have}")
-    # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2). We draw one of
-    # the training speakers by the seed. Alternative: --seed. The partner stays in training, so the
-    # development speaker's words are in the context of training utterances, without labels.
+    # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2). We draw one by
+    # the seed. Alternative: --seed. The partner stays in training, with this speaker as context.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [u for u in rest if u.speaker != dev_speaker]  # seven speakers of IEMOCAP
     dev = [u for u in rest if u.speaker == dev_speaker]  # one speaker
@@ -326,9 +313,8 @@ def context_windows(corpus: list[Utterance], size: int = 9) -> Tensor:
     return torch.where(inside, windows, -1)  # (N, size)
 
 # --- Waveforms (§3.2): "audios are clipped into 5 seconds ... by trimming or padding" ------------
-#
 # A batch is padded to its longest clip. Padding is masked everywhere, so padding to 5 s would give
-# the same result (a test holds that). WavLM's preprocessor makes mean 0 and variance 1.
+# the same result (a test holds that).
 CLIP_SECONDS = 5  # §3.2
 TRIM_DB = 60  # [A13]
 MIN_SAMPLES = 400  # 25 ms: WavLM's first frame, and the window of the search for silence
@@ -337,7 +323,7 @@ def load_wav(path: str | Path) -> Tensor:
     """Load a 16-bit mono PCM file: (n,) float32 in [-1, 1] at 16 kHz, resampled if need be.
     Raises InputError with the reason and the command that converts the file."""
     with reading(path, "convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"):
-        raw = read_bytes(path)
+        raw = read_bytes(path)  # the whole file
         if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
             raise ValueError("not usable as a WAV file")
         # A RIFF file is a list of chunks: a name, a size, a body. Two of them matter.
@@ -349,7 +335,7 @@ def load_wav(path: str | Path) -> Tensor:
                 form = struct.unpack_from("<HHIIHH", raw, start)
                 if form[0] == 65534:  # WAVE_FORMAT_EXTENSIBLE: the format comes later
                     form = (*struct.unpack_from("<H", raw, start + 24), *form[1:])
-        kind, channels, rate, _, _, bits = form
+        kind, channels, rate, _, _, bits = form  # rate in Hz
         if (kind, channels, bits) != (1, 1, 16):
             has = f"format {kind}, {channels} channel(s) of {bits} bits"
             raise ValueError(f"{has}; expected format 1 (PCM), 1 channel of 16 bits")
@@ -389,7 +375,6 @@ def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | 
     return [None if u.label is None else clip(load_wav(u.wav), trim) for u in bar]
 
 # --- Layer states: from the cache, or from the live upstream -------------------------------------
-#
 # While the upstreams are frozen (§2.4), an utterance's states never change. They are computed once
 # and kept in files: a 5 s clip has 249 x 25 x 1024 numbers, 12.7 MB in 16 bits, and IEMOCAP's 5,531
 # clips have at most 46 GB. In fine-tuning the upstreams run on every batch.
@@ -423,22 +408,21 @@ class CachedStates:
         lengths = torch.tensor([len(part) for part in parts])  # (U,)
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (U, T)
         n, gpu = int(lengths.sum()), self.device == "cuda"  # N
-        if self.buffer is None or len(self.buffer) < n:
+        if self.buffer is None or len(self.buffer) < n:  # grow it
             # On the CPU, convert to 32 bits on the way. For a GPU, 16 bits are half to transfer.
             dtype, pin = torch.float16 if gpu else torch.float32, gpu and not self.kept
             self.buffer = parts[0].new_empty((n, *parts[0].shape[1:]), dtype=dtype, pin_memory=pin)
         for part, place in zip(parts, self.buffer[:n].split(lengths.tolist())):
-            place.copy_(part)
+            place.copy_(part)  # the place of one utterance in the buffer
         return self.buffer[:n], mask  # (N, L, D), (U, T)
 
 def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequence, device: str):
     """Compute the layer states that are not yet in `folder`, and return a CachedStates.
     inputs: a clip (n,) or a text of each utterance, None where no states are needed. A file is
-    named by the id and a checksum of the input, so states of another input are never read.
-    Raises InputError for states beyond 16 bits."""
+    named by id and checksum of the input. Raises InputError for states beyond 16 bits."""
     # DEVIATION [D1]: the frozen phase reads states rounded to 16 bits, the paper does not mention a
     # cache. Why: the upstreams run once and not once an epoch, and files have half the size.
-    files: list[Path | None] = []
+    files = []  # a Path, or None, for each utterance
     for u, x in zip(corpus, inputs):
         content = x.encode() if isinstance(x, str) else b"" if x is None else x.numpy().tobytes()
         name = re.sub(r"[^A-Za-z0-9.-]", "_", u.id)  # an id of your own may hold anything
@@ -453,7 +437,7 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
         rows.sort(key=lambda i: -len(inputs[i]))  # equal lengths together: little padding
         parts += [rows[k : k + 32] for k in range(0, len(rows), 32)]
     parts = [part for part in parts if not all(files[i].name in there for i in part)]
-    if parts:
+    if parts:  # otherwise everything is there
         print(f"layer states of {sum(map(len, parts))} utterances to compute, into {folder}")
     for rows in tqdm(parts, desc=folder.name, leave=False, disable=None):
         with torch.no_grad():
@@ -489,7 +473,6 @@ def batch(rows: Tensor, windows: Tensor, sources: dict, device: str) -> dict[str
     return {m: tuple(x.to(device) for x in tensors) for m, tensors in arguments.items()}
 
 # --- The toy corpus: tones and made-up sentences in IEMOCAP's layout (nothing of the paper) -------
-#
 # It is built to show the paper's ordering, so it is no evidence for it. An emotion tends to stay
 # from turn to turn, and two sentences in five name it: context helps, and text beats audio. The
 # voice shows the emotion of two turns in three: both modalities together beat either. Pitch in Hz,
@@ -524,7 +507,7 @@ def _write_toy(root: Path) -> None:
             emotion = "exc" if emotion == "hap" and rng.random() < 0.5 else emotion
             letter = "FM"[rng.integers(2)]  # who speaks
             id = f"{name}_{letter}{len(labels[letter]):03}"  # ids count each speaker's turns
-            text = rng.choice(FILLERS, rng.integers(2, 5))
+            text = rng.choice(FILLERS, rng.integers(2, 5))  # words without an emotion
             if rng.random() < TOY["named"]:
                 text = rng.choice(KEYWORDS[felt], len(text))  # a sentence that names the emotion
             text = "[LAUGHTER]" if rng.random() < 0.01 else " ".join(text).capitalize() + "."
@@ -536,15 +519,14 @@ def _write_toy(root: Path) -> None:
             tone += 1e-4 * rng.standard_normal(n)
             pcm = (tone / np.abs(tone).max() * rng.uniform(3000, 10000)).astype("<i2")  # loudness
             with wave.open(content := io.BytesIO(), "wb") as file:
-                file.setparams((1, 2, SAMPLE_RATE, n, "NONE", ""))
+                file.setparams((1, 2, SAMPLE_RATE, n, "NONE", ""))  # mono, 2 bytes
                 file.writeframes(pcm.tobytes())
             write_whole(folder / "sentences" / "wav" / name / f"{id}.wav", content.getvalue())
             start = max(end + rng.uniform(-0.1, 0.8), 0.5)  # the speakers interrupt each other
-            end = start + n / SAMPLE_RATE
+            end = start + n / SAMPLE_RATE  # seconds
             words.append(f"{id} [{start:08.4f}-{end:08.4f}]: {text}\n")
             labels[letter].append(f"[{start:.4f} - {end:.4f}]\t{id}\t{emotion}\t[2.5, 2.5, 2.5]\n")
-        # Like the original: labels come all F then all M, transcripts are out of order and have
-        # lines that are no utterances.
+        # As in the original: labels come all F then all M, transcripts are out of order.
         words[2:2] = [words.pop(5), "M: hm.\n", f"{name}_MXX0 [000.1000-000.2000]: oh\n"]
         texts = {"EmoEvaluation": labels["F"] + labels["M"], "transcriptions": words}
         for kind, lines in texts.items():
@@ -555,7 +537,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("check", "toy"))
     parser.add_argument("dir", type=Path, help="check: holds Session1 ... Session5; toy: is empty")
-    args, problems = parser.parse_args(arguments), []
+    args, problems = parser.parse_args(arguments), []  # exits with a message for a wrong flag
     corpus = read_iemocap(write_toy(args.dir) if args.command == "toy" else args.dir, problems)
     problems += reference_problems(corpus) if args.command == "check" and corpus else []
     if problems:

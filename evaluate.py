@@ -74,8 +74,7 @@ def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> 
 
 # ----- The files of a run (train.py lists them)
 def read_run(folder: Path) -> SimpleNamespace:
-    """Read a finished run: what config.json holds as attributes, and what is added here.
-    Raises InputError if the run is unfinished, or if its files are damaged or disagree."""
+    """Read a finished run, or raise InputError if it is unfinished, damaged or contradictory."""
     run, remedy = SimpleNamespace(folder=folder), f"restore it, or delete {folder} and train again"
     with reading(folder / "config.json", remedy):
         vars(run).update(json.loads((folder / "config.json").read_bytes()))
@@ -86,15 +85,14 @@ def read_run(folder: Path) -> SimpleNamespace:
         run.sessions = sorted(run.sessions)  # all folds of the corpus
     if not (folder / "result.json").exists():  # training writes it last
         epochs = sum(1 for path in folder.glob("log.jsonl") for _ in path.open("rb"))
-        progress = f"{folder} ({epochs} epochs so far)"
-        raise InputError(f"unfinished: {progress}; the same train.py command goes on")
-
+        advice = "the same train.py command goes on"  # after the last whole epoch
+        raise InputError(f"unfinished: {folder} ({epochs} epochs so far); {advice}")
     with reading(folder / "predictions.csv", remedy):
         text = (folder / "predictions.csv").read_text(encoding="utf-8")
         run.rows = list(csv.DictReader(text.splitlines()))  # a row an utterance, and more columns:
         for row in run.rows:
             row["dialog"] = row["utterance"].rpartition("_")[0]  # Ses05F_impro01 of ..._F000
-            row["speaker"] = row["speaker"] or "unknown"
+            row["speaker"] = row["speaker"] or "unknown"  # KeyError: no such column
             row["truth"], row["guess"] = map(CLASSES.index, (row["label"], row["prediction"]))
             row["seen"] = bool(int(row["seen_text"]))  # another session has the same words
             p = [float(row[c]) for c in CLASSES]  # probabilities
@@ -133,10 +131,9 @@ def column(runs: list, name: str) -> np.ndarray:
     return np.array([row[name] for run in runs for row in run.rows])
 
 def write_predictions(path: Path, utterances: list, log_probs: Tensor, seen: set[str]) -> None:
-    """Write predictions.csv: one row an utterance, with the probability of each class.
-    seen: ids of utterances whose words occur in another session."""
+    """Write predictions.csv: one row an utterance. seen: ids whose words another session has."""
     text = io.StringIO(newline="")  # the csv module ends the lines itself
-    table = csv.writer(text)
+    table = csv.writer(text)  # quotes what needs it
     table.writerow(["utterance", "speaker", "label", "prediction", *CLASSES, "seen_text"])
     guesses = log_probs.argmax(dim=1)  # before exp, which can make unequal numbers equal
     for u, guess, p in zip(utterances, guesses, log_probs.exp().tolist()):
@@ -152,14 +149,11 @@ def load_checkpoint(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
 
 # ----- Reports (§3.3, §4)
-# PAPER-ERROR [E5]: "fine-tuned features generally outperform frozen features". Exceptions: the UA
-# of Sys. 10 and 16. The WA of Sys. 16 equals that of Sys. 15.
-# PAPER-ERROR [E6]: "the fusion of CMT models is best". By UA, Sys. 15 (LF) is. Among the frozen
-# systems, LF is best in both WA and UA.
+# PAPER-ERROR [E5]: "fine-tuned features generally outperform frozen". Not by UA in Sys. 10 and 16.
+# PAPER-ERROR [E6]: "the fusion of CMT models is best". By UA, Sys. 15 (LF) is.
 # PAPER-ERROR [E7]: "CMT(T->A) slightly improves over the textual". By UA, Sys. 6 is above Sys. 12.
 # PAPER-ERROR [E8]: Sys. 18 "surpasses the accuracy of every emotion class" of Sys. 8 (§4.2.2). In
 # Fig. 4, angry is .85 in both.
-
 TABLE_1 = {  # model, modality, WA and UA in %, mean of 5 folds
     1: ("WavLM+FC frozen", "A", 66.15, 65.35), 2: ("WavLM+FC fine-tuned", "A", 66.70, 66.71),
     3: ("WavLM+TE frozen", "A", 63.51, 64.67), 4: ("WavLM+TE fine-tuned", "A", 67.99, 68.24),
@@ -220,7 +214,7 @@ def table_1(runs: list, name="Table 1", published=TABLE_1, wanted=None) -> str:
                 row[f"diff {metric}"] = f"{values[0] - figure:+.2f}"  # ours minus the paper's
         # A mean over other folds than the paper's is not comparable with the paper's.
         gaps = {s: wanted - grouped(x, "fold").keys() for s, x in grouped(mine, "seed").items()}
-        gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]
+        gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]  # as text
         rows.append(row | {"missing folds": ", ".join(gaps)})
     title = f"{name} with {runs[0].title if runs else ''}, in %: mean ± sd (folds) ± sd (seeds)"
     return markdown(title, rows) if rows else ""
@@ -280,7 +274,7 @@ def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0
     # Dialogues of each draw
     drawn = np.random.default_rng(seed).integers(len(members), size=(draws, len(members)))
     samples = [np.arange(len(truth)), *(np.concatenate([members[d] for d in x]) for x in drawn)]
-    result = {}
+    result = {}  # by metric
     for name, metric in (("wa", weighted_accuracy), ("ua", unweighted_accuracy)):
         values = [metric(truth[i], guess_b[i]) - metric(truth[i], guess_a[i]) for i in samples]
         low, high = np.percentile(values[1:], [2.5, 97.5]).tolist()  # of the draws
@@ -329,7 +323,7 @@ def draw_confusions(runs: list, path: Path) -> None:
     fig = figure(3 * len(shown), 3.6, f"Fig. 4 with {runs[0].title}")  # one row of panels
     for ax, letter, run in zip(fig.subplots(1, len(shown), squeeze=False)[0], "abcd", shown):
         counts = np.array(run.result["confusion"])  # (4, 4)
-        fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+        fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)  # empty rows stay 0
         ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)  # the colours of the paper
         for (i, j), x in np.ndenumerate(fractions):
             ax.text(j, i, f"{x:.2f}", ha="center", va="center", color="w" if x > 0.5 else "k")
@@ -341,7 +335,7 @@ def draw_confusions(runs: list, path: Path) -> None:
 
 def draw_curves(runs: list, path: Path) -> None:
     """Draw loss and development UA of one system's runs over the epochs, one colour a run."""
-    fig = figure(6.5, 6.5, runs[0].name)
+    fig = figure(6.5, 6.5, runs[0].name)  # inches
     loss, ua = fig.subplots(2, 1, sharex=True)
     for k, run in enumerate(runs):
         with reading(run.folder / "log.jsonl", "restore it, or leave out --pictures"):
@@ -353,7 +347,7 @@ def draw_curves(runs: list, path: Path) -> None:
             if start := run.result["finetune_epoch"]:  # the last frozen epoch, or None
                 loss.plot(start, x["dev_loss"][start - 1], f"C{k}v", label="fine-tuning starts")
     loss.legend(ncols=2)  # the lower panel has the same colours
-    loss.set_ylabel("cross-entropy (dotted: training)")
+    loss.set(ylabel="cross-entropy (dotted: training)")
     ua.set(xlabel="epoch", ylabel="development UA")
     fig.savefig(path)
 
@@ -366,7 +360,7 @@ def draw_gates(recognizer: "Recognizer", path: Path) -> None:
         gates = recognizer.model.extractor[modality].se.gates(states.float(), mask)  # (U, L)
         target = context[0][0, context[0].shape[1] // 2] if context else 0  # the utterance's row
         ax.plot(gates[target], "o-", label=modality)
-    ax.legend()
+    ax.legend()  # audio, text
     fig.savefig(path)
 
 def draw_attention(recognizer: "Recognizer", text: str, path: Path) -> None:
@@ -407,10 +401,10 @@ class Recognizer:
             for m, upstream in self.upstreams.items():
                 if upstream.fingerprint != run.weights[m]:
                     raise InputError(f"{upstream.name}: these are not the weights of {folder}")
-                opened = upstream.open(run.open)
+                opened = upstream.open(run.open)  # parameters by name
                 for n, value in weights[m].items():  # what fine-tuning changed
                     opened[n].data.copy_(value)
-                upstream.requires_grad_(False)
+                upstream.requires_grad_(False)  # nothing is trained here
 
     def recognize(self, wav=None, text=None, before=(), after=()) -> dict[str, float]:
         """Return {"neu": p, "hap": p, "ang": p, "sad": p}.
@@ -435,8 +429,8 @@ class Recognizer:
             before, after = ([x] if isinstance(x, str) else list(x) for x in (before, after))
             before, after = before[max(0, len(before) - half) :], after[:half]  # the nearest
             texts = [*before, text, *after]  # U texts
-            context = [-1] * (half - len(before)) + [*range(len(texts))]  # -1: none there [A6]
-            context += [-1] * (2 * half + 1 - len(context))  # C indices of texts
+            window = range(len(before) - half, len(before) + half + 1)  # places in texts
+            context = [i if 0 <= i < len(texts) else -1 for i in window]  # C; -1: none there [A6]
             self.batch["text"] = (*upstream(texts), torch.tensor([context]))  # context (1, C)
             if (tokens := len(upstream.preprocessor(text)["input_ids"])) > upstream.max_tokens:
                 remark(f"Of {tokens} tokens, {upstream.max_tokens} are used.")
@@ -455,11 +449,9 @@ def main(arguments: list[str] | None = None) -> None:
     for flag in ("--before", "--after"):
         parser.add_argument(flag, nargs="+", action="extend", default=[], metavar="WORDS")
     args = parser.parse_args(arguments)
-    if args.pictures:
-        args.pictures.mkdir(parents=True, exist_ok=True)
-    # An utterance of your own
-    if args.wav is not None or args.text is not None or args.before or args.after:
-        recognizer = Recognizer(args.runs)
+    args.pictures and args.pictures.mkdir(parents=True, exist_ok=True)
+    if args.wav is not None or args.text is not None or args.before or args.after:  # your own
+        recognizer = Recognizer(args.runs)  # the folder of one run
         p = recognizer.recognize(args.wav, args.text, args.before, args.after)
         answer = ", ".join(f"{c} {p[c]:.1%}" for c in sorted(p, key=p.get, reverse=True))
         for line in (answer, *recognizer.remarks):

@@ -60,7 +60,6 @@ CHOICES = {
 @dataclass
 class Config:
     """Describe the trained part. The defaults are the paper's main system at full size."""
-
     fusion: str = "mmt"
     audio_layers: int = 25  # L of WavLM-Large
     audio_dim: int = 1024  # D of WavLM-Large
@@ -87,7 +86,6 @@ class Config:
         return [m for m in ("audio", "text") if any(m in path for path in FUSIONS[self.fusion])]
 
 # --- Equations ------------------------------------------------------------------------------------
-
 # EXERCISE 1 (10 min): delete the body, write it again; pytest -m ex1
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
@@ -129,12 +127,11 @@ class SqueezeExcitation(nn.Module):
     def __init__(self, n_layers: int):
         super().__init__()
         # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
-        # use the layers as channels, so the bottleneck has L / L = 1 unit. Alternative: the
-        # features. Careful: if the one ReLU dies, all utterances get the same gates. It starts
-        # alive (bias 1), and train.py warns if it dies.
+        # use the layers as channels, so the bottleneck has L / L = 1 unit. Alternative: features.
+        # Careful: if this ReLU dies, all utterances get the same gates. train.py warns of that.
         self.reduce = nn.Linear(n_layers, 1)
         self.expand = nn.Linear(1, n_layers)
-        nn.init.ones_(self.reduce.bias)
+        nn.init.ones_(self.reduce.bias)  # so the ReLU starts alive
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -181,8 +178,7 @@ class FeatureExtractor(nn.Module):
     one after another, as the cache gives them. The mask tells where each step belongs."""
     def __init__(self, config: Config, modality: str):
         super().__init__()
-        n_layers = config.audio_layers if modality == "audio" else config.text_layers  # L
-        width = config.audio_dim if modality == "audio" else config.text_dim  # D
+        n_layers, width = (getattr(config, f"{modality}_{x}") for x in ("layers", "dim"))  # L, D
         width *= 1 if config.condense == "sum" else n_layers
         self.se = SqueezeExcitation(n_layers)
         dropout = 0.0 if config.dropout_at == "modules" else config.dropout  # [A16]
@@ -233,8 +229,8 @@ class TextFeatureExtractor(FeatureExtractor):
     """Fig. 2b without BERT: the states of U utterances -> (X_T (B, T, d), mask (B, T)).
     states (U, T, L, D) or (N, L, D), mask (U, T), and context (B, C): the numbers of the utterances
     in each window, -1 for none. Windows overlap, so each distinct utterance is given once."""
-    def __init__(self, config: Config):
-        super().__init__(config, "text")
+    def __init__(self, config: Config, modality: str = "text"):
+        super().__init__(config, modality)
         self.context = ContextConv(config.n_context, config.text_mask)
 
     def forward(self, states: Tensor, mask: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,20 +307,17 @@ class EmotionRecognizer(nn.Module):
         super().__init__()
         self.config = config
         self.extractor = nn.ModuleDict()
-        if "audio" in config.modalities:
-            self.extractor["audio"] = FeatureExtractor(config, "audio")
-        if "text" in config.modalities:
-            self.extractor["text"] = TextFeatureExtractor(config)
+        for m in config.modalities:
+            kind = FeatureExtractor if m == "audio" else TextFeatureExtractor  # Fig. 2a, 2b
+            self.extractor[m] = kind(config, m)
         self.fusion = Fusion(config)
         # UNSPECIFIED [A16]: "a dropout layer (0.5) between every two modules" (§3.2). We take the
-        # boxes of Fig. 1: extractor -> fusion -> classifier. A unimodal system has no fusion box.
-        # Alternative: --dropout-at projector, after S&E, as in the author's other code, or both.
-        # Effect: tests/COURSE.md.
+        # boxes of Fig. 1: extractor, fusion (if there are two modalities), classifier. Alternative:
+        # --dropout-at projector, as in the author's other code, or both. Effect: tests/COURSE.md.
         between = 0.0 if config.dropout_at == "projector" else config.dropout
         self.dropout = nn.Dropout(between)
         self.fusion_dropout = nn.Dropout(between if len(config.modalities) == 2 else 0.0)
-        # PAPER-ERROR [E10]: "an MLP comprised of FC layers" in §2.3, but "a fully-connected (FC)
-        # layer" in §2.2 and "+FC" in Table 1.
+        # PAPER-ERROR [E10]: "an MLP comprised of FC layers" (§2.3), "a fully-connected layer" (§2.2)
         # UNSPECIFIED [A15]: the classifier. We follow §2.3, with one hidden layer of width d.
         # Alternative: --head linear, as in the author's other code. Effect: tests/COURSE.md.
         width, hidden = config.dim * len(self.fusion.paths), []
@@ -407,18 +400,16 @@ class Upstream(nn.Module):
         else:
             # §3.2: 512 tokens. PAPER-ERROR [E9]: it says "512 words" too. The limit is in tokens.
             # UNSPECIFIED [A19]: tags such as [LAUGHTER]. We leave them in the text.
-            inputs = self.preprocessor(
-                raw, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-            )
+            limit = {"truncation": True, "max_length": self.max_tokens}
+            inputs = self.preprocessor(raw, padding=True, return_tensors="pt", **limit)
             mask = inputs["attention_mask"].bool()  # (B, T)
-
         cast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with cast, warnings.catch_warnings():  # torch warns of two kinds of mask: harmless
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             output = self.model(**inputs.to(device), output_hidden_states=True)
-        # Take all L states (§2.1). PAPER-ERROR [E4]: "information leakage" there means loss.
-        # State 0 is the input of the first Transformer layer. Careful: the last of `hidden_states`
-        # may come before the final LayerNorm, so we take last_hidden_state.
+        # Take all L states (§2.1). PAPER-ERROR [E4]: "information leakage" there means loss. State 0
+        # is the input of the first Transformer layer. Careful: the last of `hidden_states` may come
+        # before the final LayerNorm, so we take last_hidden_state.
         states = (*output.hidden_states[:-1], output.last_hidden_state)
         if len({x.shape for x in states}) > 1:
             raise ValueError("its layers differ in shape (an adapter?)")
@@ -475,7 +466,6 @@ def load_transformers():
     # It imports torchaudio, and a torchaudio that does not match torch breaks both.
     with reading("torchaudio", f"install the one that matches torch {torch.__version__}"):
         import torchaudio, transformers  # noqa: E401, F401
-
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -483,7 +473,6 @@ def load_transformers():
 def load_pretrained(name: str, modality: str, label: str):
     """Load (preprocessor, model) from a folder, the download cache, or the Hugging Face hub."""
     import huggingface_hub
-
     hf = load_transformers()
     loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
     # A model folder must not run code of its own. Careful: without False, the library asks.
@@ -505,8 +494,7 @@ def load_pretrained(name: str, modality: str, label: str):
         with reading(f"{label}: no such folder, and the Hugging Face hub fails", advice):
             huggingface_hub.HfApi().model_info(name, timeout=5)
         preprocessor, model, missing = load(local=False)
-    # A weight that fails to load stays random without any error, so we check. No pooled output is
-    # read, and no input is masked [A12], so these two may be missing.
+    # A weight that fails to load stays random without any error, so we check. These two are unused.
     missing = [key for key in missing if "pooler" not in key and "masked_spec_embed" not in key]
     if missing:
         raise ValueError(f"no weights for {', '.join(missing[:3])}")
@@ -519,8 +507,7 @@ WAVLM_LARGE = dict(
 
 def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
     """Write WavLM and BERT of two layers with random weights, in the hub's file format.
-    They are for dry runs. The vocabulary is made from `texts`, without labels. Letters are in it
-    too, so no word is unknown. Returns {"audio": folder, "text": folder}."""
+    The vocabulary is made from `texts`. Letters are in it too, so no word is unknown."""
     hf = load_transformers()
     words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}
     letters = set("abcdefghijklmnopqrstuvwxyz")
@@ -560,7 +547,6 @@ def main() -> None:
         audio = torch.empty(2, frames, 25, 1024), torch.ones(2, frames, dtype=torch.bool)
         text = torch.empty(9, 20, 13, 768), torch.ones(9, 20, dtype=torch.bool)
         context = torch.arange(9).repeat(2, 1)
-
     def shapes(xs) -> str:
         xs = xs if isinstance(xs, tuple) else (xs,)
         return " ".join(str(tuple(x.shape)) for x in xs if isinstance(x, Tensor))
@@ -569,7 +555,6 @@ def main() -> None:
     for module in recognizer.modules():
         module.register_forward_hook(lambda m, xs, y: calls.update({m: (shapes(xs), shapes(y))}))
     recognizer(audio, (*text, context))
-
     rows = [("WavLM-Large", wavlm), ("  CNN encoder: fine-tuned", wavlm.feature_extractor),
             ("BERT-base", bert), ("  input embeddings: fine-tuned", bert.embeddings)]  # fmt: skip
     for name, module in recognizer.named_modules():

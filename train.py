@@ -6,7 +6,6 @@
     python train.py --corpus FILE.csv                     a corpus of your own
 
 One run trains one system on one fold with one seed, in a folder of its own:
-
     RUNS/<corpus>/<fusion>-<frozen|finetuned>[-<switch>=<value>...]/fold<k>-seed<n>/
         config.json       every setting of the run
         log.jsonl         a line an epoch
@@ -37,16 +36,15 @@ TOY_EPOCHS = 50  # the cap on the toy corpus
 def number(low: float, high: float = 1e9, kind: Callable = float) -> Callable:
     """Make a type of argparse's: a number from low to high."""
     def number(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number from {low} to {high:g}")
-        return kind(text)
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from {low} to {high:g}")
     return number
 
 def flags() -> argparse.ArgumentParser:
-    """Declare the flags. The defaults are the paper's.
-    Each flag but those of the first group is a setting of the run. It is saved in config.json. If
-    it differs from the default, the name of the run's folder tells it."""
-    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Declare the flags. The defaults are the paper's. All but the first group are settings: they
+    are saved in config.json, and the run's folder tells those that differ from the defaults."""
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # --help
     whole = number(1, kind=int)  # 1, 2, 3, ...
     add = p.add_argument_group("corpus and machine").add_argument
     add("--iemocap", type=Path, metavar="DIR", help="IEMOCAP_full_release")
@@ -58,19 +56,16 @@ def flags() -> argparse.ArgumentParser:
     add("--micro-batch", type=whole, metavar="N", help="compute a batch in parts of N")
     systems = ["all", *map(str, range(1, 19))]
     add("--system", nargs="+", choices=systems, metavar="N", help="of Table 1, or all")
-
     add = p.add_argument_group("run").add_argument
     add("--fusion", default="mmt", choices=CHOICES["fusion"], help="Fig. 3, Table 1")
     add("--frozen", action="store_true", help="no fine-tuning: the odd systems of Table 1")
     add("--fold", nargs="+", default=["5"], metavar="K", help="sessions to test on, or all")
     add("--seed", nargs="+", type=number(0, kind=int), default=[0], metavar="N", help="[A14]")
-
     add = p.add_argument_group("upstreams").add_argument
     add("--upstream", default="paper", choices=("paper", "tiny"), help="tiny: random, a dry run")
     add("--wavlm", default="microsoft/wavlm-large", help="a WavLM, HuBERT or wav2vec 2.0")
     add("--bert", default="bert-base-uncased", help="a BERT or RoBERTa, or its folder [A15]")
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="of matrix products")
-
     add = p.add_argument_group("constants of §3.2").add_argument
     add("--lr-frozen", type=number(0), default=1e-3, help="learning rate, initial training")
     add("--lr-finetune", type=number(0), default=1e-5, help="learning rate, fine-tuning")
@@ -81,7 +76,6 @@ def flags() -> argparse.ArgumentParser:
     add("--finetune-after", type=whole, default=5, help="epochs without a lower dev loss")
     add("--stop-after", type=whole, default=10, help="epochs without a lower dev loss")
     add("--max-epochs", type=whole, help="a cap, which the paper does not have")
-
     add = p.add_argument_group("open points (the README lists them)").add_argument
     add("--condense", default="sum", choices=CHOICES["condense"], help="[A1] layers to a vector")
     add("--text-mask", default="union", choices=CHOICES["text_mask"], help="[A5] real steps of X_T")
@@ -129,8 +123,7 @@ class Patience:
         if self.finetune_after is None or self.finetuning or self.since_best < self.finetune_after:
             return "continue"
         # UNSPECIFIED [A9]: whether the 10 epochs are counted from the trigger again. We read one
-        # counter: 5 more epochs without a lower loss stop the run. Alternative: --reset-patience.
-        # Effect: tests/COURSE.md.
+        # counter: 5 more stop the run. Alternative: --reset-patience. Effect: tests/COURSE.md.
         self.finetuning = True  # only once
         if self.reset_at_finetune:
             self.since_best = 0
@@ -201,8 +194,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
             for n, value in state[m].items():  # by name
                 opened[m][n].data.copy_(value)
 
-    # Resume after a kill. With the same weights, moments and random states, the next epoch is the
-    # one that an undisturbed run has.
+    # Resume after a kill: the next epoch is the one that an undisturbed run has.
     path = folder / "checkpoint.pt"  # of the last whole epoch
     if path.exists():
         state = evaluate.load_checkpoint(path)  # on the CPU
@@ -260,16 +252,15 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
               f"{log[-1]['seconds']:.1f} s  "
               f"{since if since_best else 'dev loss improved'}")  # fmt: skip
 
-        # UNSPECIFIED [A10]: "the last model is selected and then evaluated". We test the last
-        # epoch's weights. Alternative: --select best, those of the lowest development loss. Effect:
-        # tests/COURSE.md.
+        # UNSPECIFIED [A10]: "the last model is selected and then evaluated". We take the last.
+        # Alternative: --select best, by the lowest development loss. Effect: tests/COURSE.md.
         if args.select == "best" and since_best == 0:
             selected = {"weights": copy.deepcopy(weights()), "finetune_epoch": finetune_epoch}
 
         # §2.4: "partially fine-tune them after training convergence".
         if event == "finetune":
             finetune_epoch = len(log)  # the last frozen epoch
-            start_finetuning()
+            start_finetuning()  # makes the new optimiser
             rate = f"learning rate {args.lr_finetune:g}"  # 1e-05
             print(f"{args.name}: fine-tuning starts, {args.open} of {', '.join(upstreams)}, {rate}")
 
@@ -283,13 +274,13 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         lines = "".join(json.dumps(row) + "\n" for row in log)
         data.write_whole(folder / "log.jsonl", lines.encode())
         torch.save(state, content := io.BytesIO())  # first in memory, then to the disk at once
-        data.write_whole(path, content.getvalue())
+        data.write_whole(path, content.getvalue())  # log.jsonl may be an epoch ahead of it
 
     # Test the last model on the test session, which is evaluated here for the first time.
     capped = patience.since_best < args.stop_after  # by --max-epochs
     print(f"{args.name}: training stops, {'at the cap of epochs' if capped else 'no improvement'}")
     if selected:
-        load_weights(selected["weights"])
+        load_weights(selected["weights"])  # of the best epoch
         if selected["finetune_epoch"] is None:
             sources.update(cached)  # a frozen epoch was selected: use frozen states
     log_probs = evaluate.predict(recognizer, test_rows, batch)  # (N_test, 4)
@@ -304,23 +295,22 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),  # utterances
         "seconds": sum(row["seconds"] for row in log)}  # fmt: skip
     data.write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
-    print(evaluate.describe(result))
+    print(evaluate.describe(result))  # WA, UA, the confusion matrix
     for p, value in pretrained:  # the next run of the command starts from these
         p.requires_grad_(False).copy_(value)
 
 def finite(loss: float, epoch: int, ids: list[str]) -> float:
     """Return the loss. Raises InputError on inf or NaN: a model does not recover from it."""
-    if not math.isfinite(loss):  # inf or NaN
-        where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}"
-        advice = "look at these inputs, or try --precision fp32. The last checkpoint is kept"
-        raise InputError(f"the loss is {loss} {where}; {advice}")
-    return loss
+    if math.isfinite(loss):
+        return loss
+    where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}"
+    raise InputError(f"the loss is {loss} {where}; look at them. The last checkpoint is kept")
 
 # --- The command ---------------------------------------------------------------------------------
 def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Utterance]]:
     """Read the corpus that was asked for: (its name in reports, its utterances).
     Raises InputError with every problem of it."""
-    if not iemocap and not table:
+    if not iemocap and not table:  # the first command
         print("No corpus named: this is the TOY corpus of tones and made-up words. Toy numbers!")
     root = table or iemocap or data.write_toy("corpora/toy")  # written once
     problems: list[str] = []  # a line each
@@ -348,7 +338,7 @@ def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: s
         if not folder.exists():
             data.write_whole(folder, lambda part: make_tiny_upstreams(str(part), texts))
     for m in sorted(modalities):  # "audio", "text"
-        name = args.wavlm if m == "audio" else args.bert
+        name = {"audio": args.wavlm, "text": args.bert}[m]
         name = str(folder / m) if args.upstream == "tiny" else name
         upstreams[m] = Upstream(name, m, args.precision).to(args.device)
         inputs[m] = data.load_clips(corpus, args.trim) if m == "audio" else texts
@@ -369,9 +359,9 @@ def claim(folder: Path, config: dict) -> None:
                 raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
 
 def main(arguments: list[str] | None = None) -> None:
-    p = flags()
+    p = flags()  # the parser
     args = p.parse_args(arguments)
-    for complaint, wrong in {
+    for complaint, wrong in {  # what argparse does not check
         "--frozen: --system says it already (odd: frozen)": args.system and args.frozen,
         "--corpus: use either --iemocap or --corpus": args.iemocap and args.corpus,
         "--partial: of which folder? Add --iemocap DIR": args.partial and not args.iemocap,
@@ -389,24 +379,23 @@ def main(arguments: list[str] | None = None) -> None:
     if name.startswith("toy"):  # other defaults, so that the first command ends within a minute
         p.set_defaults(upstream="tiny", max_epochs=TOY_EPOCHS)
         print(f"Toy defaults: tiny upstreams, at most {TOY_EPOCHS} epochs (the paper has no cap)")
-    args = p.parse_args(arguments, argparse.Namespace(name=name))  # with these defaults
-    args.device = device
+    args = argparse.Namespace(**vars(p.parse_args(arguments)) | {"name": name, "device": device})
     # The runs: systems x folds x seeds. A fold that cannot be split is an error now, not later.
     table_1 = list(itertools.product(CHOICES["fusion"], (True, False)))  # Sys. 1 to 18
     systems = [(args.fusion, args.frozen)]  # one, unless --system names others
     if args.system:
         systems = table_1 if "all" in args.system else [table_1[int(n) - 1] for n in args.system]
     sessions = sorted({u.session for u in corpus if u.label is not None})  # all folds
-    with data.reading("--fold", f"name sessions of {sessions}, or all"):
+    with data.reading("--fold", f"name sessions of {sessions}, or all"):  # int may raise
         folds = sessions if "all" in args.fold else [int(k) for k in args.fold]
-    for fold, seed in itertools.product(folds, args.seed):
+    for fold, seed in itertools.product(folds, args.seed):  # try all
         data.split(corpus, fold, seed)  # raises InputError
-    # All runs share what is loaded.
-    modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}
+    modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}  # one or two
     upstreams, inputs, cached = load_inputs(args, corpus, modalities)
 
+    # Flags that do not change a run, and settings that every folder's name tells
     machine = ("iemocap", "corpus", "partial", "out", "cache", "device", "micro_batch", "system")
-    always = ("name", "fusion", "frozen", "fold", "seed")  # in every folder's name
+    always = ("name", "fusion", "frozen", "fold", "seed")
     runs = itertools.product(systems, folds, args.seed)  # in this order
     for (args.fusion, args.frozen), args.fold, args.seed in runs:
         # The folder's name tells every setting that is not the default.
@@ -414,22 +403,22 @@ def main(arguments: list[str] | None = None) -> None:
         switches = {k: x for k, x in settings.items() if k not in always and x != p.get_default(k)}
         system = f"{args.fusion}-{'frozen' if args.frozen else 'finetuned'}"  # mmt-finetuned
         system += "".join(f"-{k}={Path(str(x)).name}" for k, x in switches.items())
-        folder = args.out / name / system / f"fold{args.fold}-seed{args.seed}"
+        folder = args.out / name / system / f"fold{args.fold}-seed{args.seed}"  # of one run
         number = evaluate.system_number(args.fusion, args.frozen)  # in Table 1
         print(f"\nSys. {number} ({system}), fold {args.fold}, seed {args.seed}")
         # What this system uses of all that was loaded. L and D are read off the upstreams.
         used = {m: upstreams[m] for m in Config(args.fusion).modalities}  # audio, text or both
-        states = {m: cached[m] for m in used}
-        shapes = {f"{m}_layers": upstream.n_layers for m, upstream in used.items()}
-        shapes |= {f"{m}_dim": upstream.dim for m, upstream in used.items()}
+        states = {m: cached[m] for m in used}  # CachedStates
+        shapes = {f"{m}_layers": upstream.n_layers for m, upstream in used.items()}  # L
+        shapes |= {f"{m}_dim": upstream.dim for m, upstream in used.items()}  # D
         same = {k: x for k, x in settings.items() if hasattr(Config, k)}  # "dropout", "head", ...
         model_config = Config(**same, **shapes, n_context=args.context)
-        files = [[file and file.name for file in states[m].files] for m in used]  # with checksums
+        files = [file and file.name for m in used for file in states[m].files]  # with checksums
         utterances = json.dumps([files, [[u.id, u.emotion, u.speaker] for u in corpus]])
         claim(folder, {
             **settings, "corpus": name, "sessions": sessions, "switches": switches,
             "model": vars(model_config), "utterances": zlib.crc32(utterances.encode()),
-            "weights": {m: upstream.fingerprint for m, upstream in used.items()},
+            "weights": {m: upstream.fingerprint for m, upstream in used.items()},  # checksums
             "upstreams": {m: os.path.abspath(u.name) if os.path.isdir(u.name) else u.name
                           for m, u in used.items()},
             "made_with": {"torch": torch.__version__, "device": device}})  # fmt: skip
