@@ -60,7 +60,7 @@ def flags() -> argparse.ArgumentParser:
     add("--fusion", default="mmt", choices=CHOICES["fusion"], help="Fig. 3, Table 1")
     add("--frozen", action="store_true", help="no fine-tuning: the odd systems of Table 1")
     add("--fold", nargs="+", default=["5"], metavar="K", help="sessions to test on, or all")
-    add("--seed", nargs="+", type=number(0, kind=int), default=[0], metavar="N", help="[A14]")
+    add("--seed", nargs="+", type=number(0, kind=int), default=[0], metavar="N", help="also [A14]")
     add = p.add_argument_group("upstreams").add_argument
     add("--upstream", default="paper", choices=("paper", "tiny"), help="tiny: random, a dry run")
     add("--wavlm", default="microsoft/wavlm-large", help="a WavLM, HuBERT or wav2vec 2.0")
@@ -73,8 +73,8 @@ def flags() -> argparse.ArgumentParser:
     add("--batch-size", type=whole, default=32, help="utterances a step")
     add("--dropout", type=number(0, 1), default=0.5, help="between every two modules")
     add("--context", type=whole, default=9, help="utterances, an odd number; 1: no context")
-    add("--finetune-after", type=whole, default=5, help="epochs without a lower dev loss")
-    add("--stop-after", type=whole, default=10, help="epochs without a lower dev loss")
+    add("--finetune-after", type=whole, default=5, help="epochs without lower dev loss: fine-tune")
+    add("--stop-after", type=whole, default=10, help="epochs without lower dev loss: stop")
     add("--max-epochs", type=whole, help="a cap, which the paper does not have")
     add = p.add_argument_group("open points (the README lists them)").add_argument
     add("--condense", default="sum", choices=CHOICES["condense"], help="[A1] layers to a vector")
