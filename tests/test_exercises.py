@@ -407,11 +407,11 @@ def copied(tmp_path):
 @pytest.mark.parametrize("what", bugs.BUGS)
 def test_a_bug_can_be_put_in_and_taken_out(what, copied):
     before = {p: p.read_text() for p in copied.glob("*.py")}
-    bugs.swap(bugs.BUGS[what], copied)
+    bugs.swap(bugs.BUGS[what][1], copied)
     assert bugs.hidden(copied) == [what]
     for p in before:
         compile(p.read_text(), p, "exec")
-    bugs.swap(bugs.BUGS[what], copied, back=True)
+    bugs.swap(bugs.BUGS[what][1], copied, back=True)
     assert before == {p: p.read_text() for p in copied.glob("*.py")} and not bugs.hidden(copied)
 
 
@@ -431,7 +431,7 @@ def test_hide_and_reveal_delete_what_a_bug_has_made(copied, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", bugs.BUGS)
 def test_a_bug_trains_and_is_caught_by_the_suite(what, copied):
-    bugs.swap(bugs.BUGS[what], copied)
+    bugs.swap(bugs.BUGS[what][1], copied)
     work = copied / "work"
     work.mkdir()
     command = [sys.executable, copied / "train.py", "--fusion", "mmt", "--fold", "5", "--device", "cpu"]
