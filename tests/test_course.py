@@ -1,0 +1,111 @@
+"""course.py and first_hour.py: a student's copy without answers, its checks, the key."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import bugs
+import course
+import first_hour
+from conftest import ROOT
+
+NAMES = ("masked_mean", "cross_modal_attention", "gates", "forward", "forward",
+         "unweighted_accuracy", "split", "step", "batch")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("course") / "copy"
+    course.student(folder)
+    return folder
+
+
+def test_a_students_copy_holds_no_answer(copy):
+    everything = "\n".join(p.read_text() for p in copy.rglob("*") if p.suffix in (".py", ".md"))
+    for answer in (  # a line of each of the nine bodies, and of what only teachers may read
+        "x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps",
+        "q @ k.transpose(1, 2) / math.sqrt(w_k.shape[1])",
+        "hidden = torch.relu(self.reduce(z))",
+        "x = self.conv(x).squeeze(1)",
+        "x = x_t + self.dropout(x) if self.residual else self.dropout(x)",
+        "counts.diagonal()[size > 0] / size[size > 0]",
+        "train = [u for u in rest if u.speaker != dev_speaker]",
+        "if dev_loss < self.best * (1 - self.min_decrease):",
+        "windows[rows].unique(return_inverse=True)",
+        "Say the larger class every time", "PACKED = ",
+    ):  # fmt: skip
+        assert answer not in everything, answer
+    code = "\n".join((copy / name).read_text() for name in course.FILES)
+    assert len(re.findall(r"exercise \d is yours to write", code)) == 9
+    for name in course.FILES:  # all of them compile, and every docstring is there
+        old, new = (root.joinpath(name).read_text() for root in (ROOT, copy))
+        compile(new, name, "exec")
+        assert re.findall(r'"""[^"]*"""', old) == re.findall(r'"""[^"]*"""', new)
+        assert set(re.findall(r"\[[ADE]\d+\]", old)) == set(re.findall(r"\[[ADE]\d+\]", new))
+
+
+def test_a_copy_is_never_written_over_other_files(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(SystemExit, match="not empty"):
+        course.student(tmp_path)
+
+
+def test_verdicts_of_an_empty_and_a_whole_copy(copy, capsys):
+    for n, verdict in enumerate(course.verdicts(copy), 1):
+        needs = {3: "after exercise 1", 5: "after exercise 2"}
+        assert verdict.startswith(needs.get(n, f"not yet: exercise {n}")), verdict
+
+    assert course.check([ROOT])
+    rows = re.findall(r"^\| (\d) \| (\w+) \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
+    assert rows == [(str(n), name, "passed") for n, name in enumerate(NAMES, 1)]
+
+
+@pytest.mark.slow
+def test_an_answer_that_never_ends_or_does_not_compile_has_a_verdict(copy):
+    path = copy / "model.py"
+    empty = path.read_text()
+    first = f'    raise NotImplementedError("exercise {1} is yours to write")'
+    second = f'    raise NotImplementedError("exercise {2} is yours to write")'
+    assert first in empty and second in empty
+    half = empty.replace(first, "    return x.mean(1)").replace(second, "    while True:\n        pass")
+    path.write_text(half)
+    found = course.verdicts(copy, seconds=12)
+    assert found[0].startswith("does padding count") and found[1].startswith("it does not end")
+    assert len(found) == 9 and found[8] == "not reached"
+    path.write_text(empty + "\ndef (\n")
+    assert all("SyntaxError" in verdict for verdict in course.verdicts(copy)[5:])
+    path.write_text(empty)
+
+
+def test_the_key_holds_every_answer(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tests" / "course.py", "key", tmp_path / "key.md"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    key = (tmp_path / "key.md").read_text()
+    assert sorted(re.findall(r"^\*\*(\d)\. `", key, re.MULTILINE)) == list("123456789")
+    assert all(what in key for what in bugs.BUGS) and "steps = mask.sum" in key
+    questions = re.findall(r"^(\d)\. ", (ROOT / "tests" / "COURSE.md").read_text(), re.MULTILINE)
+    assert set("1234") <= set(questions)
+    for n in "1234":  # each question of a sitting has an answer
+        assert f"**{n}a. " in key
+
+
+def test_reports_do_not_name_what_is_wrong():
+    for what, (report, changes) in bugs.BUGS.items():
+        assert what not in report and len(changes) >= 1
+    text = (ROOT / "tests" / "bugs.py").read_text()
+    assert not any(what in text or report in text for what, (report, _) in bugs.BUGS.items())
+    files = [changes[0][0] for _, changes in bugs.BUGS.values()]
+    assert len(files) >= 10 and min(map(files.count, ("data.py", "train.py", "evaluate.py"))) >= 2
+
+
+def test_the_first_hour_runs_and_its_loss_is_right(capsys):
+    first_hour.main()
+    out = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\S+(?: \S+)?) +(\([\d, ]*\)) ", out, re.MULTILINE))
+    assert rows["X_A"] == "(3, 6, 4)" and rows["weights"] == "(3, 5, 6)" and rows["logits"] == "(3, 4)"
+    loss, by_hand = re.findall(r"^(?:loss|by hand) +\(\) +(\S+)", out, re.MULTILINE)
+    assert loss == by_hand
+    assert re.search(r"^row sums .* 1.000 1.000 1.000 1.000 ", out, re.MULTILINE)
