@@ -1,5 +1,6 @@
 """course.py and first_hour.py: a student's copy without answers, its checks, the key."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -42,7 +43,10 @@ def test_a_students_copy_holds_no_answer(copy):
     for name in course.FILES:  # all of them compile, and every docstring is there
         old, new = (root.joinpath(name).read_text() for root in (ROOT, copy))
         compile(new, name, "exec")
-        assert re.findall(r'"""[^"]*"""', old) == re.findall(r'"""[^"]*"""', new)
+        documented = [[ast.get_docstring(node) for node in ast.walk(ast.parse(text))
+                       if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                       and ast.get_docstring(node)] for text in (old, new)]  # fmt: skip
+        assert documented[0] == documented[1]
         assert set(re.findall(r"\[[ADE]\d+\]", old)) == set(re.findall(r"\[[ADE]\d+\]", new))
 
 
@@ -109,3 +113,16 @@ def test_the_first_hour_runs_and_its_loss_is_right(capsys):
     loss, by_hand = re.findall(r"^(?:loss|by hand) +\(\) +(\S+)", out, re.MULTILINE)
     assert loss == by_hand
     assert re.search(r"^row sums .* 1.000 1.000 1.000 1.000 ", out, re.MULTILINE)
+
+
+def test_the_figures_have_the_shapes_of_the_code(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import figures
+
+    found = figures.shapes()
+    assert found["extractor.audio"] == (32, 249, 16) and found["extractor.text"] == (32, 20, 16)
+    assert found["extractor.audio.se.expand"] == (32, 25) and found["fusion"] == (32, 32) and found[""] == (32, 4)
+    figures.main([str(tmp_path / "new")])
+    drawn = sorted(p.name for p in (tmp_path / "new").iterdir())
+    assert drawn == ["figure-1.png", "figure-2.png", "figure-3.png"]
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in (tmp_path / "new").iterdir())
