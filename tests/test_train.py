@@ -625,6 +625,20 @@ def test_losses_and_triggers_computed_again(flags, go, by_hand):
     assert [row["phase"] == "frozen" for row in log] == phases
 
 
+def test_the_seed_draws_the_order_of_the_batches(go, checkpoints, monkeypatch):
+    """With the same three parts, two seeds see the training utterances in two orders."""
+    split = data.split
+    monkeypatch.setattr(data, "split", lambda corpus, fold, seed: split(corpus, fold, 0))
+    orders = []
+    for seed in "01":
+        checkpoints["rows"].clear()
+        go("order" + seed, "--fusion", "text-fc", "--frozen", "--max-epochs", "2", "--seed", seed)
+        orders.append(sum(checkpoints["rows"], []))
+    half = len(orders[0]) // 2
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert orders[0][:half] != orders[0][half:]  # the second epoch has another order
+
+
 def test_a_dead_squeeze_and_excitation_is_warned_of(go, monkeypatch, capsys):
     go("alive", "--fusion", "ef", "--frozen", "--max-epochs", "2")
     assert "dead" not in capsys.readouterr().out
