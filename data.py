@@ -67,7 +67,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 def write_whole(path: Path, content: bytes | Callable) -> None:
     """Write a file, or a folder by content(path): it is complete, or it is not there."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write it
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a kill may leave it
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         content(part) if callable(content) else part.write_bytes(content)
@@ -108,7 +108,7 @@ class Utterance:
     """One turn of a dialogue. A corpus is a list of these: dialogue by dialogue, in time order."""
     id: str  # Ses01F_impro01_M003
     session: int  # the fold that tests on it
-    dialog: str  # Ses01F_impro01: this F wore the markers, and is not the speaker
+    dialog: str  # Ses01F_impro01: F wore the markers. Either person may be the speaker.
     speaker: str  # Ses01M: the session, and the letter of the id's last part
     start: float  # seconds in the dialogue
     end: float
@@ -283,8 +283,8 @@ def split(corpus: list[Utterance], fold: int, seed: int) -> tuple[list, list, li
         needs = f"four-class utterances in session {fold} and two speakers in the others"
         have = sorted({u.session for u in targets})
         raise InputError(f"fold {fold} needs {needs}; the corpus has sessions {have}")
-    # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2). We draw one by
-    # the seed. Alternative: --seed. The partner stays in training, with this speaker as context.
+    # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2). The seed decides.
+    # Alternative: another --seed. The partner stays in training, with this speaker as context.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [u for u in rest if u.speaker != dev_speaker]  # seven speakers of IEMOCAP
     dev = [u for u in rest if u.speaker == dev_speaker]  # one speaker
@@ -353,7 +353,7 @@ def load_wav(path: str | Path) -> Tensor:
     return x
 
 def clip(x: Tensor, trim: str = "leading") -> Tensor:
-    """Keep the first five voiced seconds (§3.2): (n,) -> (m,) with 400 <= m <= 80,000."""
+    """Keep five seconds from the first sound (§3.2): (n,) -> (m,) with 400 <= m <= 80,000."""
     # UNSPECIFIED [A13]: "we trim the voiced 5 seconds of audio ... at the beginning". A window of
     # 25 ms is silent if its power is 60 dB below the loudest window's. We remove what precedes the
     # first window with sound. Alternative: --trim all, every silent window, as in the author's
@@ -376,16 +376,16 @@ def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | 
 
 # --- Layer states: from the cache, or from the live upstream -------------------------------------
 # While the upstreams are frozen (§2.4), an utterance's states never change. They are computed once
-# and kept in files: a 5 s clip has 249 x 25 x 1024 numbers, 12.7 MB in 16 bits, and IEMOCAP's 5,531
-# clips have at most 46 GB. In fine-tuning the upstreams run on every batch.
+# and kept in files: 249 x 25 x 1024 numbers of a 5 s clip take 12.7 MB in 16 bits. Most clips are
+# shorter: IEMOCAP's 5,531 take at most 46 GB. In fine-tuning the upstreams run on every batch.
 KEEP_ON_CPU = 4 * 2**30  # bytes of states that may stay in the memory of a machine without a GPU
 GPU_RESERVE = 8 * 2**30  # bytes that a frozen step on 32 clips needs beside them, by estimate
 
 class CachedStates:
     """Layer states of a corpus, in one .npy file an utterance.
     Called with U rows of the corpus, it returns their N real steps without padding:
-    (states (N, L, D), mask (U, T)). Careful: finish the backward pass first, because the next
-    call overwrites these states. A fresh tensor of this size costs more time than filling it."""
+    (states (N, L, D), mask (U, T)). Careful: all calls share one buffer, so call again only after
+    backward(). A fresh tensor of this size costs more time than filling it."""
     def __init__(self, files: list[Path | None], device: str):
         self.files, self.device = files, device  # None: no states are needed
         self.kept: list[Tensor | None] = []  # states in memory, by row
@@ -429,8 +429,8 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
         files.append(None if x is None else folder / f"{name}-{zlib.crc32(content):08x}.npy")
     folder.mkdir(parents=True, exist_ok=True)  # cache/<upstream>-<precision>-<fingerprint>
     there = set(os.listdir(folder))  # one look is faster than 10,000
-    # The last bits of a state depend on its batch. A batch is of one session and computed as a
-    # whole, so a state depends neither on the test session nor on a kill.
+    # The last bits of a state depend on its batch. We never mix sessions in a batch and always
+    # compute all of it, so a state depends neither on the test session nor on a kill.
     parts = []  # rows of each batch
     for session in sorted({u.session for u in corpus}):
         rows = [i for i, u in enumerate(corpus) if files[i] and u.session == session]

@@ -149,7 +149,7 @@ def load_checkpoint(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
 
 # ----- Reports (§3.3, §4)
-# PAPER-ERROR [E5]: "fine-tuned features generally outperform frozen". Not by UA in Sys. 10 and 16.
+# PAPER-ERROR [E5]: fine-tuned "generally outperform" (§3.3, §4.2.1). Not by UA in Sys. 10 and 16.
 # PAPER-ERROR [E6]: "the fusion of CMT models is best". By UA, Sys. 15 (LF) is.
 # PAPER-ERROR [E7]: "CMT(T->A) slightly improves over the textual". By UA, Sys. 6 is above Sys. 12.
 # PAPER-ERROR [E8]: Sys. 18 "surpasses the accuracy of every emotion class" of Sys. 8 (§4.2.2). In
@@ -198,8 +198,8 @@ def describe(result: dict) -> str:
 def table_1(runs: list, name="Table 1", published=TABLE_1, wanted=None) -> str:
     """Format the systems that were run, for runs of one title. Return "" if there are none.
     The first ± is the standard deviation over the folds, each averaged over its seeds: how much the
-    sessions differ. With several seeds, the last ± is that of the averages of the seeds: the effect
-    of initial weights, order and development speaker."""
+    sessions differ. With several seeds, a second ± is that of the seeds, each averaged over its
+    folds: the effect of initial weights, order and development speaker."""
     rows, wanted = [], set(wanted or runs[0].sessions)  # wanted: folds
     for number, mine in grouped([run for run in runs if run.system in published], "system").items():
         row = {"Sys.": number, "model": TABLE_1[number][0], "runs": len(mine)}
@@ -207,11 +207,11 @@ def table_1(runs: list, name="Table 1", published=TABLE_1, wanted=None) -> str:
             folds, seeds = (  # averages in %, over the runs of each fold and of each seed
                 [100 * fmean(run.result[metric.lower()] for run in x) for x in groups.values()]
                 for groups in (grouped(mine, "fold"), grouped(mine, "seed")))  # fmt: skip
-            values = [fmean(folds), *(stdev(x) for x in (folds, seeds) if len(x) > 1)]
-            row[metric] = " ± ".join(f"{x:.2f}" for x in values)
+            sds = [f" ± {stdev(x):.2f}" if len(x) > 1 else " ± -" for x in (folds, seeds)]
+            row[metric] = f"{fmean(folds):.2f}{''.join(sds).removesuffix(' ± -').removesuffix(' ± -')}"
             if mine[0].corpus == "iemocap":  # the paper has figures for IEMOCAP alone
                 row[f"paper {metric}"] = f"{figure:.2f}"
-                row[f"diff {metric}"] = f"{values[0] - figure:+.2f}"  # ours minus the paper's
+                row[f"diff {metric}"] = f"{fmean(folds) - figure:+.2f}"  # ours minus the paper's
         # A mean over other folds than the paper's is not comparable with the paper's.
         gaps = {s: wanted - grouped(x, "fold").keys() for s, x in grouped(mine, "seed").items()}
         gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]  # as text

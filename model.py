@@ -7,7 +7,7 @@ Read this file with §2 of the paper and its Figures 1-3 open.
 Symbol      meaning                                                      in the paper
 ------      ----------------------------------------------------------   --------------------------
 B           utterances in a batch                                        32 (§3.2)
-T           time steps: T_A frames of 20 ms, T_T word pieces             T_s, T_t (§2.2)
+T           time steps: T_A frames of 20 ms, T_T word pieces             §2.2
 L           states of an upstream: the input of its first Transformer    25, 13 (§2.1; Fig. 2
             layer, then the output of each layer                         prints "H+1")
 D           width of an upstream                                         1024, 768 (§2.1)
@@ -147,9 +147,9 @@ class SqueezeExcitation(nn.Module):
 
 class Projector(nn.Module):
     """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
-    x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat". Given
-    gates (B, T, L), it scales the layers on the way. That equals a projection of S&E's output, but
-    makes no scaled copy of the states. In training, the gates are applied here."""
+    x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat". In
+    training, S&E's gates (B, T, L) are applied here and not in SqueezeExcitation.forward: the
+    result is the same, and no scaled copy of the states is needed."""
     def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
         super().__init__()
         self.condense = condense
@@ -188,8 +188,8 @@ class FeatureExtractor(nn.Module):
         states = states.float()  # the cache stores 16 bits [D1], the weights have 32
         if states.ndim == 4:
             return self.projector(states, self.se.gates(states, mask)[:, None]), mask
-        # Without padding. Subtle: gates() averages over the features first, so these averages can
-        # be passed as states of width 1.
+        # Without padding. Subtle: gates() needs only each step's mean over the features. We pass
+        # it as a state of width 1.
         means = states.new_zeros(*mask.shape, states.shape[1], 1)  # (B, T, L, 1)
         means[mask] = states.mean(dim=-1, keepdim=True)
         gates = self.se.gates(means, mask)  # (B, L)
@@ -244,7 +244,7 @@ class TextFeatureExtractor(FeatureExtractor):
 class TransformerBlock(nn.Module):
     """One Transformer block around Eq. (1). The source is the target itself, or the other modality.
     x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). There are two
-    sublayers, each followed by dropout, add and norm. `residual` switches the first add alone."""
+    sublayers, each followed by dropout, add and norm. `residual` switches the attention's add."""
     def __init__(self, dim: int = 16, dropout: float = 0.1, residual: bool = True):
         super().__init__()
         # UNSPECIFIED [A8]: heads, depth, width, norm, positions. Eq. (1) has one head and no output
@@ -317,7 +317,7 @@ class EmotionRecognizer(nn.Module):
         between = 0.0 if config.dropout_at == "projector" else config.dropout
         self.dropout = nn.Dropout(between)
         self.fusion_dropout = nn.Dropout(between if len(config.modalities) == 2 else 0.0)
-        # PAPER-ERROR [E10]: "an MLP comprised of FC layers" (§2.3), "a fully-connected layer" (§2.2)
+        # PAPER-ERROR [E10]: "a simple MLP" (§2.3), but "a fully-connected (FC) layer" (§2.2).
         # UNSPECIFIED [A15]: the classifier. We follow §2.3, with one hidden layer of width d.
         # Alternative: --head linear, as in the author's other code. Effect: tests/COURSE.md.
         width, hidden = config.dim * len(self.fusion.paths), []
@@ -428,8 +428,8 @@ class Upstream(nn.Module):
     @torch.no_grad()
     def check(self) -> bool:
         """Run inputs of unlike length, alone and in one batch. Raises ValueError for a bad model.
-        Returns whether the states of an input depend on the rest of its batch. Some models
-        normalise over time, padding included. They work if they get one input at a time."""
+        Returns whether padding changes an input's states, because some models normalise over time,
+        padding included. Such a model then gets one input at a time."""
         if self.modality == "audio":
             time = torch.arange(9000) / 16000
             inputs = [(2764 * time).sin(), (942 * time[:5000]).sin()]

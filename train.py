@@ -13,8 +13,8 @@ One run trains one system on one fold with one seed, in a folder of its own:
         predictions.csv   a line a test utterance
         result.json       written last: a run that has it is finished
 
-The folder's name tells each setting that differs from the defaults (the toy has its own). After a
-change to the code, delete runs/ and cache/. Read Patience (the triggers) first, then train().
+The folder's name tells each setting that differs from the defaults (the toy has defaults of its
+own). After a change to the code, delete runs/ and cache/. Read Patience first, then train().
 """
 
 import argparse, copy, io, itertools, json, math, os, re, shutil, time, zlib
@@ -122,8 +122,8 @@ class Patience:
             return "stop"  # before the trigger: if both are due, stop
         if self.finetune_after is None or self.finetuning or self.since_best < self.finetune_after:
             return "continue"
-        # UNSPECIFIED [A9]: whether the 10 epochs are counted from the trigger again. We read one
-        # counter: 5 more stop the run. Alternative: --reset-patience. Effect: tests/COURSE.md.
+        # UNSPECIFIED [A9]: whether the 10 epochs are counted from the trigger again. We use one
+        # counter, so 5 more stop the run. Alternative: --reset-patience. Effect: tests/COURSE.md.
         self.finetuning = True  # only once
         if self.reset_at_finetune:
             self.since_best = 0
@@ -152,7 +152,6 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         cached[m].keep()  # in memory, if they fit
 
     # The trained part, and AdamW at 1e-3 (§3.2).
-    torch.backends.cudnn.allow_tf32 = False  # cached states must equal live ones
     torch.manual_seed(args.seed)  # initial weights, then dropout
     order = torch.Generator().manual_seed(args.seed)  # of the batches
     recognizer = EmotionRecognizer(model_config).to(args.device)
@@ -164,6 +163,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
     finetune_epoch: int | None = None  # the epoch at which the trigger fired
     selected: dict | None = None  # [A10]
 
+    size = args.micro_batch or args.batch_size  # utterances at once
     def batch(rows: Tensor) -> dict[str, tuple]:
         return data.batch(rows, windows, sources, args.device)
 
@@ -181,7 +181,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         head_lr = args.lr_finetune if args.head_lr is None else args.head_lr
         groups = [{"params": list(recognizer.parameters()), "lr": head_lr}]
         groups += [{"params": list(group.values())} for group in opened.values() if group]
-        optimizer = torch.optim.AdamW(groups, args.lr_finetune, weight_decay=decay)
+        optimizer = torch.optim.AdamW(groups, args.lr_finetune, weight_decay=decay)  # no moments
 
     def weights() -> dict:
         """Return everything that training has changed so far."""
@@ -221,7 +221,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         batches = train_rows[torch.randperm(len(train_rows), generator=order)]  # shuffled rows
         for rows in tqdm(batches.split(args.batch_size), leave=False, delay=3, disable=None):
             optimizer.zero_grad()  # of the last step
-            for part in rows.split(args.micro_batch or len(rows)):  # all, unless memory is short
+            for part in rows.split(size):  # one part, unless memory is short
                 logits = recognizer(**batch(part))  # (B, 4)
                 loss = F.cross_entropy(logits, labels[part].to(args.device))  # §2.4
                 # A micro-batch's gradient is weighted, so the sum is the batch's gradient.
@@ -236,10 +236,11 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
             print(f"warning: the S&E unit of the {m} features is dead: all inputs get equal gates")
 
         # "We randomly select one speaker as a development set and monitor its loss" (§3.2).
-        log_probs = evaluate.predict(recognizer, dev_rows, batch)  # (N_dev, 4)
+        log_probs = evaluate.predict(recognizer, dev_rows, batch, size)  # (N_dev, 4)
         dev_loss = F.nll_loss(log_probs, labels[dev_rows]).item()  # cross-entropy
         dev = evaluate.metrics(labels[dev_rows], log_probs.argmax(dim=1))
         event = patience.step(finite(dev_loss, len(log) + 1, [u.id for u in dev_set]))
+        # At the trigger, --reset-patience has set the counter to 0 already.
         since_best = args.finetune_after if event == "finetune" else patience.since_best
         log.append({
             "epoch": len(log) + 1, "phase": "frozen" if finetune_epoch is None else "finetune",
@@ -260,7 +261,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         # §2.4: "partially fine-tune them after training convergence".
         if event == "finetune":
             finetune_epoch = len(log)  # the last frozen epoch
-            start_finetuning()  # makes the new optimiser
+            start_finetuning()  # goes on from the last weights, with the new optimiser
             rate = f"learning rate {args.lr_finetune:g}"  # 1e-05
             print(f"{args.name}: fine-tuning starts, {args.open} of {', '.join(upstreams)}, {rate}")
 
@@ -283,7 +284,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         load_weights(selected["weights"])  # of the best epoch
         if selected["finetune_epoch"] is None:
             sources.update(cached)  # a frozen epoch was selected: use frozen states
-    log_probs = evaluate.predict(recognizer, test_rows, batch)  # (N_test, 4)
+    log_probs = evaluate.predict(recognizer, test_rows, batch, size)  # (N_test, 4)
     seen = data.texts_elsewhere(corpus)  # ids of utterances whose words another session has, too
     evaluate.write_predictions(folder / "predictions.csv", test_set, log_probs, seen)
     result = {
@@ -296,7 +297,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         "seconds": sum(row["seconds"] for row in log)}  # fmt: skip
     data.write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
     print(evaluate.describe(result))  # WA, UA, the confusion matrix
-    for p, value in pretrained:  # the next run of the command starts from these
+    for p, value in pretrained:  # the next run of this command starts as this one did
         p.requires_grad_(False).copy_(value)
 
 def finite(loss: float, epoch: int, ids: list[str]) -> float:
@@ -331,6 +332,7 @@ def read_corpus(iemocap: Path, table: Path, partial: bool) -> tuple[str, list[Ut
 
 def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: set) -> tuple:
     """Load what all runs of the command read: (upstreams, inputs, cached states) by modality."""
+    torch.backends.cudnn.allow_tf32 = False  # cached states must equal live ones
     texts, upstreams, inputs, cached = [u.text for u in corpus], {}, {}, {}
     if args.upstream == "tiny":  # random weights for a dry run
         torch.set_num_threads(1)  # faster for small tensors, and the same sums on every machine
@@ -343,7 +345,6 @@ def load_inputs(args: argparse.Namespace, corpus: list[Utterance], modalities: s
         upstreams[m] = Upstream(name, m, args.precision).to(args.device)
         inputs[m] = data.load_clips(corpus, args.trim) if m == "audio" else texts
         states = args.cache / f"{Path(name).name}-{args.precision}-{upstreams[m].fingerprint}"
-        # Computed once for each upstream and corpus, the longest step before training
         cached[m] = data.cache_states(states, upstreams[m], corpus, inputs[m], args.device)
     return upstreams, inputs, cached
 
@@ -352,9 +353,9 @@ def claim(folder: Path, config: dict) -> None:
     path = folder / "config.json"
     if not path.exists():  # a new run
         data.write_whole(path, json.dumps(config, indent=1).encode())
-    with data.reading(path, f"delete {folder}, or take another --out"):
+    with data.reading(path, f"delete {folder}, or take another --out"):  # upstreams may move
         old = json.loads(path.read_text())  # the settings of the run that is here
-        for key in config.keys() - {"upstreams", "wavlm", "bert", "made_with"}:  # may move
+        for key in config.keys() - {"upstreams", "wavlm", "bert", "switches", "made_with"}:
             if old[key] != config[key]:
                 raise ValueError(f"holds a run with {key} {old[key]!r}, not {config[key]!r}")
 
@@ -393,7 +394,7 @@ def main(arguments: list[str] | None = None) -> None:
     modalities = {m for fusion, _ in systems for m in Config(fusion).modalities}  # one or two
     upstreams, inputs, cached = load_inputs(args, corpus, modalities)
 
-    # Flags that do not change a run, and settings that every folder's name tells
+    # Flags that are no settings, and settings that every folder's name tells
     machine = ("iemocap", "corpus", "partial", "out", "cache", "device", "micro_batch", "system")
     always = ("name", "fusion", "frozen", "fold", "seed")
     runs = itertools.product(systems, folds, args.seed)  # in this order

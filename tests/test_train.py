@@ -625,6 +625,27 @@ def test_losses_and_triggers_computed_again(flags, go, by_hand):
     assert [row["phase"] == "frozen" for row in log] == phases
 
 
+def test_a_run_resumes_after_its_upstream_has_moved(go, upstreams, tmp_path, capsys):
+    """The weights are the same, so only the path differs, in settings and in switches."""
+    shutil.copytree(upstreams["text"], tmp_path / "text")
+    flags = ("--fusion", "text-fc", "--frozen", "--max-epochs", "2")
+    folder = go("moved", *flags)
+    before = (folder / "predictions.csv").read_text()
+    (folder / "result.json").unlink()
+    assert go("moved", *flags, "--bert", str(tmp_path / "text")) == folder
+    assert "resumes after epoch 2" in capsys.readouterr().out
+    assert (folder / "predictions.csv").read_text() == before
+
+
+def test_states_of_the_cache_are_computed_without_tf32(go, monkeypatch):
+    """Like the live ones: on a GPU, the convolutions of WavLM would round otherwise."""
+    seen, cache = [], data.cache_states
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(data, "cache_states", lambda *a: seen.append(torch.backends.cudnn.allow_tf32) or cache(*a))
+    go("tf32", "--fusion", "ef", "--frozen", "--max-epochs", "1")
+    assert seen == [False, False]
+
+
 def test_the_seed_draws_the_order_of_the_batches(go, checkpoints, monkeypatch):
     """With the same three parts, two seeds see the training utterances in two orders."""
     split = data.split
