@@ -41,8 +41,13 @@ def check_1(masked_mean):
     x = torch.tensor([[[1.0, 10.0], [3.0, 30.0], [500.0, 500.0]], [[2.0, 4.0], [4.0, 6.0], [6.0, 8.0]]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
     found = masked_mean(x, mask)
-    assert found is None or found[0].max() < 100, "does padding count? 500 stands where no one spoke"
+    assert found is None or found[0].max() < 100, (
+        "does padding count? 500 stands where no one spoke. True is real, False is padding"
+    )
     if found is not None and found.shape == (2, 2):
+        four = torch.tensor([[[1.0], [3.0], [0.0], [0.0]]]), torch.tensor([[True, True, False, False]])
+        alone = masked_mean(*four)
+        assert abs(alone.flatten()[0] - 4 / 3) > 1e-3, "divided by one more than the real steps?"
         assert abs(found[0, 0] - 4 / 3) > 1e-3, "divided by all steps T, not by the real ones?"
         assert abs(found[0, 0] - 4 / 5) > 1e-3, "divided by the real steps of the whole batch?"
     same(found, [[2.0, 20.0], [4.0, 6.0]], "the mean of the real steps is (1 + 3) / 2 = 2")
@@ -52,6 +57,8 @@ def check_1(masked_mean):
     nothing = masked_mean(x, torch.zeros(2, 3, dtype=torch.bool))
     same(nothing, torch.zeros(2, 2), "no real step: 0 / 0? At a dialogue's edge that happens")
     assert x[0, 2].isnan().all(), "x itself was changed: masked_fill makes a copy, masked_fill_ does not"
+    some = masked_mean(x, torch.tensor([[False, False, False], [True, True, True]]))
+    same(some, [[0.0, 0.0], [4.0, 6.0]], "one utterance without a real step, one with: each has its own count")
     x[0, 0, 0] = float("nan")
     assert masked_mean(x, mask)[0, 0].isnan(), "a NaN in a *real* step is hidden: it is a bug that should show"
     hole = masked_mean(torch.tensor([[[1.0], [9.0], [3.0]]]), torch.tensor([[True, False, True]]))
@@ -114,6 +121,11 @@ def check_2(attention):
     same(far[:, :1], [[[1.0, 0.0]]], "exp(659) is infinite: a softmax takes the highest score off first")
     far = attention(300 * x_t, -x_s, w_q.detach(), w_k, w_v, torch.tensor([[True, False]]))[1]
     same(far[:, :1], [[[1.0, 0.0]]], "the only real step has a score of -659: is the padding's lower? Fill with the lowest number")
+    loud = torch.tensor([[[0.0, 10.0], [1e6, 20.0]]])  # the padding's score is far above the real one's
+    same(attention(x_t, loud, w_q.detach(), w_k, w_v, torch.tensor([[True, False]]))[1], [[[1.0, 0.0]] * 2],
+         "padding may hold any finite number: adding -10000 is not enough, fill with the lowest")  # fmt: skip
+    same(attention(x_t, loud, w_q.detach(), w_k, w_v, torch.tensor([[False, True]]))[1], [[[0.0, 1.0]] * 2],
+         "real steps need not be the first ones: use the mask itself")  # fmt: skip
     two = torch.tensor([[False, False], [True, False]])
     both = attention(x_t.repeat(2, 1, 1), x_s.repeat(2, 1, 1), w_q.detach(), w_k, w_v, two)[1]
     same(both, [[[0.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]],
@@ -141,7 +153,10 @@ def check_3(gates):
     assert found is not None, "nothing comes back yet: does it return?"
     assert found.shape == (1, 2), f"one gate a layer and utterance, (B, L), not {tuple(found.shape)}"
     assert abs(found.sum() - 1) > 1e-4, "a softmax? Gates are sigmoids: layers need not compete"
-    assert found.max() < 1, "no sigmoid? 0.5 and 1.5 are the excitation itself, not gates in (0, 1)"
+    assert not torch.allclose(found, torch.tensor([[0.5, 1.5]]), atol=1e-3), (
+        "no sigmoid? 0.5 and 1.5 are the excitation itself, not gates in (0, 1)"
+    )
+    assert found.max() < 1, "a gate above 1: is the sigmoid the last step?"
     unmasked = torch.sigmoid(torch.tensor([0.0, 2.0]))  # means 4.65 and -4.45: the ReLU gives 0
     assert not torch.allclose(found[0], unmasked, atol=1e-3), (
         "do padded steps count in the squeeze? The padding mask of Fig. 2 leads there"
@@ -155,6 +170,23 @@ def check_3(gates):
     pair.requires_grad_(True)
     gates(se, pair, torch.tensor([[True, False], [True, False]])).sum().backward()
     assert pair.grad is not None and pair.grad.abs().max() > 0, "the squeeze has no gradient (detach, no_grad?)"
+    # Three steps, a hole in the middle. Layer means: (1, 0) and (-0.4, 0); the bias of reduce is 0.1.
+    with torch.no_grad():
+        se.reduce.bias.fill_(0.1)
+    hole = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]], [[50.0, 50.0], [50.0, 50.0]], [[-0.4, -0.4], [0.0, 0.0]]]])
+    found, real = gates(se, hole, torch.tensor([[True, False, True]])), torch.tensor
+    steps = torch.sigmoid(real([[0.55, 1.45]]))  # ReLU of each step, 1.1 and 0, then the mean
+    assert not torch.allclose(found, steps, atol=1e-3), "squeeze first, then one excitation for each utterance"
+    assert not torch.allclose(found, torch.sigmoid(real([[0.7, 1.3]])), atol=1e-3), "a sum over time? The squeeze is a mean"
+    assert not torch.allclose(found, torch.sigmoid(real([[0.3, 1.7]])), atol=1e-3), (
+        "is b_1 missing, or are padded steps zeroed and divided by T?"
+    )
+    same(found, torch.sigmoid(real([[0.4, 1.6]])), "squeeze (1 - 0.4) / 2 = 0.3 and 0; 0.3 + 0.1 = 0.4; sigmoid(0.4), sigmoid(1.6)")
+    with torch.no_grad():
+        se.reduce.bias.fill_(0.0)
+    mixed = gates(se, torch.cat([x, x]), torch.tensor([[False, False], [True, False]]))
+    assert mixed.isfinite().all(), "an utterance with no real step at all: 0 / 0? Use masked_mean"
+    same(mixed, torch.stack([unmasked, linear]), "one utterance without a real step, one with: each has its own squeeze")
     nothing = gates(se, x, torch.tensor([[False, False]]))
     assert nothing.isfinite().all(), "an utterance with no real step at all: 0 / 0? Use masked_mean"
     same(nothing, unmasked[None], "no real step: the squeeze is 0, and sigmoid of the bias is left")
@@ -202,15 +234,12 @@ def check_4(forward):
     odd = torch.tensor([[[True, False], [False, True], [True, True], [False, False], [True, False]]])
     same(forward(five, torch.zeros(1, 5, 2, 1), odd)[1], [[1.0, 1.0]], "of five utterances the target is the third: C // 2")
     conv.text_mask = "target"
-    same(forward(conv, x, mask)[1], [[1.0, 0.0]], "--text-mask target: the tokens of the target, which stands in the middle [A5]")
+    out, found = forward(conv, x, mask)
+    same(found, [[1.0, 0.0]], "--text-mask target: the tokens of the target, which stands in the middle [A5]")
+    same(out, [[[24.0], [2995.0]]], "--text-mask target changes the mask alone: padding is zeroed as before [A6]")
 
 
 # --- EXERCISE 5: TransformerBlock.forward(self, x_t, x_s, mask_s), vanilla and CMT
-
-
-class Doubling(nn.Module):
-    def forward(self, x):
-        return 2 * x
 
 
 def forward_parts(block, x):
@@ -256,13 +285,18 @@ def check_5(forward):
         torch.manual_seed(0)
         wet = model.TransformerBlock(8, dropout=0.5, residual=True).train()
         assert not torch.equal(forward(wet, x_t, x_t), forward(wet, x_t, x_t)), "where is the dropout?"
-        # A "dropout" that doubles instead of dropping shows where it stands.
-        block.dropout = Doubling()
-        h = block.norm1(x_t + 2 * block.attend(x_t, x_t)[0])
-        same(forward(block, x_t, x_t), block.norm2(h + 2 * block.feed_forward(h)),
+        # A dropout of 1 drops both sublayers whole, so what was added is left.
+        gone = model.TransformerBlock(8, dropout=1.0, residual=True).train()
+        for p in gone.parameters():
+            p.copy_(torch.randn(p.shape))
+        same(forward(gone, x_t, x_t), gone.norm2(gone.norm1(x_t)),
              "dropout stands behind each of the two sublayers, before its add: x + dropout(sublayer(x))")  # fmt: skip
-        h = block.norm1(x_t + 2 * block.attend(x_t, x_s)[0])
-        same(forward(block, x_t, x_s), block.norm2(h + 2 * block.feed_forward(h)),
+        h = block.norm1(x_t + block.attend(x_t, x_s)[0])
+        found = forward(block, x_t, x_s)
+        assert not torch.allclose(found, block.norm2(x_t + block.feed_forward(h)), atol=1e-4), (
+            "the second add takes the first sublayer's output, not x_t again"
+        )
+        same(found, block.norm2(h + block.feed_forward(h)),
              "what is added is the target, x_t, whenever self.residual says so")  # fmt: skip
         mask = torch.tensor([[True, True, False, False, False]])
         masked = forward(cross, x_t, x_s, mask)
@@ -281,12 +315,15 @@ def check_6(unweighted_accuracy):
     truth, guess = [0] * 8 + [1, 1], [0] * 8 + [0, 1]  # 8 of 8, 1 of 2
     found = unweighted_accuracy(truth, guess)
     assert found is not None, "nothing comes back yet: does it return?"
+    assert found == found, "NaN: 0 / 0 for a class without an utterance? Leave it out of the mean"
     assert abs(found - 0.9) > 1e-3, "9 of 10 are right: that is WA. Each class must weigh the same"
     assert abs(found - (8 / 9 + 1) / 2) > 1e-3, "the mean precision? Divide by how many *are* of the class"
     assert abs(found - 1.5 / 4) > 1e-3, "classes that do not occur count as wrong?"
     assert abs(found - 75) > 1e-3, "a percentage? Everywhere in the code accuracies are fractions of 1"
     same(found, 0.75, "recall 8/8 and 1/2: (1 + 0.5) / 2")
-    same(unweighted_accuracy([2, 2, 3], [1, 2, 0]), 0.25, "recall 1/2 and 0/1")
+    found = unweighted_accuracy([2, 2, 3], [1, 2, 0])
+    assert abs(found - 0.125) > 1e-3, "classes 0 and 1 are only guessed: leave them out of the mean"
+    same(found, 0.25, "recall 1/2 and 0/1")
     found = unweighted_accuracy(torch.tensor(truth), torch.tensor(guess))
     same(found, 0.75, "as lists they gave 0.75, as tensors not: elements of tensors are no numbers to a dict or set")
     assert isinstance(found, float), f"a float, for result.json; this is a {type(found).__name__}"
@@ -373,12 +410,20 @@ def check_7(split):
             raise AssertionError(f"{empty} is empty: raise InputError, not {error!r}") from None
         else:
             raise AssertionError(f"{empty} is empty, and it goes unsaid: raise InputError")
+    solo = [replace(u, speaker="solo" if u.session == 1 else u.speaker) for u in corpus_of()]
+    for seed in range(12):
+        train_set, dev, _ = split(solo, 2, seed)
+        assert not {u.speaker for u in train_set} & {u.speaker for u in dev}, (
+            "who speaks is told by u.speaker, not by the id: other corpora have other ids"
+        )
 
 
 # --- EXERCISE 8: Patience.step(self, dev_loss)
 
 
 def check_8(step):
+    counts = []
+
     def said(losses, **settings):
         patience = train.Patience(**settings)
         answers = []
@@ -386,11 +431,9 @@ def check_8(step):
             answers.append(step(patience, loss))
             assert answers[-1] is not None, "nothing comes back yet: does it return?"
             assert answers[-1] in ("continue", "finetune", "stop"), f"{answers[-1]!r} is none of the three answers"
-            stopped = patience.since_best >= patience.stop_after
-            assert stopped == (answers[-1] == "stop"), (
-                f"it answers {answers[-1]!r} when since_best is {patience.since_best} of {patience.stop_after}: "
-                f"count in `since_best`, on which the loop ends"
-            )
+            if answers[-1] == "stop":
+                break  # as train.py does
+        counts.append((answers[-1], patience.since_best, patience.stop_after))
         return "".join(a[0] for a in answers)
 
     try:
@@ -398,13 +441,16 @@ def check_8(step):
     except TypeError:
         raise AssertionError("finetune_after is None for a frozen system: it only stops") from None
     assert "f" not in frozen, "a frozen system only stops"
+    assert frozen[-1] == "s", "a frozen system stops, too: the tenth epoch without a lower loss, not one later"
     ten = said([1.0] + [2.0] * 10)
     assert ten.count("f") == 1, "fine-tuning starts once, after 5 epochs without a lower loss"
     assert ten[5] == "f", "an epoch too early or too late? The fifth without a lower loss triggers"
     assert said([1.0] * 6)[-1] == "f", "is an equal loss lower? It is not"
     falling = said([1.0, 2.0, 1.9, 1.8, 1.7, 1.6])
     assert falling[-1] == "f", "lower than the epoch before is not lower than the lowest"
-    assert "s" in said([1.0] + [2.0] * 30), "it never stops"
+    endless = said([1.0] + [2.0] * 30)
+    assert "s" in endless, "it never stops"
+    assert len(endless) != 12, "an epoch too late: the tenth without a lower loss stops"
     assert ten[-1] == "s", "two counters? One goes on: 5 epochs to the trigger, 10 to the stop [A9]"
     assert ten == "cccccfcccc" + "s", ten
     again = said([1.0] + [2.0] * 6 + [0.5] + [2.0] * 10)
@@ -416,10 +462,18 @@ def check_8(step):
     both = said([1.0, 2.0, 2.0], finetune_after=2, stop_after=2)
     assert both == "ccs", "both are due: the docstring says stop"
     relative = said([10.0, 9.5, 9.45], min_decrease=0.1, finetune_after=None, stop_after=2)
-    assert relative == "ccs", "min_decrease is relative to the lowest loss [A17]"
+    assert relative == "ccs", "is min_decrease used? It is relative to the lowest loss [A17]"
     assert said([1.0] + [float("nan")] * 10)[-1] == "s", "NaN is not lower than anything"
     slow = said([1.0 - 1e-6 * k for k in range(20)])
     assert slow == "c" * 20, "however little lower is lower: §3.2 knows no tolerance"
+    for answer, count, limit in counts:  # the loop of train.py ends on since_best
+        assert (answer == "stop") == (count >= limit), (
+            f"it answers {answer!r} when since_best is {count} of {limit}: count in `since_best`, on which the loop ends"
+        )
+    patience = train.Patience()
+    for loss in [0.5] + [1.0] * 6:
+        step(patience, loss)
+    assert (patience.best, patience.finetuning) == (0.5, True), "`best` and `finetuning` hold the counts: a checkpoint keeps them"
 
 
 # --- EXERCISE 9: data.batch(rows, windows, sources, device), frozen and live states alike
@@ -429,9 +483,9 @@ def check_9(batch):
     windows = torch.tensor([[-1, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, -1]])
     asked = []
 
-    def text(rows):  # a source: row k of the corpus is the number 10 k
+    def text(rows):  # a source: row k of the corpus is the number 10 k, and odd rows are not real
         asked.append(rows.tolist())
-        return 10.0 * rows[:, None], rows[:, None] >= 0
+        return 10.0 * rows[:, None], rows[:, None] % 2 == 0
 
     def windows_seen(rows):
         try:
@@ -441,6 +495,7 @@ def check_9(batch):
         assert answer is not None, "nothing comes back yet: does it return?"
         assert len(answer["text"]) == 3, "text is (states, mask, context): what stands where in the windows is missing"
         states, mask, context = answer["text"]
+        assert mask.tolist() == [[row % 2 == 0] for row in asked[-1]], "the second of three is the source's own mask"
         assert -1 not in asked[-1], "row -1 is no utterance: do not ask the source for it"
         assert len(asked[-1]) == len(set(asked[-1])), "a neighbour that two windows share goes twice"
         states = torch.cat([states[:, 0], torch.tensor([-1.0])])  # row -1 is the empty one
@@ -476,6 +531,7 @@ def check_9(batch):
     assert seen == [[2, 0]], "audio is asked for the batch's own rows, in their order"
     assert answer["audio"][0].device.type == "meta", "where is `device`? All that comes back must be on it"
     answer = batch(torch.tensor([2, 0]), windows, {"audio": audio, "text": text}, "cpu")
+    assert set(answer) != {"audio", "text"} or answer["audio"][1].dtype == torch.bool, "audio is (states, mask), as the source gives them"
     assert set(answer) == {"audio", "text"}, f"two sources are two modalities; only {list(answer)} came back"
 
 

@@ -29,7 +29,15 @@ CHECKS = {n: getattr(test_checks, f"check_{n}") for n in SOLUTIONS}
 # --- EXERCISE 1: masked_mean(x, mask)
 
 
+def zero_for_a_whole_empty_batch(x, m):
+    if not m.any():
+        return x.new_zeros(x.shape[0], x.shape[2])
+    return x.masked_fill(~m[..., None], 0).sum(1) / m.sum(1, keepdim=True)
+
+
 WRONG_1 = [
+    (zero_for_a_whole_empty_batch, "each has its own count"),
+    (lambda x, m: x.masked_fill(~m[..., None], 0).sum(1) / (m.sum(1, keepdim=True) + 1), "one more than"),
     (lambda x, m: x.mean(1), "padding count"),
     (lambda x, m: (x * m[..., None]).sum(1) / x.shape[1], "all steps T"),
     (lambda x, m: (x * m[..., None]).sum(1) / m.sum(), "whole batch"),
@@ -87,7 +95,23 @@ def eq1(scale=lambda q, k: k.shape[-1] ** 0.5, dim=-1, before=filled(-1e30), aft
     return attention
 
 
+def additive(x_t, x_s, w_q, w_k, w_v, mask=None):
+    """BERT's way: -10000 on padded scores."""
+    s = (x_t @ w_q) @ (x_s @ w_k).transpose(1, 2) / w_k.shape[1] ** 0.5
+    s = s if mask is None else s + (1.0 - mask[:, None].float()) * -1e4
+    w = s.softmax(-1)
+    w = w if mask is None else w * mask.any(1)[:, None, None]
+    return w @ (x_s @ w_v), w
+
+
+def first_steps(x_t, x_s, w_q, w_k, w_v, mask=None):
+    mask = mask if mask is None else torch.arange(x_s.shape[1]) < mask.sum(1, keepdim=True)
+    return model.cross_modal_attention(x_t, x_s, w_q, w_k, w_v, mask)
+
+
 WRONG_2 = [
+    (additive, "any finite number"),
+    (first_steps, "need not be the first"),
     (reshaping, "transposed, not reshaped"),
     (queries_under_a_mask, "softmax over the queries"),
     (eq1(dim=1), "softmax over the queries"),
@@ -120,7 +144,24 @@ def unguarded(x, m):
     return (x.mean(-1) * m[..., None]).sum(1) / m.sum(1, keepdim=True)
 
 
+def excited(z_of):
+    return lambda self, x, m: self.expand(self.reduce(z_of(self, x.mean(-1), m)).relu()).sigmoid()
+
+
+def each_step(self, x, m):
+    return self.expand(model.masked_mean(self.reduce(x.mean(-1)).relu(), m)).sigmoid()
+
+
+def no_bias(self, x, m):
+    return self.expand((model.masked_mean(x.mean(-1), m) @ self.reduce.weight.T).relu()).sigmoid()
+
+
 WRONG_3 = [
+    (excited(lambda self, z, m: (z * m[..., None]).sum(1)), "a sum over time"),
+    (each_step, "squeeze first"),
+    (excited(lambda self, z, m: z[:, 0] * m[:, :1]), "squeeze .1 - 0.4. / 2"),
+    (no_bias, "b_1 missing"),
+    (excited(lambda self, z, m: z.masked_fill(~m[..., None], -9e9).amax(1) * m.any(1, keepdim=True)), "squeeze .1 - 0.4. / 2"),
     (se(squeeze=unguarded), "no real step at all"),
     (se(squeeze=lambda x, m: x.mean((1, 3))), "padded steps count"),
     (se(middle=lambda h: h), "where is the ReLU"),
@@ -149,7 +190,22 @@ def conv(zero=True, which=lambda self, m: m.any(1) if self.text_mask == "union" 
     return forward
 
 
+def target_zeroes(self, x, m):
+    t = m[:, m.shape[1] // 2]
+    if self.text_mask == "target":
+        return self.conv(x * t[:, None, :, None]).squeeze(1), t
+    return self.conv(x * m[..., None]).squeeze(1), m.any(1)
+
+
+def target_forgets(self, x, m):
+    if self.text_mask == "target":
+        return self.conv(x).squeeze(1), m[:, m.shape[1] // 2]
+    return self.conv(x * m[..., None]).squeeze(1), m.any(1)
+
+
 WRONG_4 = [
+    (target_zeroes, "changes the mask alone"),
+    (target_forgets, "changes the mask alone"),
     (conv(zero=False), "does not exist still speaks"),
     (conv(zero="utterances"), "a padded token still speaks"),
     (conv(which=lambda s, m: m[:, 1]), "target's mask alone"),
@@ -215,6 +271,8 @@ def recalls(y, p):
 
 
 WRONG_6 = [
+    (lambda y, p: float(np.mean([np.mean(np.array(p)[np.array(y) == c] == c) if c in y else float("nan") for c in range(4)])), "0 / 0 for a class"),
+    (lambda y, p: float(np.mean([np.sum((np.array(y) == c) & (np.array(p) == c)) / max(1, np.sum(np.array(y) == c)) for c in {*map(int, y), *map(int, p)}])), "only guessed"),
     (lambda y, p: sum(a == b for a, b in zip(y, p)) / len(y), "that is WA"),
     (lambda y, p: recalls(p, y)[0] / 2 + recalls(p, y)[1] / 2, "mean precision"),
     (lambda y, p: sum(recalls(y, p)) / 4, "do not occur"),
@@ -296,7 +354,20 @@ def stepper(equal=False, again=False, reset=False, frozen=True, previous=False, 
     return step
 
 
+def own_attributes(self, loss):
+    lower = loss < getattr(self, "lowest", float("inf")) * (1 - self.min_decrease)
+    self.lowest, self.since_best = (loss, 0) if lower else (getattr(self, "lowest", loss), self.since_best + 1)
+    if self.since_best >= self.stop_after:
+        return "stop"
+    fired = getattr(self, "fired", False) or self.finetune_after is None
+    if fired or self.since_best < self.finetune_after:
+        return "continue"
+    self.fired, self.since_best = True, 0 if self.reset_at_finetune else self.since_best
+    return "finetune"
+
+
 WRONG_8 = [
+    (own_attributes, "a checkpoint keeps them"),
     (stepper(equal=True), "is an equal loss lower"),
     (stepper(again=True), "a second trigger"),
     (stepper(reset=True), "two counters"),
@@ -345,7 +416,21 @@ def batcher(always=False, edge=True, unique=True, corpus_rows=False, greedy=Fals
     return batch
 
 
+def all_real(rows, windows, sources, device):
+    out = data.batch(rows, windows, sources, device)
+    if "text" in out:
+        out["text"] = (out["text"][0], torch.ones_like(out["text"][1]), out["text"][2])
+    return out
+
+
+def swapped(rows, windows, sources, device):
+    out = data.batch(rows, windows, sources, device)
+    return {m: x[::-1] if m == "audio" else x for m, x in out.items()}
+
+
 WRONG_9 = [
+    (all_real, "the source.s own mask"),
+    (swapped, "audio is .states, mask."),
     (batcher(always=True), "one too low"),
     (batcher(edge=False), "do not ask the source"),
     (batcher(unique=False), "goes twice"),
@@ -383,9 +468,47 @@ RIGHT = {  # other answers; those below are also what each wrong answer changes 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("n", RIGHT)
-def test_another_right_answer_is_accepted(n):
-    CHECKS[n](RIGHT[n])
+def functional_dropout(self, x_t, x_s, mask_s=None):
+    def drop(y):
+        return nn.functional.dropout(y, self.dropout.p, self.training)
+
+    y = drop(model.cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)[0])
+    x = self.norm1(x_t + y) if self.residual else self.norm1(y)
+    return self.norm2(x + drop(self.feed_forward(x)))
+
+
+def exact_counts(self, loss):
+    """With == in place of >=: the loop ends at the first "stop"."""
+    self.since_best += 1
+    if loss < self.best * (1 - self.min_decrease):
+        self.best, self.since_best = loss, 0
+    if self.since_best == self.stop_after:
+        return "stop"
+    if self.since_best != self.finetune_after or self.finetuning:
+        return "continue"
+    self.finetuning = True
+    self.since_best = 0 if self.reset_at_finetune else self.since_best
+    return "finetune"
+
+
+def looped_mean(x, m):
+    rows = [[step for step, real in zip(steps, reals) if real] for steps, reals in zip(x, m.tolist())]
+    return torch.stack([sum(r) / len(r) if r else torch.zeros_like(x[0, 0]) for r in rows])
+
+
+def by_einsum(x_t, x_s, w_q, w_k, w_v, mask=None):
+    s = torch.einsum("btd,dk,bse,ek->bts", x_t, w_q, x_s, w_k) / w_k.shape[1] ** 0.5
+    if mask is None:
+        return s.softmax(-1) @ x_s @ w_v, s.softmax(-1)
+    w = s.masked_fill(~mask[:, None], torch.finfo(s.dtype).min).softmax(-1).masked_fill(~mask[:, None], 0)
+    return w @ x_s @ w_v, w
+
+
+@pytest.mark.parametrize("n, answer", [
+    *RIGHT.items(), (1, looped_mean), (2, by_einsum), (5, functional_dropout), (8, exact_counts),
+])  # fmt: skip
+def test_another_right_answer_is_accepted(n, answer):
+    CHECKS[n](answer)
 
 
 def test_a_failing_check_says_yours_and_expected():
