@@ -482,10 +482,10 @@ def load_pretrained(name: str, modality: str, label: str):
         model, info = hf.AutoModel.from_pretrained(name, **kind, **how)
         if not hasattr(model, "feature_extractor" if modality == "audio" else "embeddings"):
             raise ValueError(f"{type(model).__name__} is no {modality} encoder of a known kind")
-        return loader.from_pretrained(name, **how), model, info["missing_keys"]
+        return loader.from_pretrained(name, **how), model, info
 
     try:
-        preprocessor, model, missing = load(local=True)  # a folder, or downloaded before
+        preprocessor, model, info = load(local=True)  # a folder, or downloaded before
     except Exception:
         if os.path.isdir(name):
             raise
@@ -493,11 +493,12 @@ def load_pretrained(name: str, modality: str, label: str):
         advice = "give the model's folder, or use --upstream tiny for a dry run"
         with reading(f"{label}: no such folder, and the Hugging Face hub fails", advice):
             huggingface_hub.HfApi().model_info(name, timeout=5)
-        preprocessor, model, missing = load(local=False)
-    # A weight that fails to load stays random without any error, so we check. These two are unused.
-    missing = [key for key in missing if "pooler" not in key and "masked_spec_embed" not in key]
-    if missing:
-        raise ValueError(f"no weights for {', '.join(missing[:3])}")
+        preprocessor, model, info = load(local=False)
+    # A weight that fails to load stays random without any error, so we check. The rest is unused.
+    missing = [x for x in info["missing_keys"] if "pooler" not in x and "masked_spec" not in x]
+    extra = [x for x in info["unexpected_keys"] if re.search(r"layers?\.\d", x)]
+    if missing + extra:  # the second: config.json names fewer layers
+        raise ValueError(f"no {'weights' if missing else 'layer'} for {(missing + extra)[0]}")
     return preprocessor, model
 
 # The configuration of microsoft/wavlm-large, where it is not the library's default

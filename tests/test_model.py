@@ -763,6 +763,9 @@ KINDS = {  # modality, folder, and what Upstream makes of it: one of the two, or
     "audio: more layers than weights": (
         "audio", after(of(audio_folder, **LAYER), "config.json", num_hidden_layers=3),
         "no weights for encoder.layers.2"),
+    "audio: fewer layers than weights": (
+        "audio", after(of(audio_folder, **LAYER), "config.json", num_hidden_layers=1),
+        "no layer for encoder.layers.1"),
     "audio: NaN": (
         "audio",
         of(audio_folder, change=("encoder.layers.0.attention.k_proj.bias", math.nan), **LAYER),
@@ -797,6 +800,9 @@ KINDS = {  # modality, folder, and what Upstream makes of it: one of the two, or
     "text: weights missing": (
         "text", of(text_folder, drop="layer.1.attention.self.key"),
         "no weights for encoder.layer.1.attention.self.key"),
+    "text: fewer layers than weights": (
+        "text", after(of(text_folder), "config.json", num_hidden_layers=1),
+        "no layer for encoder.layer.1"),
     "text: NaN": ("text", of(text_folder, change=("encoder.layer.1.output.dense.bias", math.nan)),
                   "not finite"),
     "damaged weights": ("text", damaged, ""),
