@@ -494,6 +494,15 @@ def test_linear_head_is_one_matrix(fusion):  # A15
     assert kinds == {"linear": [nn.Linear], "mlp": [nn.Linear, nn.ReLU, nn.Linear]}
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_transformer_block_has_the_vanilla_dropout_and_width(fusion):  # A8
+    recognizer = EmotionRecognizer(Config(fusion, 3, 8, 3, 8, dropout=0.4))
+    for block in recognizer.fusion.blocks.values():
+        assert block.dropout.p == 0.1  # --dropout is that between modules
+        assert block.feed_forward[0].out_features == 64 == block.feed_forward[2].in_features
+        assert [w.shape for w in (block.w_q, block.w_k, block.w_v)] == [(16, 16)] * 3
+
+
 def test_defaults_are_the_papers():
     import train
 
