@@ -527,6 +527,20 @@ def test_the_cache_goes_on_after_a_kill_and_never_reads_a_stale_state(tiny, tmp_
     torch.testing.assert_close(other(torch.tensor([0]))[0], expected[0].detach(), atol=2e-3, rtol=2e-3)
 
 
+def test_a_batch_of_the_cache_holds_inputs_of_like_length(tmp_path):
+    """Otherwise most of a batch would be padding."""
+    asked = []
+
+    def upstream(raw):
+        asked.append([len(x) for x in raw])
+        mask = torch.tensor([[t < len(x) for t in range(max(map(len, raw)))] for x in raw])
+        return torch.ones(*mask.shape, 2, 3), mask
+
+    clips = [torch.zeros(1 + 37 * k % 101) for k in range(100)]
+    data.cache_states(tmp_path, upstream, named(map(str, range(100))), clips, "cpu")
+    assert sum(asked, []) == sorted(map(len, clips), reverse=True) and len(asked) == 4
+
+
 def test_states_are_kept_only_where_they_fit(tiny, tmp_path, monkeypatch):
     cached = data.cache_states(tmp_path, tiny["text"], named("ab"), ["i hate it", None], "cpu")
     monkeypatch.setattr(data, "KEEP_ON_CPU", 0)
@@ -623,6 +637,8 @@ def test_the_toy_is_written_once_and_never_over_other_files(tmp_path):
     root = data.write_toy(tmp_path / "toy")
     files = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     assert data.write_toy(root) == root
+    emotions = {u.emotion for u in data.read_iemocap(root)}
+    assert emotions == {"neu", "hap", "exc", "ang", "sad", "xxx"}  # happy merged with excited, and others
     again = data.write_toy(tmp_path / "again")
     assert {p.relative_to(again): p.read_bytes() for p in again.rglob("*") if p.is_file()} == {
         p.relative_to(root): content for p, content in files.items()

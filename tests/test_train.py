@@ -646,6 +646,17 @@ def test_states_of_the_cache_are_computed_without_tf32(go, monkeypatch):
     assert seen == [False, False]
 
 
+def test_a_frozen_epoch_that_is_best_is_tested_with_frozen_states(go):
+    """Fine-tuning at a rate that ruins the upstreams must not reach the selected model."""
+    flags = ("--fusion", "text-fc", "--select", "best")
+    tuned = go("ruined", *flags, "--lr-finetune", "0.5")
+    result = result_of(tuned)
+    state = torch.load(tuned / "checkpoint.pt", weights_only=True)
+    assert result["finetune_epoch"] and state["selected"]["finetune_epoch"] is None
+    frozen = go("whole-frozen", *flags, "--frozen", "--max-epochs", str(result["finetune_epoch"]))
+    assert (tuned / "predictions.csv").read_text() == (frozen / "predictions.csv").read_text()
+
+
 def test_the_seed_draws_the_order_of_the_batches(go, checkpoints, monkeypatch):
     """With the same three parts, two seeds see the training utterances in two orders."""
     split = data.split
