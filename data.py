@@ -165,7 +165,7 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
     wavs = {p.name.lower(): p for p in folder.glob("*")}  # .WAV is as good as .wav
     for id in sorted(felt.keys() | spoken.keys()):  # in either file
         letter = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
-        start, end, emotion = felt.get(id) or (*spoken[id][:2], "xxx")
+        start, end, emotion = felt.get(id) or (*spoken[id][:2], "xxx")  # missing: named below
         from_, to, text = spoken.get(id) or felt[id]
         wav, wrong = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav"), ""  # not wrong yet
         if not letter or not dialog.startswith(f"Ses{number:02}"):

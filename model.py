@@ -142,7 +142,7 @@ class SqueezeExcitation(nn.Module):
         hidden = torch.relu(self.reduce(z))  # (B, 1)
         return torch.sigmoid(self.expand(hidden))  # (B, L)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # the paper's block; see Projector
         return x * self.gates(x, mask)[:, None, :, None]  # (B, T, L, D)
 
 class Projector(nn.Module):
