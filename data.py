@@ -430,7 +430,7 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
     folder.mkdir(parents=True, exist_ok=True)  # cache/<upstream>-<precision>-<fingerprint>
     there = set(os.listdir(folder))  # one look is faster than 10,000
     # The last bits of a state depend on its batch. We never mix sessions in a batch and always
-    # compute all of it, so a state depends neither on the test session nor on a kill.
+    # compute all of it. So a state depends neither on the test session nor on a kill.
     parts = []  # rows of each batch
     for session in sorted({u.session for u in corpus}):
         rows = [i for i, u in enumerate(corpus) if files[i] and u.session == session]
@@ -476,8 +476,8 @@ def batch(rows: Tensor, windows: Tensor, sources: dict, device: str) -> dict[str
 # It is built to show the paper's ordering, so it is no evidence for it. An emotion tends to stay
 # from turn to turn, and two sentences in five name it: context helps, and text beats audio. The
 # voice shows the emotion of two turns in three: both modalities together beat either. Pitch in Hz,
-# fall of the overtones. Every pitch is a multiple of 50 Hz, so all frames of 20 ms sound the same,
-# and CMT(A->T) cannot pass the text on by its choice of frames [A7].
+# fall of the overtones. Every pitch is a multiple of 50 Hz, so all frames of 20 ms sound the same.
+# CMT(A->T) cannot pass the text on by its choice of frames [A7].
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
 KEYWORDS = {"neu": ["table", "monday"], "hap": ["lovely", "wonderful"],
             "ang": ["stupid", "hate"], "sad": ["lost", "alone"]}  # fmt: skip

@@ -430,7 +430,7 @@ class Recognizer:
             before, after = before[max(0, len(before) - half) :], after[:half]  # the nearest
             texts = [*before, text, *after]  # U texts
             window = range(len(before) - half, len(before) + half + 1)  # places in texts
-            context = [i if 0 <= i < len(texts) else -1 for i in window]  # C; -1: none there [A6]
+            context = [i if 0 <= i < len(texts) else -1 for i in window]  # C. -1: none there [A6]
             self.batch["text"] = (*upstream(texts), torch.tensor([context]))  # context (1, C)
             if (tokens := len(upstream.preprocessor(text)["input_ids"])) > upstream.max_tokens:
                 remark(f"Of {tokens} tokens, {upstream.max_tokens} are used.")

@@ -142,13 +142,13 @@ class SqueezeExcitation(nn.Module):
         hidden = torch.relu(self.reduce(z))  # (B, 1)
         return torch.sigmoid(self.expand(hidden))  # (B, L)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # the paper's block; see Projector
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # the paper's block (training: Projector)
         return x * self.gates(x, mask)[:, None, :, None]  # (B, T, L, D)
 
 class Projector(nn.Module):
     """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
     x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat". In
-    training, S&E's gates (B, T, L) are applied here and not in SqueezeExcitation.forward: the
+    training, S&E's gates (B, T, L) are applied here and not in SqueezeExcitation.forward. The
     result is the same, and no scaled copy of the states is needed."""
     def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
         super().__init__()

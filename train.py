@@ -407,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = args.out / name / system / f"fold{args.fold}-seed{args.seed}"  # of one run
         number = evaluate.system_number(args.fusion, args.frozen)  # in Table 1
         print(f"\nSys. {number} ({system}), fold {args.fold}, seed {args.seed}")
-        # What this system uses of all that was loaded. L and D are read off the upstreams.
+        # This system uses a part of all that was loaded. L and D are read off the upstreams.
         used = {m: upstreams[m] for m in Config(args.fusion).modalities}  # audio, text or both
         states = {m: cached[m] for m in used}  # CachedStates
         shapes = {f"{m}_layers": upstream.n_layers for m, upstream in used.items()}  # L
