@@ -179,8 +179,7 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
         else:
             try:  # a wav of another length was cut off, or is another utterance
                 if abs((seconds := len(load_wav(wav)) / SAMPLE_RATE) - (end - start)) > 0.1:
-                    lengths = f"{seconds:.2f} s long, {end - start:.2f} s by its label"
-                    wrong = f"has a wav {lengths}: {wav}"
+                    wrong = f"has {wav}, {seconds:.2f} s long, {end - start:.2f} s by its label"
                 who = number, dialog, f"Ses{number:02}{letter[1]}"
                 u = Utterance(id, *who, start, end, " ".join(text.split()), emotion, wav)
                 utterances += [] if wrong else [u]
@@ -283,7 +282,7 @@ def split(corpus: list[Utterance], fold: int, seed: int) -> tuple[list, list, li
         needs = f"four-class utterances in session {fold} and two speakers in the others"
         have = sorted({u.session for u in targets})
         raise InputError(f"fold {fold} needs {needs}; the corpus has sessions {have}")
-    # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2). The seed decides.
+    # UNSPECIFIED [A14]: "randomly select one speaker as a development set" (§3.2). The seed draws.
     # Alternative: another --seed. The partner stays in training, with this speaker as context.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [u for u in rest if u.speaker != dev_speaker]  # seven speakers of IEMOCAP
@@ -415,6 +414,10 @@ class CachedStates:
         for part, place in zip(parts, self.buffer[:n].split(lengths.tolist())):
             place.copy_(part)  # the place of one utterance in the buffer
         return self.buffer[:n], mask  # (N, L, D), (U, T)
+
+def live(upstream: Callable, inputs: Sequence) -> Callable:
+    """Make a source that runs the upstream on every batch, for fine-tuning."""
+    return lambda rows: upstream([inputs[i] for i in rows.tolist()])
 
 def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequence, device: str):
     """Compute the layer states that are not yet in `folder`, and return a CachedStates.

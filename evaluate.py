@@ -207,8 +207,9 @@ def table_1(runs: list, name="Table 1", published=TABLE_1, wanted=None) -> str:
             folds, seeds = (  # averages in %, over the runs of each fold and of each seed
                 [100 * fmean(run.result[metric.lower()] for run in x) for x in groups.values()]
                 for groups in (grouped(mine, "fold"), grouped(mine, "seed")))  # fmt: skip
-            sds = [f" ± {stdev(x):.2f}" if len(x) > 1 else " ± -" for x in (folds, seeds)]
-            row[metric] = f"{fmean(folds):.2f}{''.join(sds).removesuffix(' ± -').removesuffix(' ± -')}"
+            sds = [f"{stdev(x):.2f}" if len(x) > 1 else "-" for x in (folds, seeds)]
+            shown = sds if len(seeds) > 1 else sds[:1] if len(folds) > 1 else []
+            row[metric] = " ± ".join([f"{fmean(folds):.2f}", *shown])
             if mine[0].corpus == "iemocap":  # the paper has figures for IEMOCAP alone
                 row[f"paper {metric}"] = f"{figure:.2f}"
                 row[f"diff {metric}"] = f"{fmean(folds) - figure:+.2f}"  # ours minus the paper's
@@ -339,8 +340,8 @@ def draw_curves(runs: list, path: Path) -> None:
     loss, ua = fig.subplots(2, 1, sharex=True)
     for k, run in enumerate(runs):
         with reading(run.folder / "log.jsonl", "restore it, or leave out --pictures"):
-            lines = (run.folder / "log.jsonl").read_text().splitlines()
-            x = {key: [json.loads(line)[key] for line in lines] for key in json.loads(lines[0])}
+            log = [json.loads(x) for x in (run.folder / "log.jsonl").read_text().splitlines()]
+            x = {key: [row[key] for row in log] for key in log[0]}  # a list of values by epoch
             loss.plot(x["epoch"], x["dev_loss"], f"C{k}", label=f"fold {run.fold}, seed {run.seed}")
             loss.plot(x["epoch"], x["train_loss"], f"C{k}:")  # dotted
             ua.plot(x["epoch"], x["dev_ua"], f"C{k}")
@@ -398,13 +399,10 @@ class Recognizer:
             self.trim, self.model = run.trim, EmotionRecognizer(Config(**run.model))
             self.model.requires_grad_(False).eval().load_state_dict(weights["model"])
             self.upstreams = {m: Upstream(x, m, run.precision) for m, x in run.upstreams.items()}
-            for m, upstream in self.upstreams.items():
+            for m, upstream in self.upstreams.items():  # put in what fine-tuning changed
                 if upstream.fingerprint != run.weights[m]:
                     raise InputError(f"{upstream.name}: these are not the weights of {folder}")
-                opened = upstream.open(run.open)  # parameters by name
-                for n, value in weights[m].items():  # what fine-tuning changed
-                    opened[n].data.copy_(value)
-                upstream.requires_grad_(False)  # nothing is trained here
+                upstream.model.load_state_dict(upstream.model.state_dict() | weights[m])
 
     def recognize(self, wav=None, text=None, before=(), after=()) -> dict[str, float]:
         """Return {"neu": p, "hap": p, "ang": p, "sad": p}.

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import InputError, reading
+from data import reading
 
 # Fig. 3 and Table 1: a system is a list of paths (target, source) whose outputs are concatenated.
 # Without a source, a path is the features as they are. From a modality to itself it is a vanilla
@@ -407,9 +407,9 @@ class Upstream(nn.Module):
         with cast, warnings.catch_warnings():  # torch warns of two kinds of mask: harmless
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             output = self.model(**inputs.to(device), output_hidden_states=True)
-        # Take all L states (§2.1). PAPER-ERROR [E4]: "information leakage" there means loss. State 0
-        # is the input of the first Transformer layer. Careful: the last of `hidden_states` may come
-        # before the final LayerNorm, so we take last_hidden_state.
+        # Take all L states (§2.1). PAPER-ERROR [E4]: "information leakage" there means loss. State
+        # 0 is the input of the first Transformer layer. Careful: the last of `hidden_states` may
+        # come before the final LayerNorm, so we take last_hidden_state.
         states = (*output.hidden_states[:-1], output.last_hidden_state)
         if len({x.shape for x in states}) > 1:
             raise ValueError("its layers differ in shape (an adapter?)")

@@ -174,7 +174,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
             opened[m] = upstream.open(args.open)  # §2.4: the bottom
             pretrained.extend((p, p.detach().clone()) for p in opened[m].values())
             cached[m].kept, cached[m].buffer = [], None  # the GPU needs the memory now
-            sources[m] = lambda rows, m=m: upstreams[m]([inputs[m][i] for i in rows.tolist()])
+            sources[m] = data.live(upstream, inputs[m])  # states are computed for each batch
         # UNSPECIFIED [A11]: the optimiser at the trigger, and the rate of the head. One rate is
         # named (§3.2), so a new AdamW trains everything at 1e-5. Alternative: --head-lr 1e-3, as
         # in the author's other code. Effect: tests/COURSE.md.
@@ -190,9 +190,8 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
 
     def load_weights(state: dict) -> None:
         recognizer.load_state_dict(state["model"])
-        for m in upstreams:
-            for n, value in state[m].items():  # by name
-                opened[m][n].data.copy_(value)
+        for m, upstream in upstreams.items():
+            upstream.model.load_state_dict(upstream.model.state_dict() | state[m])
 
     # Resume after a kill: the next epoch is the one that an undisturbed run has.
     path = folder / "checkpoint.pt"  # of the last whole epoch

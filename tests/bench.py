@@ -194,7 +194,7 @@ def compare_with_bare_upstreams(full, n, repeats, folder):
     parameters = list(head.parameters())
     for m, upstream in upstreams.items():
         parameters += upstream.open("bottom").values()
-        live[m] = (lambda rows, m=m: upstreams[m]([raw[m][i] for i in rows.tolist()]))
+        live[m] = data.live(upstream, raw[m])
     optimizer = torch.optim.AdamW(parameters, 1e-5)
     windows = data.context_windows([SimpleNamespace(dialog=i // 12) for i in range(n)])
     rows = torch.randperm(n)[: 32 if CUDA else 8]

@@ -71,10 +71,9 @@ def main(command, root=ROOT):
     elif command[:1] == ["pack"] and len(command) == 2:
         hunts = json.loads(Path(command[1]).read_text(encoding="utf-8"))
         text = base64.b64encode(zlib.compress(json.dumps(hunts).encode(), 9)).decode()
-        source = Path(__file__).read_text(encoding="utf-8").split("\nPACKED = ")[0]
-        lines = "\n".join(textwrap.wrap(text, 96))
-        tail = Path(__file__).read_text(encoding="utf-8").split('\n"""\n\nBUGS')[-1]
-        Path(__file__).write_text(f'{source}\nPACKED = """\n{lines}\n"""\n\nBUGS{tail}', encoding="utf-8")
+        source, lines = Path(__file__).read_text(encoding="utf-8"), "\n".join(textwrap.wrap(text, 96))
+        head, tail = source.split("\nPACKED = ")[0], source.split('\n"""\n\nBUGS')[-1]
+        Path(__file__).write_text(f'{head}\nPACKED = """\n{lines}\n"""\n\nBUGS{tail}', encoding="utf-8")
     else:
         sys.exit(__doc__)
 

@@ -663,7 +663,7 @@ def own(tiny, tmp_path, monkeypatch):
     """Make a run folder with a checkpoint of random weights, and a wav of one second."""
     monkeypatch.setattr(evaluate, "Upstream", lambda name, m, precision: calls(tiny[m]))
     write_wav(tmp_path / "x.wav", [0.3 * math.sin(k / 10) for k in range(16000)])
-    used, opened = [], [torch.nn.Parameter(torch.zeros(1))]
+    used, tuned = [], torch.nn.ParameterDict({"w": torch.zeros(1)}).requires_grad_(False)
 
     def calls(upstream):
         wrapped = SimpleNamespace(**{
@@ -679,11 +679,7 @@ def own(tiny, tmp_path, monkeypatch):
                 used.append(raw)
                 return upstream(raw)
 
-            def open(self, what):
-                return {"w": opened[0]}
-
-            def requires_grad_(self, yes):
-                opened[0].requires_grad_(yes)
+            model = tuned
 
         return Counted()
 
@@ -705,7 +701,7 @@ def own(tiny, tmp_path, monkeypatch):
         state = {"weights": weights, "selected": selected}
         torch.save(state, folder / "checkpoint.pt")
         return SimpleNamespace(
-            folder=folder, model=model, wav=tmp_path / "x.wav", used=used, opened=opened[0]
+            folder=folder, model=model, wav=tmp_path / "x.wav", used=used, opened=tuned["w"]
         )
 
     return make

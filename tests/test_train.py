@@ -804,7 +804,7 @@ def test_one_step_at_full_size(fusion, full_size_upstreams):
 
     assert step(frozen, head.parameters()) == set(head.state_dict())
     opened = [p for upstream in upstreams.values() for p in upstream.open("bottom").values()]
-    live = {m: (lambda rows, m=m: upstreams[m]([raw[m][i] for i in rows.tolist()])) for m, upstream in upstreams.items()}
+    live = {m: data.live(upstream, raw[m]) for m, upstream in upstreams.items()}
     bottom = step(live, [*head.parameters(), *opened]) - set(head.state_dict())
     parts = {"audio": "audio.feature_extractor.", "text": "text.embeddings."}
     assert {n.split(".", 2)[0] for n in bottom} == set(upstreams)
