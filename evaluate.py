@@ -1,6 +1,6 @@
 """Results: Tables 1 and 2, Fig. 4, paired comparisons, and an utterance of your own.
 
-    python evaluate.py RUNS                   Tables 1 and 2, on IEMOCAP beside the paper's figures
+    python evaluate.py RUNS                   Tables 1 and 2, on IEMOCAP beside the paper's numbers
     python evaluate.py RUNS --parts           the same systems on parts of the test data
     python evaluate.py RUNS --compare A B     is the difference between two systems real?
     python evaluate.py RUNS --pictures DIR    Fig. 4 and learning curves
@@ -61,9 +61,8 @@ def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
 
 def metrics(y_true: Sequence[int], y_pred: Sequence[int]) -> dict:
     """Compute {"wa", "ua", "confusion"} of N class indices, as result.json holds them."""
-    counts = confusion_matrix(y_true, y_pred).tolist()  # lists, for result.json
     wa, ua = weighted_accuracy(y_true, y_pred), unweighted_accuracy(y_true, y_pred)
-    return {"wa": wa, "ua": ua, "confusion": counts}
+    return {"wa": wa, "ua": ua, "confusion": confusion_matrix(y_true, y_pred).tolist()}
 
 @torch.no_grad()
 def predict(model: nn.Module, rows: Tensor, batch: Callable, size: int = 32) -> Tensor:
@@ -79,7 +78,8 @@ def read_run(folder: Path) -> SimpleNamespace:
     with reading(folder / "config.json", remedy):
         vars(run).update(json.loads((folder / "config.json").read_bytes()))
         run.system = system_number(run.fusion, run.frozen)  # in Table 1
-        run.title = ", ".join([run.corpus, *(f"{k}={x}" for k, x in run.switches.items())])
+        switches = [f"{k}={Path(str(x)).name}" for k, x in run.switches.items()]  # no folders
+        run.title = ", ".join([run.corpus, *switches])  # runs of one title share a table
         run.name = f"Sys. {run.system} ({TABLE_1[run.system][0]}), {run.title}"
         expected = {k: vars(run)[k] for k in ("corpus", "fusion", "frozen", "fold", "seed")}
         run.sessions = sorted(run.sessions)  # all folds of the corpus
@@ -92,7 +92,7 @@ def read_run(folder: Path) -> SimpleNamespace:
         run.rows = list(csv.DictReader(text.splitlines()))  # a row an utterance, and more columns:
         for row in run.rows:
             row["dialog"] = row["utterance"].rpartition("_")[0]  # Ses05F_impro01 of ..._F000
-            row["speaker"] = row["speaker"] or "unknown"  # KeyError: no such column
+            row["speaker"] = row["speaker"] or "unknown"  # raises KeyError without the column
             row["truth"], row["guess"] = map(CLASSES.index, (row["label"], row["prediction"]))
             row["seen"] = bool(int(row["seen_text"]))  # another session has the same words
             p = [float(row[c]) for c in CLASSES]  # probabilities
@@ -109,7 +109,7 @@ def read_run(folder: Path) -> SimpleNamespace:
 
 def find_runs(root: Path) -> tuple[list, list[str]]:
     """Read all runs below a folder -> (the usable ones, a sentence for each of the others)."""
-    runs, others = {}, []  # runs: by title, system, fold and seed
+    runs, others = {}, []  # by title, system, fold and seed. Upstreams have a config.json, too:
     configs = [p for p in root.rglob("config.json") if b'"model_type"' not in p.read_bytes()]
     for folder in sorted({p.parent for p in (*configs, *root.rglob("result.json"))}):
         try:
@@ -165,8 +165,8 @@ TABLE_1 = {  # model, modality, WA and UA in %, mean of 5 folds
     15: ("LF frozen", "A+T", 79.91, 81.88), 16: ("LF fine-tuned", "A+T", 79.91, 81.15),
     17: ("MMT frozen", "A+T", 78.58, 80.72), 18: ("MMT fine-tuned", "A+T", 80.36, 81.70),
 }  # fmt: skip
-# Table 2 has two rows "ours" on Session 5, without numbers. §5 says that the fine-tuned one is MMT.
-# The frozen one is LF or MMT, because the frozen 5-fold row there is Sys. 15 (LF).
+# Table 2 has two rows "ours" on Session 5, without system numbers. By §5, the fine-tuned one is
+# MMT. The frozen one may be MMT too, or LF, because the frozen row of five folds is Sys. 15 (LF).
 # PAPER-ERROR [E2]: §5 prints a WA of 84.35, the abstract and Table 2 print 84.45.
 TABLE_2 = {15: (78.32, 80.56), 17: (78.32, 80.56), 18: (84.45, 84.39)}
 
@@ -183,7 +183,7 @@ def markdown(title: str, rows: list[dict]) -> str:
     return "\n".join([title, "", *lines, ""])
 
 def describe(result: dict) -> str:
-    """Format WA and UA of one run, those of chance, and the confusion matrix (Fig. 4)."""
+    """Format WA and UA of one run, those of the largest class, and the confusion matrix."""
     corpus, counts = result["corpus"], np.array(result["confusion"])  # (4, 4)
     size, rows = counts.sum(axis=1), []  # (4,): utterances of each class
     for name, row, n in zip(CLASSES, counts / size.clip(min=1)[:, None], size):
@@ -196,34 +196,35 @@ def describe(result: dict) -> str:
     )
 
 def table_1(runs: list, name="Table 1", published=TABLE_1, wanted=None) -> str:
-    """Format the systems that were run, for runs of one title. Return "" if there are none.
+    """Format the systems that were run, for runs of one title (at least one run).
     The first ± is the standard deviation over the folds, each averaged over its seeds: how much the
     sessions differ. With several seeds, a second ± is that of the seeds, each averaged over its
     folds: the effect of initial weights, order and development speaker."""
     rows, wanted = [], set(wanted or runs[0].sessions)  # wanted: folds
-    for number, mine in grouped([run for run in runs if run.system in published], "system").items():
+    for number, mine in grouped(runs, "system").items():
         row = {"Sys.": number, "model": TABLE_1[number][0], "runs": len(mine)}
-        for metric, figure in zip(("WA", "UA"), published[number][-2:]):
-            folds, seeds = (  # averages in %, over the runs of each fold and of each seed
-                [100 * fmean(run.result[metric.lower()] for run in x) for x in groups.values()]
-                for groups in (grouped(mine, "fold"), grouped(mine, "seed")))  # fmt: skip
+        by_fold, by_seed = grouped(mine, "fold"), grouped(mine, "seed")
+        for metric, printed in zip(("WA", "UA"), published[number][-2:]):
+            key = metric.lower()  # in result.json
+            folds = [100 * fmean(run.result[key] for run in x) for x in by_fold.values()]  # in %
+            seeds = [100 * fmean(run.result[key] for run in x) for x in by_seed.values()]
             sds = [f"{stdev(x):.2f}" if len(x) > 1 else "-" for x in (folds, seeds)]
-            shown = sds if len(seeds) > 1 else sds[:1] if len(folds) > 1 else []
-            row[metric] = " ± ".join([f"{fmean(folds):.2f}", *shown])
-            if mine[0].corpus == "iemocap":  # the paper has figures for IEMOCAP alone
-                row[f"paper {metric}"] = f"{figure:.2f}"
-                row[f"diff {metric}"] = f"{fmean(folds) - figure:+.2f}"  # ours minus the paper's
+            if len(seeds) == 1:  # one seed: the ± of the folds alone, if there are several
+                sds = sds[:1] if len(folds) > 1 else []
+            row[metric] = " ± ".join([f"{fmean(folds):.2f}", *sds])
+            if mine[0].corpus == "iemocap":  # the paper has numbers for IEMOCAP alone
+                row[f"paper {metric}"] = f"{printed:.2f}"
+                row[f"diff {metric}"] = f"{fmean(folds) - printed:+.2f}"  # ours minus the paper's
         # A mean over other folds than the paper's is not comparable with the paper's.
-        gaps = {s: wanted - grouped(x, "fold").keys() for s, x in grouped(mine, "seed").items()}
-        gaps = [f"{sorted(folds)} (seed {s})" for s, folds in gaps.items() if folds]  # as text
+        missing = {seed: wanted - {run.fold for run in x} for seed, x in by_seed.items()}
+        gaps = [f"{sorted(x)} (seed {seed})" for seed, x in missing.items() if x]
         rows.append(row | {"missing folds": ", ".join(gaps)})
-    title = f"{name} with {runs[0].title if runs else ''}, in %: mean ± sd (folds) ± sd (seeds)"
-    return markdown(title, rows) if rows else ""
+    return markdown(f"{name} with {runs[0].title}, in %: mean ± sd (folds) ± sd (seeds)", rows)
 
 def table_2(runs: list) -> str:
     """Format the rows "ours" of Table 2, on Session 5 of IEMOCAP, or return ""."""
-    runs = [run for run in runs if run.fold == 5 and run.corpus == "iemocap"]
-    return table_1(runs, "Table 2, Session 5,", TABLE_2, wanted=[5])
+    runs = [x for x in runs if x.corpus == "iemocap" and x.fold == 5 and x.system in TABLE_2]
+    return table_1(runs, "Table 2, Session 5,", TABLE_2, wanted=[5]) if runs else ""
 
 def breakdown(runs: list) -> str:
     """Format WA and UA on parts of the test data, pooled over all runs of a system.
@@ -286,15 +287,16 @@ def compare(first: list, second: list) -> str:
     """Compare the runs of two systems, A and B, paired by fold and seed, or raise InputError.
     Of each fold we take the lowest seed that both have, so that an utterance counts once."""
     a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))
-    pairs = {fold: (a[fold, seed], b[fold, seed])
+    pairs = {fold: (a[fold, seed], b[fold, seed])  # the lowest seed comes last and stays
              for fold, seed in sorted(a.keys() & b.keys(), reverse=True)}  # fmt: skip
     if not pairs or len(a) < len(first) or len(b) < len(second):
         raise InputError("--compare: A and B need one system each, and a fold and seed in common")
     a, b = zip(*pairs.values())  # the runs of A, and those of B
     if any(column(a, x).tolist() != column(b, x).tolist() for x in ("utterance", "truth")):
         raise InputError("--compare: A and B were tested on different utterances")
-    truth, guess_a, guess_b = column(a, "truth"), column(a, "guess"), column(b, "guess")  # (N,)
-    right_a, right_b, dialogs = guess_a == truth, guess_b == truth, column(a, "dialog")  # (N,)
+    truth, dialogs = column(a, "truth"), column(a, "dialog")  # (N,) each
+    guess_a, guess_b = column(a, "guess"), column(b, "guess")  # (N,) each
+    right_a, right_b = (guess_a == truth), (guess_b == truth)  # (N,) bool each
     text = (
         f"A: {a[0].name}\nB: {b[0].name}\nfolds {list(grouped(a, 'fold'))}, seeds "
         f"{list(grouped(a, 'seed'))}: {len(truth)} predictions in {len(set(dialogs))} dialogues\n"
@@ -459,7 +461,6 @@ def main(arguments: list[str] | None = None) -> None:
             if recognizer.run.fusion in ("cmt-a2t", "cmt-t2a", "mmt"):
                 draw_attention(recognizer, args.text, args.pictures / "attention.png")
         return
-    # Reports, one for each title: the corpus and the switches
     runs, others = find_runs(args.runs)
     if not runs + others:
         raise InputError(f"{args.runs}: no run in it; `python train.py --out DIR` makes one in DIR")

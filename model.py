@@ -2,12 +2,14 @@
 
     python model.py     every block of the MMT system, with shapes and parameters at full size
 
-Read this file with §2 of the paper and its Figures 1-3 open.
+Read this file with §2 of the paper and its Figures 1-3 open. "The author's other code" is
+JinchaoLove/AffectiveVocalBurstRecognition on GitHub, for a sister task.
 
 Symbol      meaning                                                      in the paper
 ------      ----------------------------------------------------------   --------------------------
 B           utterances in a batch                                        32 (§3.2)
 T           time steps: T_A frames of 20 ms, T_T word pieces             §2.2
+U, N        distinct texts of a batch; the real steps of all of them     (data.batch)
 L           states of an upstream: the input of its first Transformer    25, 13 (§2.1; Fig. 2
             layer, then the output of each layer                         prints "H+1")
 D           width of an upstream                                         1024, 768 (§2.1)
@@ -38,8 +40,8 @@ from torch.nn.utils.rnn import pad_sequence
 from data import reading
 
 # Fig. 3 and Table 1: a system is a list of paths (target, source) whose outputs are concatenated.
-# Without a source, a path is the features as they are. From a modality to itself it is a vanilla
-# Transformer, otherwise CMT (source -> target). Odd numbers are frozen, even ones fine-tuned.
+# Without a source, a path is the features as they are. With the target as source it is a vanilla
+# Transformer, otherwise CMT (source -> target). Odd systems are frozen, even ones fine-tuned.
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
@@ -89,11 +91,11 @@ class Config:
 # EXERCISE 1 (10 min): delete the body, write it again; pytest -m ex1
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
-    x (B, T, D), mask (B, T) -> (B, D). Example: x [[1], [3], [9]] with mask [True, True, False]
+    x (B, T, F), mask (B, T) -> (B, F). Example: x [[1], [3], [9]] with mask [True, True, False]
     gives [2]. An utterance without a real step gives zeros, so there is no 0/0 = NaN. Padding is
     never read, so it may contain anything, even NaN. A NaN in a real step propagates."""
-    steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-    return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps  # (B, D)
+    n_steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
+    return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / n_steps  # (B, F)
 
 # EXERCISE 2 (15 min): delete the body, write it again; pytest -m ex2
 def cross_modal_attention(
@@ -118,7 +120,6 @@ def cross_modal_attention(
 # --- Blocks of the feature extractor (Fig. 2) -----------------------------------------------------
 class SqueezeExcitation(nn.Module):
     """Squeeze-and-Excitation (S&E) over the layers of an upstream: §2.1, Fig. 2, reference [27].
-
     x (B, T, L, D), mask (B, T) -> (B, T, L, D). Each layer is scaled by its gate in (0, 1):
 
         z = mean of x over features and real steps        squeeze, (B, L)
@@ -128,28 +129,27 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
         # use the layers as channels, so the bottleneck has L / L = 1 unit. Alternative: features.
-        # Careful: if this ReLU dies, all utterances get the same gates. train.py warns of that.
+        # Careful: if the ReLU gives 0 for all utterances, all get equal gates. train.py warns.
         self.reduce = nn.Linear(n_layers, 1)
         self.expand = nn.Linear(1, n_layers)
-        nn.init.ones_(self.reduce.bias)  # so the ReLU starts alive
+        nn.init.ones_(self.reduce.bias)  # so that the ReLU starts above 0
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def gates(self, x: Tensor, mask: Tensor) -> Tensor:
         """Compute one gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L)."""
         # Squeeze. The mask is the "padding mask" arrow of Fig. 2: padded states are not zero.
         z = masked_mean(x.mean(dim=-1), mask)  # (B, L)
-        # Excitation: down to the bottleneck and back.
-        hidden = torch.relu(self.reduce(z))  # (B, 1)
+        hidden = torch.relu(self.reduce(z))  # (B, 1): the bottleneck of the excitation
         return torch.sigmoid(self.expand(hidden))  # (B, L)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # the paper's block (training: Projector)
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # the paper's block (see Projector)
         return x * self.gates(x, mask)[:, None, :, None]  # (B, T, L, D)
 
 class Projector(nn.Module):
     """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
-    x (B, T, L, D) -> (B, T, out_dim). `in_dim` is D, or L * D where `condense` is "concat". In
-    training, S&E's gates (B, T, L) are applied here and not in SqueezeExcitation.forward. The
-    result is the same, and no scaled copy of the states is needed."""
+    x (B, T, L, D), gates (B, 1, L) -> (B, T, d), or (N, L, D), (N, L) -> (N, d). `in_dim` is D, or
+    L * D where `condense` is "concat". The model applies S&E's gates here and not in
+    SqueezeExcitation.forward. The result is the same, and the sum needs no scaled copy."""
     def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
         super().__init__()
         self.condense = condense
@@ -163,9 +163,8 @@ class Projector(nn.Module):
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         if gates is None:
             gates = x.new_ones(x.shape[:-1])  # (B, T, L)
-        # UNSPECIFIED [A1]: the paper does not say how L layers become one vector. We sum them, as
-        # the author's other code, S3PRL and ESPnet do. Alternative: --condense concat, L times as
-        # wide. Effect: tests/COURSE.md.
+        # UNSPECIFIED [A1]: how L layers become one vector. We sum them, as the author's other code,
+        # S3PRL and ESPnet do. Alternative: --condense concat. Effect: tests/COURSE.md.
         if self.condense == "sum":
             x = (gates.unsqueeze(-2) @ x).squeeze(-2)  # (B, T, D): the sum of gate * layer
         else:
@@ -188,8 +187,7 @@ class FeatureExtractor(nn.Module):
         states = states.float()  # the cache stores 16 bits [D1], the weights have 32
         if states.ndim == 4:
             return self.projector(states, self.se.gates(states, mask)[:, None]), mask
-        # Without padding. Subtle: gates() needs only each step's mean over the features. We pass
-        # it as a state of width 1.
+        # Without padding. Subtle: of a step, gates() needs only its mean, a state of width 1.
         means = states.new_zeros(*mask.shape, states.shape[1], 1)  # (B, T, L, 1)
         means[mask] = states.mean(dim=-1, keepdim=True)
         gates = self.se.gates(means, mask)  # (B, L)
@@ -201,14 +199,13 @@ class FeatureExtractor(nn.Module):
 
 class ContextConv(nn.Module):
     """The Conv2D of Fig. 2b: the feature maps of C utterances become one map of the target.
-    x (B, C, T, d), mask (B, C, T) -> (X_T (B, T, d), mask (B, T)). The target is utterance C // 2.
-    """
+    x (B, C, T, d), mask (B, C, T) -> (X_T (B, T, d), mask (B, T)). The target is number C // 2."""
     def __init__(self, n_context: int = 9, text_mask: str = "union"):
         super().__init__()
         # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3"
         # (§2.1). We use the utterances as channels and convolve over (token, feature), so X_T is a
         # sequence: 9 * 3 * 3 + 1 = 82 parameters. Alternative: two layers and LayerNorm, as in the
-        # author's other code. Careful: tokens of two utterances meet because of their position.
+        # author's other code. Careful: it mixes tokens of different turns by their position.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
         self.text_mask = text_mask
 
@@ -216,8 +213,8 @@ class ContextConv(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         C = x.shape[1]
         # UNSPECIFIED [A6]: what is beyond a dialogue's edge. We put zeros, as implementations of
-        # [23] do. Alternative: repeat the edge. A missing neighbour has an all-False mask, so this
-        # line turns it into a map of zeros. It zeroes padding, too.
+        # [23] do. Alternative: repeat the edge. A missing neighbour has an all-False mask, so it
+        # becomes a map of zeros with the rest of the padding.
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # (B, C, T, d)
         x = self.conv(x).squeeze(1)  # (B, T, d)
         # UNSPECIFIED [A5]: which steps of X_T are real. We take each position where any of the C
@@ -227,18 +224,18 @@ class ContextConv(nn.Module):
 
 class TextFeatureExtractor(FeatureExtractor):
     """Fig. 2b without BERT: the states of U utterances -> (X_T (B, T, d), mask (B, T)).
-    states (U, T, L, D) or (N, L, D), mask (U, T), and context (B, C): the numbers of the utterances
+    states (U, T, L, D) or (N, L, D), mask (U, T), and context (B, C): which of the U utterances are
     in each window, -1 for none. Windows overlap, so each distinct utterance is given once."""
     def __init__(self, config: Config, modality: str = "text"):
         super().__init__(config, modality)
-        self.context = ContextConv(config.n_context, config.text_mask)
+        self.context_conv = ContextConv(config.n_context, config.text_mask)
 
     def forward(self, states: Tensor, mask: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         x, mask = super().forward(states, mask)  # (U, T, d), (U, T)
         # Append one empty utterance. In Python, index -1 is the last row: the missing neighbour.
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
         mask = torch.cat([mask, mask.new_zeros(1, mask.shape[1])])
-        return self.context(x[context], mask[context])  # of (B, C, T, d), (B, C, T)
+        return self.context_conv(x[context], mask[context])  # of (B, C, T, d), (B, C, T)
 
 # --- Fusion (Fig. 3) and the whole (Fig. 1) -------------------------------------------------------
 class TransformerBlock(nn.Module):
@@ -251,9 +248,9 @@ class TransformerBlock(nn.Module):
         # matrix. "The same backbone as the vanilla Transformer" (§2.2) gives post-norm, 4 d, ReLU,
         # dropout 0.1. We use one block, and no positions, because the upstreams add them.
         # Alternative: 2 heads, width 2, dropout 0.5, as in the author's other code.
-        self.w_q, self.w_k, self.w_v = (
-            nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim))) for _ in "QKV"
-        )
+        self.w_q = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))  # W_Q, (d, d_k)
+        self.w_k = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))  # W_K, (d, d_k)
+        self.w_v = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))  # W_V, (d, d_v)
         self.norm1 = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))  # fmt: skip
@@ -301,8 +298,7 @@ class EmotionRecognizer(nn.Module):
     """Fig. 1: everything that is trained from scratch. Layer states of a batch -> logits (B, 4).
     audio  (states, mask) as in FeatureExtractor, or None for the text systems
     text   (states, mask, context) as in TextFeatureExtractor, or None for the audio systems
-    The classes are in the order of Fig. 4: neu, hap, ang, sad (data.CLASSES). Raises ValueError
-    if a modality that the fusion needs is missing."""
+    The classes are in the order of Fig. 4: neu, hap, ang, sad (data.CLASSES)."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -320,10 +316,10 @@ class EmotionRecognizer(nn.Module):
         # PAPER-ERROR [E10]: "a simple MLP" (§2.3), but "a fully-connected (FC) layer" (§2.2).
         # UNSPECIFIED [A15]: the classifier. We follow §2.3, with one hidden layer of width d.
         # Alternative: --head linear, as in the author's other code. Effect: tests/COURSE.md.
-        width, hidden = config.dim * len(self.fusion.paths), []
+        width, layers = config.dim * len(self.fusion.paths), []
         if config.head == "mlp":
-            width, hidden = config.dim, [nn.Linear(width, config.dim), nn.ReLU()]
-        self.classifier = nn.Sequential(*hidden, nn.Linear(width, config.n_classes))
+            width, layers = config.dim, [nn.Linear(width, config.dim), nn.ReLU()]
+        self.classifier = nn.Sequential(*layers, nn.Linear(width, config.n_classes))
 
     def features(self, audio: tuple | None = None, text: tuple | None = None) -> tuple[dict, dict]:
         """Compute X_A and X_T of Fig. 2: by modality x (B, T, d) and mask (B, T)."""
@@ -343,7 +339,6 @@ class EmotionRecognizer(nn.Module):
 # --- Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4) ------------------
 class Upstream(nn.Module):
     """A pre-trained encoder with its preprocessor: raw inputs -> all of its layer states.
-
     name       a Hugging Face name or a local folder: WavLM, HuBERT or wav2vec 2.0 for "audio",
                BERT or RoBERTa for "text"
     precision  "fp32", or "bf16": matrix products in 16 bits
@@ -352,7 +347,7 @@ class Upstream(nn.Module):
     Raises InputError if the model cannot be loaded or fails a check."""
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
         super().__init__()
-        self.name, self.modality, self.precision = name, modality, "fp32"
+        self.name, self.modality, self.precision = name, modality, "fp32"  # until it is checked
         label = f"{'--wavlm' if modality == 'audio' else '--bert'} {name}"
         with reading(label, f"use a whole {modality} encoder, or download it again"):
             self.preprocessor, self.model = load_pretrained(name, modality, label)
@@ -367,7 +362,7 @@ class Upstream(nn.Module):
                 offset = getattr(self.model.embeddings, "padding_idx", -1) + 1
                 room = getattr(config, "max_position_embeddings", 512) - offset
                 self.max_tokens = min(512, room, self.preprocessor.model_max_length)
-            self.one_by_one = False
+            self.one_by_one = False  # check() runs forward(), which asks for it
             self.one_by_one = self.check()
         self.precision = precision
         # A checksum of the weights and of the preprocessor's rules, for the cache's name.
@@ -386,10 +381,10 @@ class Upstream(nn.Module):
 
     def forward(self, raw: list) -> tuple[Tensor, Tensor]:
         if self.one_by_one and len(raw) > 1:
-            parts = [self([x]) for x in raw]
+            parts = [self([x]) for x in raw]  # (states (1, T, L, D), mask (1, T)) of each
             both = zip(*parts)  # all states, all masks
             return tuple(pad_sequence([x[0] for x in xs], batch_first=True) for xs in both)
-        # Preprocess and pad. The audio preprocessor makes mean 0 and variance 1.
+        # Preprocess and pad. WavLM-Large's preprocessor makes mean 0 and variance 1.
         device = next(self.model.parameters()).device
         if self.modality == "audio":
             inputs = self.preprocessor(
@@ -421,7 +416,7 @@ class Upstream(nn.Module):
         # UNSPECIFIED [A21]: whether the embeddings' LayerNorm is part of the "input embeddings". We
         # say yes, because it is in the same module. Alternative: the three tables alone.
         bottom = "feature_extractor." if self.modality == "audio" else "embeddings."
-        start = {"nothing": ("none of them",), "bottom": bottom, "all": ""}[what]
+        start = {"nothing": (), "bottom": bottom, "all": ""}[what]  # no name starts with ()
         named = self.model.named_parameters()
         return {n: p.requires_grad_(True) for n, p in named if n.startswith(start)}
 
@@ -440,7 +435,7 @@ class Upstream(nn.Module):
             rows, known = self.model.get_input_embeddings().num_embeddings, len(self.preprocessor)
             ids = self.preprocessor(inputs[0])["input_ids"]
             unknown = ids.count(self.preprocessor.unk_token_id)
-            if not rows / 2 < known <= rows or 2 * unknown > len(ids):
+            if not (rows / 2 < known <= rows) or 2 * unknown > len(ids):
                 has = f"the tokenizer has {known:,} entries, the embedding {rows:,}"
                 raise ValueError(f"{has}, and {unknown} of {len(ids)} ordinary words are unknown")
             self([inputs[0] * 200])  # the greatest length must run
@@ -451,7 +446,7 @@ class Upstream(nn.Module):
                 raise ValueError(f"it gives states of shape {tuple(alone.shape)}, not {expected}")
             if not alone.isfinite().all():
                 raise ValueError("its states are not finite")
-            depends |= bool((states[: len(alone)] - alone).norm() > 0.01 * alone.norm())
+            depends |= bool((states[: len(alone)] - alone).norm() > 0.01 * alone.norm())  # 1 %
         return depends
 
 def frame_count(samples: Tensor | int, config) -> Tensor | int:
@@ -494,10 +489,10 @@ def load_pretrained(name: str, modality: str, label: str):
         with reading(f"{label}: no such folder, and the Hugging Face hub fails", advice):
             huggingface_hub.HfApi().model_info(name, timeout=5)
         preprocessor, model, info = load(local=False)
-    # A weight that fails to load stays random without any error, so we check. The rest is unused.
+    # A weight that fails to load stays random without any error, so we check. Two are not used.
     missing = [x for x in info["missing_keys"] if "pooler" not in x and "masked_spec" not in x]
     extra = [x for x in info["unexpected_keys"] if re.search(r"layers?\.\d", x)]
-    if missing + extra:  # the second: config.json names fewer layers
+    if missing + extra:  # extra: config.json names fewer layers than there are
         raise ValueError(f"no {'weights' if missing else 'layer'} for {(missing + extra)[0]}")
     return preprocessor, model
 
@@ -510,7 +505,7 @@ def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
     """Write WavLM and BERT of two layers with random weights, in the hub's file format.
     The vocabulary is made from `texts`. Letters are in it too, so no word is unknown."""
     hf = load_transformers()
-    words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}
+    words = set(re.findall(r"\w+|[^\w\s]", " ".join(texts).lower()))
     letters = set("abcdefghijklmnopqrstuvwxyz")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary += sorted(words | letters) + sorted(f"##{x}" for x in letters)

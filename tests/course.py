@@ -23,13 +23,16 @@ SHARED = ("README.md", "requirements.txt", ".gitignore", "tests/course.py", "tes
           "tests/conftest.py", "tests/trace.py", "tests/first_hour.py", "tests/figures.py",
           "tests/COURSE.md", "tests/CORPORA.md", "tests/pictures")  # fmt: skip
 NEEDS = {3: 1, 5: 2}
+# Sections of COURSE.md that answer its own questions, or that need files which a student does not get
+OURS = ("## Silent bugs", "## For teachers", "### The star")
 TAG = re.compile(r"\s*# (UNSPECIFIED|DEVIATION|PAPER-ERROR|Eq\. )")
 
 
 def exercises(source):
     """Find the exercises of a file: {number: (name, first and last line of the body)}."""
-    found, lines = {}, source.split("\n")
-    for node in ast.walk(ast.parse(source)):
+    found, lines, tree = {}, source.split("\n"), ast.parse(source)
+    classes = [("", tree), *((f"{x.name}.", x) for x in tree.body if isinstance(x, ast.ClassDef))]
+    for owner, node in [(owner, node) for owner, parent in classes for node in parent.body]:
         if isinstance(node, ast.FunctionDef):
             mark = re.match(r"\s*# EXERCISE (\d)", lines[node.lineno - 2])
             if mark:
@@ -37,23 +40,30 @@ def exercises(source):
                 first = node.body[0].end_lineno + 1 if documented else node.body[0].lineno
                 while lines[first - 2].lstrip().startswith("#"):  # comments above the first statement
                     first -= 1
-                found[int(mark[1])] = node.name, first, node.end_lineno
+                found[int(mark[1])] = owner + node.name, first, node.end_lineno
     return found
 
 
 def emptied(source):
     """Return the file with empty exercises. Comments with a tag stay: they say what was decided."""
     lines = source.split("\n")
-    for number, (_, first, last) in sorted(exercises(source).items(), key=lambda x: -x[1][1]):
+    for number, (name, first, last) in sorted(exercises(source).items(), key=lambda x: -x[1][1]):
         body, kept, keeping = lines[first - 1 : last], [], False
         for line in body:
             comment = line.lstrip().startswith("#")
             keeping = comment and (keeping or bool(TAG.match(line)))
             kept += [line] if keeping else []
         indent = re.match(r" *", body[0])[0]
-        kept.append(f'{indent}raise NotImplementedError("exercise {number} is yours to write")')
+        kept.append(f'{indent}raise SystemExit("exercise {number}, {name}, is yours to write first")')
         lines[first - 1 : last] = kept
-    return "\n".join(lines)
+    task = "write the body; python tests/course.py check"
+    return re.sub(r"delete the body, write it again; pytest -m ex\d", task, "\n".join(lines))
+
+
+def without(page, titles):
+    """Return a Markdown page without the sections of these titles, each up to the next heading."""
+    parts = re.split(r"(?m)^(?=##)", page)
+    return "".join(part for part in parts if not part.startswith(titles))
 
 
 def student(folder):
@@ -68,6 +78,12 @@ def student(folder):
     for name in FILES:
         text = emptied((ROOT / name).read_text(encoding="utf-8"))
         (folder / name).write_text(text, encoding="utf-8")
+    page = without((ROOT / "tests" / "COURSE.md").read_text(encoding="utf-8"), OURS)
+    (folder / "tests" / "COURSE.md").write_text(page, encoding="utf-8")
+    # The first hour needs five exercises, so its output comes with the copy.
+    hour = [sys.executable, "-X", "utf8", ROOT / "tests" / "first_hour.py"]
+    done = subprocess.run(hour, capture_output=True, check=True)
+    (folder / "tests" / "first_hour.txt").write_bytes(done.stdout)
     print(f"{folder}: nine exercises to write. python tests/course.py check")
 
 
@@ -76,16 +92,7 @@ import json, sys
 sys.path[:0] = [{code!r}, {checks!r}]
 import test_checks
 for n in range(1, 10):
-    try:
-        getattr(test_checks, f"check_{{n}}")(test_checks.SOLUTIONS[n])
-        verdict = "passed"
-    except NotImplementedError as error:
-        verdict = f"not yet: {{error}}"
-    except AssertionError as error:
-        verdict = str(error).split(chr(10) + "assert ")[0]
-    except Exception as error:
-        verdict = f"{{type(error).__name__}}: {{error}}"
-    print(json.dumps(verdict), flush=True)
+    print(json.dumps(test_checks.verdict(n)), flush=True)
 """
 
 
@@ -133,6 +140,8 @@ def exercises_of(path):
 
 def key(path):
     """Write the teacher's key: the answers, the bodies from the code, the hunts."""
+    if not (ROOT / "tests" / "ANSWERS.md").exists():
+        sys.exit("this is a student's copy: the key is made from the repository")
     parts = [(ROOT / "tests" / "ANSWERS.md").read_text(encoding="utf-8"), "\n## The nine exercises\n"]
     for name in FILES:
         source = (ROOT / name).read_text(encoding="utf-8")

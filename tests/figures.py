@@ -135,7 +135,8 @@ def main(arguments=None):
         s = shapes()
         for make in (figure_1, figure_2, figure_3):
             make(args.dir, s)
-    print(*sorted(str(p) for p in args.dir.glob("*.png")), sep="\n")
+    for name in ("development-loss",) if args.runs else ("figure-1", "figure-2", "figure-3"):
+        print(args.dir / f"{name}.png")
 
 
 if __name__ == "__main__":

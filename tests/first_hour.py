@@ -2,9 +2,10 @@
 
     python tests/first_hour.py
 
-It walks once through what train.py does in a step, with the blocks of model.py, one line a tensor.
-Read the paper's §2.1 to §2.3 beside it. The states are random numbers: WavLM and BERT are taken for
-granted in this hour. Everything is small: 3 layers of width 8, d = 4, and a context of 3 texts.
+This script does what train.py does in one step, without the dropout between modules, and prints a
+line for each tensor. The blocks are those of model.py. Read §2.1 to §2.3 of the paper beside it.
+The states are random numbers: there is no WavLM or BERT in this hour. Everything is small: 3 layers
+of width 8, d = 4, and a context of 3 texts.
 """
 
 import sys
@@ -47,7 +48,7 @@ def main():
 
     print("\n--- 3. Project & Norm: the layers become one vector of width d (§2.1)")
     project_a, project_t = Projector(8, 4), Projector(8, 4)
-    x_a = project_a(audio, gates_a[:, None])
+    x_a = project_a(audio, gates_a[:, None])  # gates (3, 1, 3): the same for all frames of a clip
     each = project_t(text, gates_t[:, None])
     show("X_A", x_a, "the acoustic features: a sequence of frames")
     show("each", each, "every text on its own: a sequence of tokens")
@@ -60,6 +61,7 @@ def main():
     x_t, x_t_mask = conv(padded[windows], there[windows])
     show("windows", windows, "rows of the turns before, at and after each turn")
     show("X_T", x_t, "the textual features of each turn, with its context")
+    show("X_T's mask", x_t_mask, "real where any of the three texts has a token")
 
     print("\n--- 5. Eq. (1), twice: who asks, who answers? (§2.2, Fig. 3d)")
     a_to_t, t_to_a = TransformerBlock(4, residual=False), TransformerBlock(4, residual=False)
@@ -74,13 +76,13 @@ def main():
     pooled = torch.cat([masked_mean(h_t, x_t_mask), masked_mean(h_a, audio_mask)], dim=-1)
     classifier = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
     logits = classifier(pooled)
-    show("pooled", pooled, "one vector a turn: 4 numbers from each path")
+    show("pooled", pooled, "one vector for each turn: 4 numbers from each path")
     show("logits", logits, "one number for each of neu, hap, ang, sad")
 
     print("\n--- 7. The loss, and what one step of AdamW does to it (§2.4, §3.2)")
     loss = F.cross_entropy(logits, labels)
     by_hand = -logits.log_softmax(dim=-1)[torch.arange(3), labels].mean()
-    show("loss", loss, "cross-entropy: the mean of -log p(truth). Chance: log 4 = 1.386")
+    show("loss", loss, "cross-entropy: the mean of -log p(truth). Chance: 1.386")
     show("by hand", by_hand, "the same")
     blocks = [se_a, se_t, project_a, project_t, conv, a_to_t, t_to_a, classifier]
     parameters = [p for block in blocks for p in block.parameters()]
@@ -89,7 +91,7 @@ def main():
     show("gradient", se_a.reduce.weight.grad, "it reaches even the first weights of S&E")
     before = se_a.expand.bias.detach().clone()
     optimizer.step()
-    show("step", se_a.expand.bias - before, "AdamW's first step is about 1e-3 for every weight. Why?")
+    show("step", se_a.expand.bias - before, "AdamW: about 1e-3 for large and small gradients alike. Why?")
     count = sum(p.numel() for p in parameters)
     print(f"\n{count} weights here. At full size the same blocks have 35,482 (python model.py).")
     print("Now read model.py from masked_mean to EmotionRecognizer: you have met every block.")

@@ -4,16 +4,18 @@ import ast
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import bugs
 import course
+import differences
 import first_hour
 from conftest import ROOT
 
-NAMES = ("masked_mean", "cross_modal_attention", "gates", "forward", "forward",
-         "unweighted_accuracy", "split", "step", "batch")  # fmt: skip
+NAMES = ("masked_mean", "cross_modal_attention", "SqueezeExcitation.gates", "ContextConv.forward",
+         "TransformerBlock.forward", "unweighted_accuracy", "split", "Patience.step", "batch")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def copy(tmp_path_factory):
 def test_a_students_copy_holds_no_answer(copy):
     everything = "\n".join(p.read_text() for p in copy.rglob("*") if p.suffix in (".py", ".md"))
     for answer in (  # a line of each of the nine bodies, and of what only teachers may read
-        "x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / steps",
+        "x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / n_steps",
         "q @ k.transpose(1, 2) / math.sqrt(w_k.shape[1])",
         "hidden = torch.relu(self.reduce(z))",
         "x = self.conv(x).squeeze(1)",
@@ -39,7 +41,12 @@ def test_a_students_copy_holds_no_answer(copy):
     ):  # fmt: skip
         assert answer not in everything, answer
     code = "\n".join((copy / name).read_text() for name in course.FILES)
-    assert len(re.findall(r"exercise \d is yours to write", code)) == 9
+    assert len(re.findall(r"exercise \d, [\w.]+, is yours to write first", code)) == 9
+    assert "delete the body" not in code
+    page = (copy / "tests" / "COURSE.md").read_text()
+    assert "## Exercises" in page and not any(title in page for title in course.OURS)
+    whole = (ROOT / "tests" / "COURSE.md").read_text()
+    assert all(title in whole for title in course.OURS)
     for name in course.FILES:  # all of them compile, and every docstring is there
         old, new = (root.joinpath(name).read_text() for root in (ROOT, copy))
         compile(new, name, "exec")
@@ -48,6 +55,15 @@ def test_a_students_copy_holds_no_answer(copy):
                        and ast.get_docstring(node)] for text in (old, new)]  # fmt: skip
         assert documented[0] == documented[1]
         assert set(re.findall(r"\[[ADE]\d+\]", old)) == set(re.findall(r"\[[ADE]\d+\]", new))
+
+
+def test_in_a_copy_a_command_names_the_exercise_that_it_waits_for(copy):
+    for command in (["tests/trace.py"], ["model.py"], ["tests/first_hour.py"]):
+        done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 1 and re.fullmatch(r"exercise \d, [\w.]+, is yours to write first\n", done.stderr)
+    done = subprocess.run([sys.executable, "tests/course.py", "key", "key.md"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1 and "made from the repository" in done.stderr
+    assert "row sums" in (copy / "tests" / "first_hour.txt").read_text()
 
 
 def test_a_copy_is_never_written_over_other_files(tmp_path):
@@ -59,10 +75,10 @@ def test_a_copy_is_never_written_over_other_files(tmp_path):
 def test_verdicts_of_an_empty_and_a_whole_copy(copy, capsys):
     for n, verdict in enumerate(course.verdicts(copy), 1):
         needs = {3: "after exercise 1", 5: "after exercise 2"}
-        assert verdict.startswith(needs.get(n, f"not yet: exercise {n}")), verdict
+        assert verdict.startswith(needs.get(n, f"exercise {n}, ")), verdict
 
     assert course.check([ROOT])
-    rows = re.findall(r"^\| (\d) \| (\w+) \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
+    rows = re.findall(r"^\| (\d) \| ([\w.]+) \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
     assert rows == [(str(n), name, "passed") for n, name in enumerate(NAMES, 1)]
 
 
@@ -70,8 +86,8 @@ def test_verdicts_of_an_empty_and_a_whole_copy(copy, capsys):
 def test_an_answer_that_never_ends_or_does_not_compile_has_a_verdict(copy):
     path = copy / "model.py"
     empty = path.read_text()
-    first = f'    raise NotImplementedError("exercise {1} is yours to write")'
-    second = f'    raise NotImplementedError("exercise {2} is yours to write")'
+    first = '    raise SystemExit("exercise 1, masked_mean, is yours to write first")'
+    second = '    raise SystemExit("exercise 2, cross_modal_attention, is yours to write first")'
     assert first in empty and second in empty
     half = empty.replace(first, "    return x.mean(1)").replace(second, "    while True:\n        pass")
     path.write_text(half)
@@ -89,11 +105,27 @@ def test_the_key_holds_every_answer(tmp_path):
     assert done.returncode == 0, done.stderr
     key = (tmp_path / "key.md").read_text()
     assert sorted(re.findall(r"^\*\*(\d)\. `", key, re.MULTILINE)) == list("123456789")
-    assert all(what in key for what in bugs.BUGS) and "steps = mask.sum" in key
+    assert all(what in key for what in bugs.BUGS) and "n_steps = mask.sum" in key
     questions = re.findall(r"^(\d)\. ", (ROOT / "tests" / "COURSE.md").read_text(), re.MULTILINE)
-    assert set("1234") <= set(questions)
-    for n in "1234":  # each question of a sitting has an answer
+    assert set("012345") <= set(questions)
+    for n in "012345":  # each question of a sitting has an answer
         assert f"**{n}a. " in key
+
+
+def test_differences_are_paired_by_fold_and_seed(monkeypatch, capsys):
+    def runs(name, ua):
+        return [SimpleNamespace(name=name, fold=fold, seed=seed, result={"ua": x, "wa": x / 2})
+                for (fold, seed), x in ua.items()]  # fmt: skip
+
+    a = runs("a", {(1, 0): 0.50, (2, 0): 0.60, (1, 1): 0.70, (3, 0): 0.1})
+    b = runs("b", {(1, 0): 0.51, (2, 0): 0.63, (1, 1): 0.65})
+    monkeypatch.setattr(differences, "find_runs", lambda folder: ({"A": a, "B": b}[str(folder)], []))
+    differences.main(["A", "B"])
+    # +1, +3 and -5 points: the mean is -1/3, the deviations 4/3, 10/3, -14/3, their squares sum to 312/9
+    sd = (312 / 9 / 2) ** 0.5
+    assert f"UA: -0.3 ± {sd:.1f} over 3 pairs (60.0 to 59.7); by seed +2.0, -5.0" in capsys.readouterr().out
+    with pytest.raises(differences.InputError, match="one system each"):
+        differences.differences(a, b + b[:1])
 
 
 def test_reports_do_not_name_what_is_wrong():

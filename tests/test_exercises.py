@@ -21,7 +21,7 @@ import evaluate
 import model
 import test_checks
 from conftest import ROOT
-from test_checks import SOLUTIONS, same
+from test_checks import SOLUTIONS, same, verdict
 
 CHECKS = {n: getattr(test_checks, f"check_{n}") for n in SOLUTIONS}
 
@@ -124,6 +124,7 @@ WRONG_2 = [
     (eq1(), "weights on padding"),
     (eq1(before=lambda s, m: s + m[:, None].float().log(), after=lambda w, m: w.nan_to_num()), "its gradient NaN"),
     (eq1(before=filled(-100), after=zeroed), "is the padding's lower"),
+    (eq1(before=lambda s, m: s.masked_fill(~m, -1e30), after=lambda w, m: w.masked_fill(~m, 0.0)), "needs an axis for the queries"),
     (eq1(after=zeroed, normalise=lambda s, d: s.exp() / s.exp().sum(d, keepdim=True)), "takes the highest score off"),
     (eq1(after=lambda w, m: w * m.any()), "each has its own mask"),
     (eq1(after=zeroed, normalise=lambda s, d: s.softmax(d).detach()), "weights detached"),
@@ -164,6 +165,7 @@ WRONG_3 = [
     (excited(lambda self, z, m: z.masked_fill(~m[..., None], -9e9).amax(1) * m.any(1, keepdim=True)), "squeeze .1 - 0.4. / 2"),
     (se(squeeze=unguarded), "no real step at all"),
     (se(squeeze=lambda x, m: x.mean((1, 3))), "padded steps count"),
+    (se(squeeze=lambda x, m: (x.mean(-1) * m[..., None]).mean(1)), "the sum divided by T"),
     (se(middle=lambda h: h), "where is the ReLU"),
     (se(end=lambda z: z.softmax(-1)), "a softmax"),
     (se(end=lambda z: z), "no sigmoid"),
@@ -288,9 +290,10 @@ WRONG_6 = [
 
 def splitter(dev_of=None, keep=False, label=True, by_seed=True, by_fold=True, order=sorted,
              enough=lambda speakers, rest, four: len(speakers) > 1 and len(rest) < len(four),
-             own=True, skip=False):  # fmt: skip
+             own=True, skip=False, draw=None):  # fmt: skip
     def split(corpus, fold, seed):
         rng = random.Random(f"{fold if by_fold else 0} {seed}" if by_seed else 0)
+        rng = random.Random(draw(fold, seed)) if draw else rng
         if not own:
             rng = random
             random.seed(f"{fold} {seed}")
@@ -322,6 +325,8 @@ WRONG_7 = [
     (splitter(skip=True), "is one out of reach"),
     (splitter(enough=lambda s, r, f: len(s) != 1 and len(r) < len(f)), "not IndexError"),
     (splitter(by_fold=False), "does the fold draw"),
+    (splitter(draw=lambda fold, seed: fold * seed), "is 0 a factor"),
+    (splitter(draw=lambda fold, seed: hash(f"{fold}-{seed}")), "differs in every process"),
     (splitter(order=list), "a set has another order"),
     (splitter(own=False), "global random numbers"),
     (splitter(dev_of="all"), "no utterance of the four classes"),
@@ -332,14 +337,14 @@ WRONG_7 = [
 
 
 def stepper(equal=False, again=False, reset=False, frozen=True, previous=False, late=0, call=True, least=0,
-            stop_first=True, relative=True):  # fmt: skip
+            stop_first=True, relative=True, creeping=False):  # fmt: skip
     def step(self, loss):
         limit = self.best * (1 - self.min_decrease) if relative else self.best - self.min_decrease
         if loss < limit - least or (equal and loss == self.best):
             self.best, self.since_best = loss, 0
         else:
             self.since_best += 1
-            self.best = loss if previous else self.best
+            self.best = loss if previous else min(self.best, loss) if creeping else self.best
         if self.since_best >= self.stop_after and stop_first:
             return "stop"
         limit = self.finetune_after or (None if frozen else 5)
@@ -376,6 +381,7 @@ WRONG_8 = [
     (stepper(late=1), "too early or too late"),
     (stepper(call=False), "what does reset_at_finetune do"),
     (stepper(relative=False), "relative to the lowest"),
+    (stepper(creeping=True), "what must 8.9 be compared with"),
     (stepper(least=1e-4), "knows no tolerance"),
     (stepper(stop_first=False), "it answers .finetune. when since_best is 2 of 2|both are due"),
 ]
@@ -504,16 +510,36 @@ def by_einsum(x_t, x_s, w_q, w_k, w_v, mask=None):
     return w @ x_s @ w_v, w
 
 
+def zeroed_behind(self, x, m):
+    """X_T is zero where its mask is False: nobody reads it there."""
+    y, mask = conv()(self, x, m)
+    return y * mask[..., None], mask
+
+
 @pytest.mark.parametrize("n, answer", [
-    *RIGHT.items(), (1, looped_mean), (2, by_einsum), (5, functional_dropout), (8, exact_counts),
+    *RIGHT.items(), (1, looped_mean), (2, by_einsum), (4, zeroed_behind), (5, functional_dropout),
+    (8, exact_counts),
 ])  # fmt: skip
 def test_another_right_answer_is_accepted(n, answer):
     CHECKS[n](answer)
 
 
 def test_a_failing_check_says_yours_and_expected():
-    with pytest.raises(AssertionError, match=r"(?s)yours: +\[0.5\].*expected: +\[2.0\]"):
-        same(torch.tensor([0.5]), [2.0], "a question")
+    with pytest.raises(AssertionError, match=r"(?s)yours: +\[0.123\].*expected: +\[2.0\]"):
+        same(torch.tensor([0.1234]), [2.0], "a question")
+    with pytest.raises(AssertionError, match=r"yours: +\[True\]\nexpected: +\[False\]"):
+        same(torch.tensor([True]), [0.0], "a question")
+    with pytest.raises(AssertionError, match=r"at \[2, 3\]:\nyours: +7.0\nexpected: +1.0"):
+        wrong = torch.ones(4, 4)
+        wrong[2, 3] = 7.0
+        same(wrong, torch.ones(4, 4), "a question")
+
+
+def test_an_answer_that_stops_is_asked_about_shapes(monkeypatch):
+    monkeypatch.setitem(SOLUTIONS, 1, lambda x, m: x.masked_fill(~m, 0))
+    assert verdict(1).startswith("it stops with RuntimeError: ") and verdict(1).endswith("stand on that line?")
+    monkeypatch.setitem(SOLUTIONS, 1, lambda x, m: sys.exit("exercise 1 is yours to write"))
+    assert verdict(1) == "exercise 1 is yours to write"
 
 
 # --- the silent bugs of bugs.py

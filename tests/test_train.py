@@ -547,7 +547,7 @@ def test_the_steps_of_both_phases_are_adamw_by_hand(
         rates = {f"model.{n}": (p, head_rate if phase else 1e-3)
                  for n, p in recognizer.named_parameters()}  # fmt: skip
         live = None
-        if phase:
+        if phase and "nothing" not in flags:
             live = by_hand.upstreams(first["weights"])
             for m, upstream in live.items():
                 for n, p in upstream.model.named_parameters():
@@ -584,6 +584,18 @@ def test_the_steps_of_both_phases_are_adamw_by_hand(
             assert wrong.float().mean() < 0.005, n
         moved = sum(not torch.equal(before[n], p) for n, (p, _) in rates.items())
         assert moved >= len(rates) - 3
+
+
+def test_with_nothing_open_the_cached_states_serve_to_the_end(go, by_hand, monkeypatch):
+    made, live = [], data.live
+    monkeypatch.setattr(data, "live", lambda *inputs: (made.append(1), live(*inputs))[1])
+    flags = ("--fusion", "ef", "--min-decrease", "1", "--finetune-after", "1", "--stop-after", "2",
+             "--cache", str(by_hand.cache))  # fmt: skip
+    folder = go("nothing-open", *flags, "--open", "nothing")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in log] == [1e-3, 1e-5] and not made
+    go("bottom-open", *flags)
+    assert len(made) == 2  # audio and text
 
 
 @pytest.mark.parametrize("flags", ["", "--frozen", "--reset-patience", "--min-decrease 0.01"])

@@ -50,7 +50,7 @@ def by_hand() -> EmotionRecognizer:
         fill(extractor.projector.linear.bias, 0.0)
 
     # Of each 3 x 3 kernel only the middle is used, so tokens and features do not mix.
-    conv = net.extractor["text"].context.conv
+    conv = net.extractor["text"].context_conv.conv
     fill(conv.weight, 0.0), fill(conv.bias, 0.0)
     conv.weight.data[0, :, 1, 1] = torch.tensor([0.5, 1.0, 0.5])
 
@@ -114,11 +114,12 @@ def trace() -> None:
         out, weights = block.attend(q, k, mask[source])
         h = block(q, k, mask[source])
         scores = q @ k.transpose(1, 2) / math.sqrt(3)
-        show(place, "Q K^T / sqrt(3), where Q and K are the features", scores[0])
-        show("Eq. (1)", "softmax over the source's real steps", weights[0])
-        show("", "times V", out[0])
-        show("", "x = Norm(that), without a residual [A7]", block.norm1(out)[0])
-        show("", "Norm(x + (0, 0, ReLU(x3)))", h[0])
+        real = mask[target][0]  # rows of padded steps are never read
+        show(place, "Q K^T / sqrt(3), where Q and K are the features", scores[0, real])
+        show("Eq. (1)", "softmax over the source's real steps", weights[0, real])
+        show("", "times V", out[0, real])
+        show("", "x = Norm(that), without a residual [A7]", block.norm1(out)[0, real])
+        show("", "Norm(x + (0, 0, ReLU(x3)))", h[0, real])
         show("pooling", "mean over the target's real steps", masked_mean(h, mask[target])[0])
 
     pooled, logits = net.fusion(features, mask), net(*batch)
