@@ -164,7 +164,7 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
     for id in sorted(labelled.keys() | said.keys()):  # in either file
         letter = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
         start, end, emotion = labelled.get(id, (0, 0, ""))  # a missing line is reported below
-        from_, to, text = said.get(id, (0, 0, ""))
+        from_, to, text = said.get(id, (0, 0, ""))  # times as the transcript has them
         wav = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav")
         wrong = ""  # nothing yet
         if not letter or not dialog.startswith(f"Ses{number:02}"):
@@ -264,7 +264,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
         wrong = [f"{path}:{line}: {x}; change the row" for x, right in passed.items() if not right]
         problems += wrong
         if not wrong:  # the row is an utterance
-            start, emotion = float(row["start"] or 0), row["emotion"].lower()
+            start, emotion = float(row["start"] or 0), row["emotion"].lower()  # seconds, a name
             who = int(row["session"]), row["dialog"], row["speaker"]
             code = PLAIN_NAMES.get(emotion, emotion)
             corpus[id] = Utterance(id, *who, start, start, row["text"], code, wav)
@@ -296,8 +296,7 @@ def split(corpus: list[Utterance], fold: int, seed: int) -> tuple[list, list, li
 
 def texts_elsewhere(corpus: list[Utterance]) -> set[str]:
     """Find the ids of utterances whose words occur in another session, too, whatever the case and
-    punctuation. About a quarter of IEMOCAP's scripted lines do, so a test session shares texts with
-    training."""
+    punctuation. About a quarter of IEMOCAP's scripted lines do, and training reads them."""
     plain = {u.id: " ".join(re.findall(r"\w+", u.text.lower())) for u in corpus}
     spoken = Counter(text for text, _ in {(plain[u.id], u.session) for u in corpus})  # sessions
     return {u.id for u in corpus if spoken[plain[u.id]] > 1}
@@ -418,14 +417,16 @@ class CachedStates:
 
 def live(upstream: Callable, inputs: Sequence) -> Callable:
     """Make a source that runs the upstream on every batch, for fine-tuning. It takes and returns
-    what CachedStates does. Inputs of like length share a run of 16, because in one run most steps
-    of the 288 texts of a batch would be padding."""
+    what CachedStates does. If two thirds of one run would be padding, as with the 288 texts of a
+    batch, only inputs whose lengths differ by less than a factor of two share a run."""
     def source(rows: Tensor) -> tuple[Tensor, Tensor]:
-        order, parts = torch.tensor([len(inputs[i]) for i in rows]).argsort(stable=True), {}
-        for some in rows[order].split(16):
-            states, mask = upstream([inputs[i] for i in some])  # (16, T, L, D), (16, T)
-            lengths = mask.sum(dim=1).tolist()  # real steps of each
-            parts |= zip(some.tolist(), states[mask].split(lengths))  # (T, L, D) each
+        lengths, parts = [len(inputs[i]) for i in rows], {}  # samples, or letters
+        padded = 3 * sum(lengths) < len(lengths) * max(lengths)  # by two thirds
+        sizes = [n.bit_length() if padded else 0 for n in lengths]  # 8 to 15 have 4 bits
+        for size in sorted(set(sizes)):
+            some = [i for i, x in zip(rows.tolist(), sizes) if x == size]  # rows
+            states, mask = upstream([inputs[i] for i in some])  # (some, T, L, D), (some, T)
+            parts |= zip(some, states[mask].split(mask.sum(dim=1).tolist()))  # (T, L, D) each
         steps = [parts[i] for i in rows.tolist()]  # in the order asked for
         mask = [torch.ones(len(x), dtype=torch.bool) for x in steps]
         return torch.cat(steps), pad_sequence(mask, batch_first=True)  # (N, L, D), (U, T)
@@ -555,7 +556,7 @@ def main(arguments: list[str] | None = None) -> None:
     problems += reference_problems(corpus) if args.command == "check" and corpus else []
     if problems:
         raise InputError("\n".join([*problems, f"{len(problems)} problem(s) in {args.dir}"]))
-    labels = [u.label for u in corpus if u.label is not None]
+    labels = [u.label for u in corpus if u.label is not None]  # of the four classes
     classes = ", ".join(f"{c} {labels.count(i)}" for i, c in enumerate(CLASSES))
     kind = "a toy corpus" if (args.dir / "toy.json").exists() else "the full release"
     dialogs, speakers = len({u.dialog for u in corpus}), len({u.speaker for u in corpus})

@@ -273,7 +273,6 @@ def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0
     (0.5, 0.5, 0.5)
     """
     members = [np.flatnonzero(dialogs == d) for d in np.unique(dialogs)]  # rows of each dialogue
-    # Dialogues of each draw
     drawn = np.random.default_rng(seed).integers(len(members), size=(draws, len(members)))
     samples = [np.arange(len(truth)), *(np.concatenate([members[d] for d in x]) for x in drawn)]
     result = {}  # by metric
@@ -468,10 +467,10 @@ def main(arguments: list[str] | None = None) -> None:
     for line in others:
         print(line, file=sys.stderr if line in damaged else sys.stdout)
     groups = list(grouped(runs, "title").values())  # a table for each title
-    if args.compare:
+    if args.compare:  # of each title, the runs of A and those of B
         pairs = [[[run for run in x if str(run.system) == n] for n in args.compare] for x in groups]
         if not "".join(args.compare).isdigit():
-            pairs = [[find_runs(Path(folder))[0] for folder in args.compare]]
+            pairs = [[find_runs(Path(folder))[0] for folder in args.compare]]  # A, B: folders
         print("\n".join(compare(*pair) for pair in [x for x in pairs if all(x)] or pairs))
         groups = []  # no other report
     for group in groups:

@@ -371,7 +371,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--device {device}: torch {torch.__version__} finds none; leave it out")
     print(f"torch {torch.__version__} on {device}")
     name, corpus = read_corpus(args.iemocap, args.corpus, args.partial)
-    if name.startswith("toy"):  # other defaults, so that the first command ends within a minute
+    if name.startswith("toy"):  # other defaults, so that the first command ends in a minute or two
         p.set_defaults(upstream="tiny", max_epochs=50)
         print("Toy defaults: tiny upstreams, at most 50 epochs (the paper has no cap)")
     args = argparse.Namespace(**vars(p.parse_args(arguments)) | {"name": name, "device": device})

@@ -214,7 +214,7 @@ def compare_with_bare_upstreams(full, n, repeats, folder):
 
     row(f"step of fine-tuning on {len(rows)} | bare upstreams", step, bare_step, repeats)
     texts = windows[rows].unique()[1:]  # without -1
-    row(f"{len(texts)} texts in runs of 16 | in one run", lambda: live["text"](texts)[0].mean().backward(),
+    row(f"{len(texts)} texts in runs of like length | in one run", lambda: live["text"](texts)[0].mean().backward(),
         lambda: upstreams["text"]([raw["text"][i] for i in texts])[0].mean().backward(), repeats)  # fmt: skip
 
 

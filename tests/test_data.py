@@ -474,17 +474,17 @@ def test_cached_states_are_the_live_ones_rounded_to_16_bits(kept, tiny, tmp_path
 
 
 def test_live_states_are_those_of_each_input_alone_in_the_order_asked_for(tiny):
-    """Forty inputs of unlike length, in runs of 16: equal to one run for each, gradients too."""
+    """Forty inputs of unlike length. The texts are mostly padding, so they take several runs."""
     generator = torch.Generator().manual_seed(0)
     lengths = [1 + 7 * k % 11 for k in range(40)]
-    raw = {"text": [" ".join(["hate"] * n) for n in lengths],
+    raw = {"text": [" ".join(["hate"] * (30 if k % 13 == 5 else 1 + k % 4)) for k in range(40)],
            "audio": [torch.randn(400 + 320 * n, generator=generator) for n in lengths]}  # fmt: skip
     rows = torch.randperm(40, generator=generator)
     for m, upstream in tiny.items():
         seen = []
         spy = lambda x: (seen.append(len(x)), upstream(x))[1]  # noqa: E731
         states, mask = data.live(spy, raw[m])(rows)
-        assert sum(seen) == 40 and max(seen) == 16
+        assert sum(seen) == 40 and (len(seen) > 1) == (m == "text")
         assert mask.sum(dim=1).tolist() == [upstream([raw[m][i]])[1].sum() for i in rows]
         alone = torch.cat([upstream([raw[m][i]])[0][0] for i in rows])
         torch.testing.assert_close(states, alone, atol=1e-4, rtol=1e-3)
