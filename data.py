@@ -47,7 +47,7 @@ def reading(place: str | Path, remedy: str):
     """Turn any exception inside into InputError("PLACE: what is wrong; what to do")."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as problem:
         missing = isinstance(problem, FileNotFoundError)  # its own text repeats the path
@@ -162,7 +162,7 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
     folder = session / "sentences" / "wav" / dialog  # one wav for each utterance
     wavs = {p.name.lower(): p for p in folder.glob("*")}  # .WAV is as good as .wav
     for id in sorted(labelled.keys() | said.keys()):  # in either file
-        letter = re.fullmatch(rf"{dialog}_([FM])\d\d\d", id)  # not the dialogue's letter
+        letter = re.fullmatch(rf"{re.escape(dialog)}_([FM])\d\d\d", id)  # not the dialogue's letter
         start, end, emotion = labelled.get(id, (0, 0, ""))  # a missing line is reported below
         from_, to, text = said.get(id, (0, 0, ""))  # times as the transcript has them
         wav = wavs.get(f"{id}.wav".lower(), folder / f"{id}.wav")
@@ -194,7 +194,7 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
 
 def _entries(path: Path, begin: str, form: str, problems: list) -> dict[str, tuple]:
-    """Read the lines that begin like an utterance and have its form: {id: (start, end, rest)}."""
+    """Read the utterances' lines: {id: (start, end, emotion or words)}. Bad lines are problems."""
     entries, text = {}, ""
     try:
         with reading(path, "fetch it again"):
@@ -247,7 +247,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
             raise ValueError(f"{has}; expected {', '.join(COLUMNS)} (the last three are optional)")
     corpus, problems, home = {}, [], {}  # home: speaker or dialogue -> session of its first row
     for line, cells in rows:
-        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells))  # what is not there is empty
+        row = dict.fromkeys(COLUMNS, "") | {"start": "0"} | dict(zip(header, cells))  # by column
         # evaluate.py takes what precedes the last "_" of an id for the dialogue.
         id = row["id"].removeprefix(row["dialog"] + "_").replace("_", "-") or f"{len(corpus):05}"
         id, wav = f"{row['dialog']}_{id}", Path(path).parent / row["wav"] if row["wav"] else None
@@ -256,7 +256,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
         passed = {f"no {name}": row[name] for name in COLUMNS[1:5]} | {  # message: is it right?
             f"{len(cells)} cells, expected {len(header)}": len(cells) == len(header),
             "session must be a number from 1 on": re.fullmatch(r"[1-9]\d*", row["session"]),
-            "start must be a number of seconds": re.fullmatch(r"(\d+(\.\d*)?)?", row["start"]),
+            "start must be a number of seconds": re.fullmatch(r"\d+(\.\d*)?", row["start"]),
             f"{wav} is missing": not wav or wav.is_file(),
             f"id {row['id']} is there for the second time": id not in corpus,
             f"its speaker or dialogue is in sessions {sorted(sessions)}": len(sessions) == 1,
@@ -264,7 +264,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
         wrong = [f"{path}:{line}: {x}; change the row" for x, right in passed.items() if not right]
         problems += wrong
         if not wrong:  # the row is an utterance
-            start, emotion = float(row["start"] or 0), row["emotion"].lower()  # seconds, a name
+            start, emotion = float(row["start"]), row["emotion"].lower()  # seconds, a name
             who = int(row["session"]), row["dialog"], row["speaker"]
             code = PLAIN_NAMES.get(emotion, emotion)
             corpus[id] = Utterance(id, *who, start, start, row["text"], code, wav)
@@ -376,8 +376,8 @@ def load_clips(corpus: list[Utterance], trim: str = "leading") -> list[Tensor | 
 # --- Layer states: from the cache, or from the live upstream -------------------------------------
 # While the upstreams are frozen (§2.4), an utterance's states never change. They are computed once
 # and kept in files: 249 x 25 x 1024 numbers of a 5 s clip take 12.7 MB in 16 bits. Most clips are
-# shorter: IEMOCAP's 5,531 take at most 46 GB. In fine-tuning the upstreams run on every batch.
-KEEP_ON_CPU = 4 * 2**30  # bytes of states that may stay in the memory of a machine without a GPU
+# shorter: IEMOCAP's 5,531 take at most 46 GB. Once opened by fine-tuning, an upstream runs live.
+KEEP_ON_CPU = 4 * 2**30  # bytes of one modality's states that may stay in memory, without CUDA
 GPU_RESERVE = 8 * 2**30  # bytes that a frozen step on 32 clips needs beside them, by estimate
 
 class CachedStates:
@@ -398,6 +398,7 @@ class CachedStates:
     def keep(self) -> None:
         """Read all states once and keep them, if they fit beside what training needs."""
         where = "cuda" if self.device == "cuda" else "cpu"  # MPS shares the memory of the CPU
+        torch.cuda.empty_cache()  # what the run before has freed is room
         room = torch.cuda.mem_get_info()[0] - GPU_RESERVE if where == "cuda" else KEEP_ON_CPU
         if not self.kept and sum(file.stat().st_size for file in self.files if file) <= room:
             self.kept = [self.read(i).to(where) if f else None for i, f in enumerate(self.files)]
@@ -417,8 +418,8 @@ class CachedStates:
 
 def live(upstream: Callable, inputs: Sequence) -> Callable:
     """Make a source that runs the upstream on every batch, for fine-tuning. It takes and returns
-    what CachedStates does. If two thirds of one run would be padding, as with the 288 texts of a
-    batch, only inputs whose lengths differ by less than a factor of two share a run."""
+    what CachedStates does. Where over two thirds of one run would be padding (often so for texts),
+    only inputs whose lengths, in samples or letters, differ by less than a factor of 2 share it."""
     def source(rows: Tensor) -> tuple[Tensor, Tensor]:
         lengths, parts = [len(inputs[i]) for i in rows], {}  # samples, or letters
         padded = 3 * sum(lengths) < len(lengths) * max(lengths)  # by two thirds

@@ -89,7 +89,7 @@ def read_run(folder: Path) -> SimpleNamespace:
         raise InputError(f"unfinished: {folder} ({epochs} epochs so far); {advice}")
     with reading(folder / "predictions.csv", remedy):
         text = (folder / "predictions.csv").read_text(encoding="utf-8")
-        run.rows = list(csv.DictReader(text.splitlines()))  # a row an utterance, and more columns:
+        run.rows = list(csv.DictReader(text.splitlines()))  # a row an utterance. We add to each:
         for row in run.rows:
             row["dialog"] = row["utterance"].rpartition("_")[0]  # Ses05F_impro01 of ..._F000
             row["speaker"] = row["speaker"] or "unknown"  # raises KeyError without the column
@@ -98,7 +98,7 @@ def read_run(folder: Path) -> SimpleNamespace:
             p = [float(row[c]) for c in CLASSES]  # probabilities
             if not (min(p) >= 0 and abs(sum(p) - 1) < 1e-4):  # NaN fails, too
                 raise ValueError(f"the probabilities of {row['utterance']} do not sum to 1")
-        expected |= metrics(column([run], "truth"), column([run], "guess"))
+        expected |= metrics(column([run], "truth"), column([run], "guess"))  # of result.json
         expected["n_test"] = len(set(column([run], "utterance")))  # fewer if one occurs twice
     with reading(folder / "result.json", remedy):
         run.result = json.loads((folder / "result.json").read_bytes())
@@ -215,7 +215,7 @@ def table_1(runs: list, name="Table 1", published=TABLE_1, wanted=None) -> str:
             if mine[0].corpus == "iemocap":  # the paper has numbers for IEMOCAP alone
                 row[f"paper {metric}"] = f"{printed:.2f}"
                 row[f"diff {metric}"] = f"{fmean(folds) - printed:+.2f}"  # ours minus the paper's
-        # A mean over other folds than the paper's is not comparable with the paper's.
+        # A mean over fewer folds is not comparable with the paper's: name the folds it lacks.
         missing = {seed: wanted - {run.fold for run in x} for seed, x in by_seed.items()}
         gaps = [f"{sorted(x)} (seed {seed})" for seed, x in missing.items() if x]
         rows.append(row | {"missing folds": ", ".join(gaps)})
@@ -288,7 +288,7 @@ def compare(first: list, second: list) -> str:
     a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))
     pairs = {fold: (a[fold, seed], b[fold, seed])  # the lowest seed comes last and stays
              for fold, seed in sorted(a.keys() & b.keys(), reverse=True)}  # fmt: skip
-    if not pairs or len(a) < len(first) or len(b) < len(second):
+    if not pairs or any(len({(x.title, x.system) for x in y}) > 1 for y in (first, second)):
         raise InputError("--compare: A and B need one system each, and a fold and seed in common")
     a, b = zip(*pairs.values())  # the runs of A, and those of B
     if any(column(a, x).tolist() != column(b, x).tolist() for x in ("utterance", "truth")):

@@ -147,9 +147,9 @@ class SqueezeExcitation(nn.Module):
 
 class Projector(nn.Module):
     """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
-    x (B, T, L, D), gates (B, 1, L) -> (B, T, d), or (N, L, D), (N, L) -> (N, d). `in_dim` is D, or
-    L * D where `condense` is "concat". The model applies S&E's gates here and not in
-    SqueezeExcitation.forward. The result is the same, and the sum needs no scaled copy."""
+    x (B, T, L, D), gates (B, 1, L) or None (all 1) -> (B, T, d), or (N, L, D), (N, L) -> (N, d).
+    `in_dim` is D, or L * D where `condense` is "concat". The model applies S&E's gates here and not
+    in SqueezeExcitation.forward. The result is the same, and the sum needs no scaled copy."""
     def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
         super().__init__()
         self.condense = condense
@@ -174,7 +174,7 @@ class Projector(nn.Module):
 class FeatureExtractor(nn.Module):
     """Fig. 2a without the upstream: states, mask (B, T) -> (X (B, T, d), mask).
     The states are (B, T, L, D), or (N, L, D) without padding: the N real steps of all utterances,
-    one after another, as the cache gives them. The mask tells where each step belongs."""
+    one after another, as data.batch gives them. The mask tells where each step belongs."""
     def __init__(self, config: Config, modality: str):
         super().__init__()
         n_layers, width = (getattr(config, f"{modality}_{x}") for x in ("layers", "dim"))  # L, D
@@ -347,7 +347,7 @@ class Upstream(nn.Module):
     Raises InputError if the model cannot be loaded or fails a check."""
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
         super().__init__()
-        self.name, self.modality, self.precision = name, modality, "fp32"  # until it is checked
+        self.name, self.modality, self.precision = name, modality, "fp32"  # fp32 for the checks
         label = f"{'--wavlm' if modality == 'audio' else '--bert'} {name}"
         with reading(label, f"use a whole {modality} encoder, or download it again"):
             self.preprocessor, self.model = load_pretrained(name, modality, label)
@@ -367,7 +367,7 @@ class Upstream(nn.Module):
         self.precision = precision
         # A checksum of the weights and of the preprocessor's rules, for the cache's name.
         rules = getattr(self.preprocessor, "backend_tokenizer", None)
-        rules = rules.to_str() if rules else self.preprocessor.to_json_string()
+        rules = rules.to_str() if rules else repr(self.preprocessor)
         crc = zlib.crc32(rules.encode())
         for p in self.model.state_dict().values():
             crc = zlib.crc32(p.contiguous().numpy(), crc)
@@ -437,7 +437,7 @@ class Upstream(nn.Module):
             unknown = ids.count(self.preprocessor.unk_token_id)
             if not (rows / 2 < known <= rows) or 2 * unknown > len(ids):
                 has = f"the tokenizer has {known:,} entries, the embedding {rows:,}"
-                raise ValueError(f"{has}, and {unknown} of {len(ids)} ordinary words are unknown")
+                raise ValueError(f"{has}, and {unknown} of {len(ids)} ordinary tokens are unknown")
             self([inputs[0] * 200])  # the greatest length must run
         depends = False
         for x, states, real in zip(inputs, *self(inputs)):

@@ -83,7 +83,7 @@ def flags() -> argparse.ArgumentParser:
     add("--head", default="mlp", choices=CHOICES["head"], help="[A15] the classifier")
     add("--dropout-at", default="modules", choices=CHOICES["dropout_at"], help="[A16] its place")
     add("--min-decrease", type=number(0, 1), default=0.0, help="[A17] relative, to count as lower")
-    add("--open", default="bottom", choices=("nothing", "bottom", "all"), help="§2.4: what learns")
+    add("--open", default="bottom", choices=("nothing", "bottom", "all"), help="§2.4: what opens")
     return p
 
 class Patience:
@@ -164,7 +164,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         return data.batch(rows, windows, sources, args.device)
 
     def start_finetuning() -> None:
-        """§2.4: from now on the upstreams run on every batch, and their lowest parts learn too."""
+        """§2.4: open what --open names, and run these upstreams on every batch from now on."""
         nonlocal optimizer  # it is replaced at the trigger
         for m, upstream in upstreams.items():
             opened[m] = upstream.open(args.open)  # §2.4: the bottom
@@ -252,7 +252,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
               f"{since if since_best else 'dev loss improved'}")  # fmt: skip
 
         # UNSPECIFIED [A10]: "the last model is selected and then evaluated". We take the last.
-        # Alternative: --select best, by the lowest development loss. Effect: tests/COURSE.md.
+        # Alternative: --select best, the last one with a lower loss. Effect: tests/COURSE.md.
         if args.select == "best" and since_best == 0:
             selected = {"weights": copy.deepcopy(weights()), "finetune_epoch": finetune_epoch}
 
@@ -260,7 +260,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         if event == "finetune":
             finetune_epoch = len(log)  # the last frozen epoch
             start_finetuning()  # goes on from the last weights, with the new optimiser
-            rate = f"learning rate {args.lr_finetune:g}"  # 1e-05
+            rate = f"learning rate {optimizer.param_groups[-1]['lr']:g}"  # 1e-05
             print(f"{args.name}: fine-tuning starts, {args.open} of {', '.join(upstreams)}, {rate}")
 
         # Save everything that the next epoch needs in one file.
@@ -270,8 +270,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
             "order": order.get_state(), "cpu": torch.get_rng_state()}  # fmt: skip
         if args.device != "cpu":
             state[args.device] = getattr(torch, args.device).get_rng_state()
-        lines = "".join(json.dumps(row) + "\n" for row in log)
-        data.write_whole(folder / "log.jsonl", lines.encode())
+        data.write_whole(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in log).encode())
         torch.save(state, content := io.BytesIO())  # first in memory, then to the disk at once
         data.write_whole(path, content.getvalue())  # log.jsonl may be an epoch ahead of it
 
@@ -282,6 +281,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         if selected["finetune_epoch"] is None:
             sources.update(cached)  # a frozen epoch was selected: use frozen states
     log_probs = evaluate.predict(recognizer, test_rows, batch, size)  # (N_test, 4)
+    require_finite(log_probs.sum().item(), len(log), [u.id for u in test_set])
     seen = data.texts_elsewhere(corpus)  # ids of utterances whose words another session has, too
     evaluate.write_predictions(folder / "predictions.csv", test_set, log_probs, seen)
     result = {
@@ -300,7 +300,7 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
 def require_finite(loss: float, epoch: int, ids: list[str]) -> None:
     """Raise InputError if the loss is inf or NaN: a model does not recover from it."""
     if not math.isfinite(loss):
-        where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}"
+        where = f"in epoch {epoch}, among utterances {' '.join(ids[:32])}{' ...' * (len(ids) > 32)}"
         raise InputError(f"the loss is {loss} {where}; look at them. The last checkpoint is kept")
 
 # --- The command ---------------------------------------------------------------------------------
@@ -400,7 +400,6 @@ def main(arguments: list[str] | None = None) -> None:
         folder = args.out / name / system / f"fold{args.fold}-seed{args.seed}"  # of one run
         number = evaluate.system_number(args.fusion, args.frozen)  # in Table 1
         print(f"\nSys. {number} ({system}), fold {args.fold}, seed {args.seed}")
-        # This system uses a part of all that was loaded. L and D are read off the upstreams.
         used = {m: upstreams[m] for m in Config(args.fusion).modalities}  # audio, text or both
         states = {m: cached[m] for m in used}  # CachedStates
         shapes = {f"{m}_layers": upstream.n_layers for m, upstream in used.items()}  # L

@@ -19,7 +19,8 @@ from evaluate import find_runs, grouped
 def differences(first, second):
     """Pair two lists of runs: {"ua": {(fold, seed): B minus A in points}, "wa": ...}."""
     a, b = ({(run.fold, run.seed): run.result for run in runs} for runs in (first, second))
-    if len(a) < len(first) or len(b) < len(second) or not a.keys() & b.keys():
+    mixed = any(len({run.name for run in runs}) > 1 for runs in (first, second))
+    if mixed or len(a) < len(first) or len(b) < len(second) or not a.keys() & b.keys():
         raise InputError("A and B need one system each, and a fold and seed in common")
     return {m: {k: 100 * (b[k][m] - a[k][m]) for k in sorted(a.keys() & b.keys())} for m in ("ua", "wa")}
 

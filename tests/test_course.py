@@ -124,8 +124,10 @@ def test_differences_are_paired_by_fold_and_seed(monkeypatch, capsys):
     # +1, +3 and -5 points: the mean is -1/3, the deviations 4/3, 10/3, -14/3, their squares sum to 312/9
     sd = (312 / 9 / 2) ** 0.5
     assert f"UA: -0.3 ± {sd:.1f} over 3 pairs (60.0 to 59.7); by seed +2.0, -5.0" in capsys.readouterr().out
-    with pytest.raises(differences.InputError, match="one system each"):
-        differences.differences(a, b + b[:1])
+    other = runs("c", {(4, 0): 0.5})
+    for mixed in (b + b[:1], b + other):
+        with pytest.raises(differences.InputError, match="one system each"):
+            differences.differences(a, mixed)
 
 
 def test_reports_do_not_name_what_is_wrong():

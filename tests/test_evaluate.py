@@ -434,6 +434,17 @@ def test_compare_two_folders_by_fold_and_seed(report, tmp_path):
         report(tmp_path, "--compare", str(tmp_path / "toy"), str(b))
 
 
+def test_compare_refuses_two_systems_on_unlike_folds(tmp_path):
+    """No fold occurs twice in A, and it is a mixture all the same."""
+    for fold, fusion in ((1, "ef"), (2, "lf")):
+        write_run(tmp_path, fusion, True, fold)
+        write_run(tmp_path, "mmt", True, fold)
+    runs, _ = evaluate.find_runs(tmp_path)
+    mixed, whole = ([x for x in runs if (x.fusion == "mmt") == same] for same in (False, True))
+    with pytest.raises(data.InputError, match="one system each"):
+        evaluate.compare(mixed, whole)
+
+
 def test_compare_refuses_other_test_data(tmp_path):
     write_run(tmp_path, "ef", True, 1, n=8)
     path = write_run(tmp_path, "mmt", True, 1, n=8) / "predictions.csv"

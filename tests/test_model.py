@@ -802,7 +802,7 @@ KINDS = {  # modality, folder, and what Upstream makes of it: one of the two, or
         "text", of(text_folder, vocab_size=60), "tokenizer has 19 entries, the embedding 60"),
     "ordinary words unknown": (
         "text", of(text_folder, words="[PAD] [UNK] [CLS] [SEP] [MASK] foo bar baz"),
-        "14 of 16 ordinary words are unknown"),
+        "14 of 16 ordinary tokens are unknown"),
     "no pad token": (
         "text", after(of(text_folder), "tokenizer_config.json", pad_token=None), "padding token"),
     "GPT-2": ("text", of(bytes_folder, "GPT2", "<|endoftext|>"), ""),

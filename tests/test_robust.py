@@ -263,8 +263,13 @@ CSV = {  # what is done to the text of the table -> what the error must say
         ":2: .*x.wav is missing",
     ),
     "a start that is no number": (
-        lambda t: re.sub(r"(?m)^(.*[a-z])$", r"\1,", t).replace("speaker,", "speaker,start")
-        .replace("bob,", "bob,1:30"),
+        lambda t: re.sub(r"(?m)^(.*[a-z])$", r"\1,7", t).replace("speaker,7", "speaker,start")
+        .replace("bob,7", "bob,1:30"),
+        ":3: start must be",
+    ),
+    "a start that one row lacks": (
+        lambda t: re.sub(r"(?m)^(.*[a-z])$", r"\1,7", t).replace("speaker,7", "speaker,start")
+        .replace("bob,7", "bob,"),
         ":3: start must be",
     ),
     "UTF-16": (lambda t: t.encode("utf-16"), "UTF-8"),
@@ -560,6 +565,27 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
     monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
     train.main([*command[:-1], str(tmp_path)])  # goes on, and ends as if nothing had been
     assert (path.parent / "predictions.csv").read_text() == (folder / "predictions.csv").read_text()
+
+
+def test_a_test_loss_that_is_no_number_is_no_finished_run(finished, tmp_path, monkeypatch):
+    work, command, _ = finished
+    monkeypatch.chdir(work)
+    predict, calls = evaluate.predict, []
+
+    def sick(*inputs):
+        calls.append(1)
+        return predict(*inputs) * (float("nan") if len(calls) == 3 else 1)  # two epochs, then the test
+
+    monkeypatch.setattr(evaluate, "predict", sick)
+    with pytest.raises(InputError, match="the loss is nan .* among utterances Ses0"):
+        train.main([*command[:-1], str(tmp_path)])
+    assert not [*tmp_path.rglob("result.json")] and not [*tmp_path.rglob("predictions.csv")]
+
+
+def test_a_shortage_of_gpu_memory_is_not_blamed_on_a_file():
+    with pytest.raises(torch.OutOfMemoryError):
+        with data.reading("checkpoint.pt", "delete it"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("limit, what", [(1_500, ".npy"), (20_000, "checkpoint.pt")])
