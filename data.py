@@ -274,7 +274,7 @@ def read_csv(path: str | Path) -> list[Utterance]:
     return sorted(corpus.values(), key=lambda u: (u.session, u.dialog, u.start))
 
 # --- Folds and contexts (§3.1, §3.2) -------------------------------------------------------------
-# EXERCISE 7 (20 min): delete the body, write it again; pytest -m ex7
+# EXERCISE 7 (30 min): delete the body, write it again; pytest -m ex7
 def split(corpus: list[Utterance], fold: int, seed: int) -> tuple[list, list, list]:
     """Leave one session out (§3.1): the four-class utterances as (train, dev, test).
     Test is session `fold`. Dev is one speaker of the rest, drawn by fold and seed (§3.2). Train is
@@ -466,7 +466,7 @@ def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequenc
             write_whole(files[i], content.getvalue())
     return CachedStates(files, device)
 
-# EXERCISE 9 (20 min): delete the body, write it again; pytest -m ex9
+# EXERCISE 9 (40 min): delete the body, write it again; pytest -m ex9
 def batch(rows: Tensor, windows: Tensor, sources: dict, device: str) -> dict[str, tuple]:
     """Make the keyword arguments of EmotionRecognizer for the utterances at `rows` (B,):
 

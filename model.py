@@ -88,7 +88,7 @@ class Config:
         return [m for m in ("audio", "text") if any(m in path for path in FUSIONS[self.fusion])]
 
 # --- Equations ------------------------------------------------------------------------------------
-# EXERCISE 1 (10 min): delete the body, write it again; pytest -m ex1
+# EXERCISE 1 (15 min): delete the body, write it again; pytest -m ex1
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average over the real steps: the "average time pooling" of §2.2.
     x (B, T, F), mask (B, T) -> (B, F). Example: x [[1], [3], [9]] with mask [True, True, False]
@@ -97,7 +97,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     n_steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / n_steps  # (B, F)
 
-# EXERCISE 2 (15 min): delete the body, write it again; pytest -m ex2
+# EXERCISE 2 (30 min): delete the body, write it again; pytest -m ex2
 def cross_modal_attention(
     x_t: Tensor, x_s: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, mask_s: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,7 @@ class ContextConv(nn.Module):
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
         self.text_mask = text_mask
 
-    # EXERCISE 4 (15 min): delete the body, write it again; pytest -m ex4
+    # EXERCISE 4 (25 min): delete the body, write it again; pytest -m ex4
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         C = x.shape[1]
         # UNSPECIFIED [A6]: what is beyond a dialogue's edge. We put zeros, as implementations of
@@ -265,7 +265,7 @@ class TransformerBlock(nn.Module):
         """Compute Eq. (1) with this block's matrices, as cross_modal_attention does."""
         return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
 
-    # EXERCISE 5 (20 min): delete the body, write it again; pytest -m ex5
+    # EXERCISE 5 (35 min): delete the body, write it again; pytest -m ex5
     def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None) -> Tensor:
         x, _ = self.attend(x_t, x_s, mask_s)  # (B, T_t, d)
         x = x_t + self.dropout(x) if self.residual else self.dropout(x)  # [A7]

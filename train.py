@@ -103,7 +103,7 @@ class Patience:
         self.reset_at_finetune, self.min_decrease = reset_at_finetune, min_decrease
         self.best, self.since_best, self.finetuning = float("inf"), 0, False
 
-    # EXERCISE 8 (20 min): delete the body, write it again; pytest -m ex8
+    # EXERCISE 8 (30 min): delete the body, write it again; pytest -m ex8
     def step(self, dev_loss: float) -> str:
         """Count an epoch. Returns "continue", "finetune" (once) or "stop" ("stop" if both are due).
         Updates `best` (the last loss that counted as lower), `since_best` and `finetuning`."""
