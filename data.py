@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
@@ -89,7 +88,9 @@ def run_command(main: Callable) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if "out of memory" not in str(error):  # the words of CUDA and of MPS
+            raise
         sys.exit("error: out of GPU memory. train.py resumes with --micro-batch 8 added.")
     except KeyboardInterrupt:
         sys.exit("\nStopped. The same command resumes after the last whole epoch.")
@@ -170,7 +171,7 @@ def _read_dialog(labels: Path, words: Path, session: Path, problems: list) -> li
         if not letter or not dialog.startswith(f"Ses{number:02}"):
             wrong = f"is not an utterance of {dialog} in session {number}"
         elif id not in said or id not in labelled:
-            wrong = f"has no words in {words}" if id in labelled else f"of {words} has no label"
+            wrong = f"of {words} has no label in it" if id in said else f"has no words in {words}"
         elif emotion not in EMOTIONS:
             wrong = f"has the unknown emotion {emotion!r}"
         elif max(abs(from_ - start), abs(to - end)) > 0.01:
@@ -429,8 +430,9 @@ def live(upstream: Callable, inputs: Sequence) -> Callable:
             states, mask = upstream([inputs[i] for i in some])  # (some, T, L, D), (some, T)
             parts |= zip(some, states[mask].split(mask.sum(dim=1).tolist()))  # (T, L, D) each
         steps = [parts[i] for i in rows.tolist()]  # in the order asked for
-        mask = [torch.ones(len(x), dtype=torch.bool) for x in steps]
-        return torch.cat(steps), pad_sequence(mask, batch_first=True)  # (N, L, D), (U, T)
+        n_steps = torch.tensor([len(x) for x in steps])  # (U,)
+        mask = torch.arange(int(n_steps.max())) < n_steps[:, None]  # as in CachedStates
+        return torch.cat(steps), mask  # (N, L, D), (U, T)
     return source
 
 def cache_states(folder: Path, upstream: Callable, corpus: list, inputs: Sequence, device: str):

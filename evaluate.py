@@ -48,7 +48,6 @@ def weighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
 # EXERCISE 6 (10 min): delete the body, write it again; pytest -m ex6
 def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     """Compute UA: the average of the recalls of the classes (macro-averaged recall).
-
     y_true, y_pred: lists, arrays or tensors of N class indices. A class without an utterance in
     y_true is left out of the mean.
 
@@ -248,7 +247,6 @@ def breakdown(runs: list) -> str:
 # ----- Is the difference between two systems real? (The paper has no tests.)
 def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
     """Compute the p-value of McNemar's exact test: do a and b err equally often?
-
     Only utterances that exactly one of the two systems gets right carry information. If the systems
     are equally good, each falls to either side like a fair coin. p is the probability of so uneven
     a split. Example: 1 falls to a and 5 to b, so p = 2 (C(6,0) + C(6,1)) / 2^6 = 14 / 64.
@@ -264,7 +262,6 @@ def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> float:
 
 def bootstrap(truth, guess_a, guess_b, dialogs, draws: int = 2000, seed: int = 0) -> dict:
     """Compute for "wa" and "ua" the difference b - a, and the ends of its 95 % interval.
-
     This is the percentile bootstrap (Efron and Tibshirani 1993, ch. 13). Neighbouring utterances
     depend on each other, so we draw whole dialogues with replacement, the same for a and b.
 
@@ -288,7 +285,7 @@ def compare(first: list, second: list) -> str:
     a, b = ({(run.fold, run.seed): run for run in runs} for runs in (first, second))
     pairs = {fold: (a[fold, seed], b[fold, seed])  # the lowest seed comes last and stays
              for fold, seed in sorted(a.keys() & b.keys(), reverse=True)}  # fmt: skip
-    if not pairs or any(len({(x.title, x.system) for x in y}) > 1 for y in (first, second)):
+    if not pairs or any(len({run.name for run in runs}) > 1 for runs in (first, second)):
         raise InputError("--compare: A and B need one system each, and a fold and seed in common")
     a, b = zip(*pairs.values())  # the runs of A, and those of B
     if any(column(a, x).tolist() != column(b, x).tolist() for x in ("utterance", "truth")):

@@ -322,7 +322,7 @@ class EmotionRecognizer(nn.Module):
         self.classifier = nn.Sequential(*layers, nn.Linear(width, config.n_classes))
 
     def features(self, audio: tuple | None = None, text: tuple | None = None) -> tuple[dict, dict]:
-        """Compute X_A and X_T of Fig. 2: by modality x (B, T, d) and mask (B, T)."""
+        """Compute X_A, X_T: by modality x (B, T, d), mask (B, T). Raises ValueError without one."""
         x, mask, given = {}, {}, {"audio": audio, "text": text}
         for m, extractor in self.extractor.items():
             if given[m] is None:
@@ -489,7 +489,7 @@ def load_pretrained(name: str, modality: str, label: str):
         with reading(f"{label}: no such folder, and the Hugging Face hub fails", advice):
             huggingface_hub.HfApi().model_info(name, timeout=5)
         preprocessor, model, info = load(local=False)
-    # A weight that fails to load stays random without any error, so we check. Two are not used.
+    # A weight that fails to load stays random without any error, so we check all that we use.
     missing = [x for x in info["missing_keys"] if "pooler" not in x and "masked_spec" not in x]
     extra = [x for x in info["unexpected_keys"] if re.search(r"layers?\.\d", x)]
     if missing + extra:  # extra: config.json names fewer layers than there are

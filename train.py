@@ -281,14 +281,15 @@ def train(args: argparse.Namespace, model_config: Config, corpus: list[Utterance
         if selected["finetune_epoch"] is None:
             sources.update(cached)  # a frozen epoch was selected: use frozen states
     log_probs = evaluate.predict(recognizer, test_rows, batch, size)  # (N_test, 4)
-    require_finite(log_probs.sum().item(), len(log), [u.id for u in test_set])
+    test_loss = F.nll_loss(log_probs, labels[test_rows]).item()
+    require_finite(test_loss, len(log), [u.id for u in test_set])
     seen = data.texts_elsewhere(corpus)  # ids of utterances whose words another session has, too
     evaluate.write_predictions(folder / "predictions.csv", test_set, log_probs, seen)
     result = {
         "corpus": args.name, "fusion": args.fusion, "frozen": args.frozen,
         "fold": args.fold, "seed": args.seed,
         **evaluate.metrics(labels[test_rows], log_probs.argmax(dim=1)),
-        "loss": F.nll_loss(log_probs, labels[test_rows]).item(), "epochs": len(log),
+        "loss": test_loss, "epochs": len(log),
         "finetune_epoch": finetune_epoch, "dev_speaker": dev_set[0].speaker,
         "n_train": len(train_set), "n_dev": len(dev_set), "n_test": len(test_set),  # utterances
         "seconds": sum(row["seconds"] for row in log)}  # fmt: skip

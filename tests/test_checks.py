@@ -397,14 +397,14 @@ def check_7(split):
     assert states == (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()), (
         "the global random numbers moved on: draw from a generator of your own, random.Random(...)"
     )
-    places = [
-        [sorted({u.speaker for u in corpus if u.session != fold}).index(split(corpus, fold, seed)[1][0].speaker)
-         for seed in range(12)] for fold in (2, 3)
-    ]  # fmt: skip
+
+    def place(fold, seed):
+        rest = sorted({u.speaker for u in corpus if u.session != fold})
+        return rest.index(split(corpus, fold, seed)[1][0].speaker)
+
+    places = [[place(fold, seed) for seed in range(12)] for fold in (2, 3)]
     assert places[0] != places[1], "does the fold draw, too? Else all folds of a seed share their luck"
-    zero = {sorted({u.speaker for u in corpus if u.session != fold}).index(split(corpus, fold, 0)[1][0].speaker)
-            for fold in range(1, 6)}  # fmt: skip
-    assert len(zero) > 1, "with seed 0, the default, all folds draw alike: is 0 a factor of what draws?"
+    assert len({place(fold, 0) for fold in range(1, 6)}) > 1, "with seed 0, the default, all folds draw alike: is 0 a factor of what draws?"
     drawn, builtin = [], hash
     for salt in (0, 1):  # the hash of a string differs from process to process
         with mock.patch.object(builtins, "hash", lambda x, salt=salt: builtin(x) + salt):

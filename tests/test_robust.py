@@ -64,7 +64,7 @@ CORPUS = {  # what is done to the label file, the transcript, the wav -> what th
     ),
     "no label": (
         lambda lab, wor, wav: change(lab, b"impro01_F000", b"impro01_F009"),
-        "has no label",
+        "has no label in",
     ),
     "words twice": (lambda lab, wor, wav: wor.write_bytes(wor.read_bytes() * 2), "second time"),
     "label twice": (lambda lab, wor, wav: lab.write_bytes(lab.read_bytes() * 2), "second time"),
@@ -117,7 +117,7 @@ CORPUS = {  # what is done to the label file, the transcript, the wav -> what th
     "wav a folder": (lambda lab, wor, wav: (wav.unlink(), wav.mkdir()), "Is a directory"),
     "label loop": (lambda lab, wor, wav: loop(lab), "symbolic links"),
     "words a folder": (lambda lab, wor, wav: (wor.unlink(), wor.mkdir()), "Is a directory"),
-    "empty labels": (lambda lab, wor, wav: lab.write_text(""), "has no label"),
+    "empty labels": (lambda lab, wor, wav: lab.write_text(""), "has no label in"),
     "empty words": (lambda lab, wor, wav: wor.write_text(""), "has no words"),
     "both empty": (lambda lab, wor, wav: (lab.write_text(""), wor.write_text("")), "no utterance"),
     "binary words": (lambda lab, wor, wav: wor.write_bytes(bytes(range(256))), "'utf-8' codec"),
