@@ -1,569 +1,735 @@
 """The model of "Context-aware Multimodal Fusion for Emotion Recognition" (Li et al., 2022).
 
-    python model.py     every block of the MMT system, with shapes and parameters at full size
+    python model.py     print every block of the main system with shapes and parameters
 
-Read this file with §2 of the paper and its Figures 1-3 open. "The author's other code" is
-JinchaoLove/AffectiveVocalBurstRecognition on GitHub, for a sister task.
+Read this file with §2 of the paper and its Figures 1 to 3 open. It goes in the order of
+the paper: the equations, the feature extractors (Fig. 2), the fusion (Fig. 3), the whole
+recognizer (Fig. 1), and at the end the two pre-trained encoders that feed it.
 
-Symbol      meaning                                                      in the paper
-------      ----------------------------------------------------------   --------------------------
-B           utterances in a batch                                        32 (§3.2)
-T           time steps: T_A frames of 20 ms, T_T word pieces             §2.2
-U, N        distinct texts of a batch; the real steps of all of them     (data.batch)
-L           states of an upstream: the input of its first Transformer    25, 13 (§2.1; Fig. 2
-            layer, then the output of each layer                         prints "H+1")
-D           width of an upstream                                         1024, 768 (§2.1)
-d           width after the projector, `dim` in the code                 16 (§2.1)
-C           utterances in the context: 4 before, the target, 4 after     9 (§3.2)
-X_A, X_T    acoustic and textual features, (B, T_A, d) and (B, T_T, d)   Fig. 2a, 2b
-x_t, x_s    target (gives the queries), source (gives keys, values)      X_t, X_s; s -> t in Eq. (1)
+Symbol      meaning                                              in the paper
+------      --------------------------------------------------   ---------------------
+B           utterances in a batch                                32 (§3.2)
+T           time steps: T_A frames of 20 ms, T_T word pieces     §2.2
+N           real time steps of all utterances of a batch
+L           layer states of an upstream: the input of its        25 and 13 (§2.1)
+            first Transformer layer, and every layer's output
+D           width of an upstream                                 1024 and 768 (§2.1)
+d           width after the projector, `dim` in the code         16 (§2.1)
+C           texts in a context: 4 before, the target, 4 after    9 (§3.2)
+X_A, X_T    acoustic and textual features, (B, T, d)             Fig. 2
+x_t, x_s    target (gives queries), source (keys and values)     X_t, X_s in Eq. (1)
 
-Masks are bool, True = real, False = padding. The data flow of the main system (MMT), one batch:
+Masks are bool: True is a real time step, False is padding.
 
-  waveforms -- WavLM --> (B, T_A, 25, 1024) -- S&E, project --> X_A (B, T_A, 16)
-  9 texts each -- BERT --> (B, 9, T_T, 13, 768) -- S&E, project --> (B, 9, T_T, 16)
-                                                -- context conv --> X_T (B, T_T, 16)
+Layer states are large, so they are never padded. A batch of them is (N, L, D): the real
+steps of all its utterances, one after another. The mask tells where each step belongs. Here
+is the data flow of the main system, MMT, for one batch:
+
+  waveforms ---- WavLM ---> (N, 25, 1024) -- S&E, project --> X_A (B, T_A, 16)
+  9 texts each -- BERT ---> (N, 13, 768) --- S&E, project --> (B, 9, T_T, 16)
+                                             context conv --> X_T (B, T_T, 16)
 
   queries X_T, keys X_A -- CMT A->T --> (B, T_T, 16) -- mean over time --> (B, 16) --+
   queries X_A, keys X_T -- CMT T->A --> (B, T_A, 16) -- mean over time --> (B, 16) --+
                                                                                      |
-                                            logits (B, 4) <-- MLP -- (B, 32) <-------+
+                                          logits (B, 4) <--- MLP --- (B, 32) <-------+
+
+"The author's other code" in the comments is JinchaoLove/AffectiveVocalBurstRecognition on
+GitHub, the first author's code for a related task. This paper's code is not public.
 """
 
-import argparse, math, os, re, warnings, zlib
+import argparse
+import json
+import math
+import re
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import reading
-
-# Fig. 3 and Table 1: a system is a list of paths (target, source) whose outputs are concatenated.
-# Without a source, a path is the features as they are. With the target as source it is a vanilla
-# Transformer, otherwise CMT (source -> target). Odd systems are frozen, even ones fine-tuned.
+# Fig. 3 and Table 1. A system is a list of paths (target, source), and the outputs of
+# its paths are concatenated. Without a source, a path passes the features of the target
+# on. With the target itself as source it is a vanilla Transformer block. With the other
+# modality as source it is a cross-modal Transformer, CMT (source -> target). Table 1
+# has two systems of each kind: frozen (odd number) and fine-tuned (even number).
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
     "text-fc": [("text", None)],  # Sys. 5, 6
     "text-te": [("text", "text")],  # Sys. 7, 8
-    "cmt-a2t": [("text", "audio")],  # Sys. 9, 10: queries from the text
+    "cmt-a2t": [("text", "audio")],  # Sys. 9, 10
     "cmt-t2a": [("audio", "text")],  # Sys. 11, 12: Fig. 3c
+    "ef": [("audio", None), ("text", None)],  # Sys. 13, 14: Fig. 3a
+    "lf": [("audio", "audio"), ("text", "text")],  # Sys. 15, 16: Fig. 3b
+    "mmt": [("text", "audio"), ("audio", "text")],  # Sys. 17, 18: Fig. 3d
 }
-FUSIONS["ef"] = FUSIONS["audio-fc"] + FUSIONS["text-fc"]  # Sys. 13, 14: Fig. 3a
-FUSIONS["lf"] = FUSIONS["audio-te"] + FUSIONS["text-te"]  # Sys. 15, 16: Fig. 3b
-FUSIONS["mmt"] = FUSIONS["cmt-a2t"] + FUSIONS["cmt-t2a"]  # Sys. 17, 18: Fig. 3d
 
-# The values of some fields of Config, and of train.py's flags
-CHOICES = {
-    "fusion": tuple(FUSIONS), "condense": ("sum", "concat"), "text_mask": ("union", "target"),
-    "head": ("mlp", "linear"), "dropout_at": ("modules", "projector", "both")}  # fmt: skip
 
 @dataclass
 class Config:
     """Describe the trained part. The defaults are the paper's main system at full size."""
+
     fusion: str = "mmt"
     audio_layers: int = 25  # L of WavLM-Large
     audio_dim: int = 1024  # D of WavLM-Large
     text_layers: int = 13  # L of BERT-base
     text_dim: int = 768  # D of BERT-base
-    dim: int = 16  # d, §2.1
+    dim: int = 16  # d (§2.1)
     n_classes: int = 4  # §3.1
-    n_context: int = 9  # C, §3.2. With 1 there is no context.
+    n_context: int = 9  # C (§3.2)
     dropout: float = 0.5  # §3.2
-    condense: str = "sum"  # [A1]
-    text_mask: str = "union"  # [A5]
     cma_residual: bool = False  # [A7]
-    head: str = "mlp"  # [A15]
-    dropout_at: str = "modules"  # [A16]
-
-    def __post_init__(self):
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: use {', '.join(known)}")
 
     @property
     def modalities(self) -> list[str]:
         """The modalities that the fusion uses, audio first."""
-        return [m for m in ("audio", "text") if any(m in path for path in FUSIONS[self.fusion])]
+        used = set()
+        for target, source in FUSIONS[self.fusion]:
+            used.update([target, source])
+        return [modality for modality in ("audio", "text") if modality in used]
 
-# --- Equations ------------------------------------------------------------------------------------
+
+# --- Equations ------------------------------------------------------------------------
+
+
 # EXERCISE 1 (15 min): delete the body, write it again; pytest -m ex1
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Average over the real steps: the "average time pooling" of §2.2.
-    x (B, T, F), mask (B, T) -> (B, F). Example: x [[1], [3], [9]] with mask [True, True, False]
-    gives [2]. An utterance without a real step gives zeros, so there is no 0/0 = NaN. Padding is
-    never read, so it may contain anything, even NaN. A NaN in a real step propagates."""
+    """Average over the real steps. This is the "average time pooling" of §2.2.
+
+    x (B, T, F), mask (B, T) -> (B, F)
+
+    For example, x = [[1], [3], [9]] with mask = [True, True, False] gives [2]. Padding is
+    never read, so it may contain anything, even NaN. An utterance without a real step
+    gives zeros.
+    """
+    total = x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)  # (B, F)
+    # Careful: without the clamp, an utterance without a real step is 0 / 0 = NaN.
     n_steps = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-    return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1) / n_steps  # (B, F)
+    return total / n_steps
+
 
 # EXERCISE 2 (30 min): delete the body, write it again; pytest -m ex2
 def cross_modal_attention(
-    x_t: Tensor, x_s: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, mask_s: Tensor | None = None
+    x_t: Tensor, x_s: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, mask_s: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute Eq. (1): each step of the target takes a weighted mean of the source's values.
-    x_t (B, T_t, d_t), x_s (B, T_s, d_s), w_q (d_t, d_k), w_k (d_s, d_k), w_v (d_s, d_v),
-    mask_s (B, T_s) or None -> (out (B, T_t, d_v), weights (B, T_t, T_s)). Each row of the weights
-    sums to 1 over the real steps of the source. Without a real step, weights and output are zero.
-    Padding of the source may contain any finite number (0 * NaN is NaN)."""
+    """Compute Eq. (1) of §2.2, from source s to target t.
+
+    x_t (B, T_t, d_t), x_s (B, T_s, d_s), mask_s (B, T_s)
+    w_q (d_t, d_k), w_k (d_s, d_k), w_v (d_s, d_v)
+    returns  out (B, T_t, d_v) and weights (B, T_t, T_s)
+
+    Each step of the target takes a weighted mean of the source's values. Each row of the
+    weights sums to 1 over the real steps of the source. A source without a real step gives
+    zeros. Padding of the source may contain any finite number.
+    """
+    q = x_t @ w_q  # (B, T_t, d_k)
+    k = x_s @ w_k  # (B, T_s, d_k)
+    v = x_s @ w_v  # (B, T_s, d_v)
+
     # Eq. (1), §2.2: softmax(Q_t K_s^T / sqrt(d_k)) V_s
-    q, k, v = x_t @ w_q, x_s @ w_k, x_s @ w_v  # (B, T_t, d_k), (B, T_s, d_k), (B, T_s, d_v)
-    scores = q @ k.transpose(1, 2) / math.sqrt(w_k.shape[1])  # (B, T_t, T_s)
-    if mask_s is None:
-        mask_s = torch.ones_like(x_s[..., 0], dtype=torch.bool)
-    # Subtle: fill with the lowest finite number. The softmax of a row of only -inf is NaN.
-    padded = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
-    weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    weights = weights.masked_fill(padded, 0.0)  # (B, T_t, T_s)
+    d_k = w_k.shape[1]
+    scores = q @ k.transpose(1, 2) / math.sqrt(d_k)  # (B, T_t, T_s)
+    # Padding gets no weight. Subtle: we fill in the lowest finite number, because the
+    # softmax of a row that is all -inf is NaN.
+    padding = ~mask_s.unsqueeze(1)  # (B, 1, T_s)
+    lowest = torch.finfo(scores.dtype).min
+    weights = scores.masked_fill(padding, lowest).softmax(dim=-1)
+    # If every step is padding, the softmax gives them equal weights. Make them zero.
+    weights = weights.masked_fill(padding, 0.0)  # (B, T_t, T_s)
     return weights @ v, weights
 
-# --- Blocks of the feature extractor (Fig. 2) -----------------------------------------------------
-class SqueezeExcitation(nn.Module):
-    """Squeeze-and-Excitation (S&E) over the layers of an upstream: §2.1, Fig. 2, reference [27].
-    x (B, T, L, D), mask (B, T) -> (B, T, L, D). Each layer is scaled by its gate in (0, 1):
 
-        z = mean of x over features and real steps        squeeze, (B, L)
-        gates = sigmoid(W_2 ReLU(W_1 z + b_1) + b_2)      excitation, (B, L)
+def unpack(x: Tensor, mask: Tensor) -> Tensor:
+    """Put N real steps in the places that the mask gives them, and zeros elsewhere.
+
+    x (N, F), mask (B, T) -> (B, T, F)
     """
+    padded = x.new_zeros(*mask.shape, x.shape[1])
+    padded[mask] = x
+    return padded
+
+
+# --- Feature extractors (§2.1, Fig. 2) ------------------------------------------------
+
+
+class SqueezeExcitation(nn.Module):
+    """Squeeze-and-Excitation (S&E) over the layers of an upstream: §2.1, reference [27].
+
+    states (N, L, D), mask (B, T) -> gates (B, L), each between 0 and 1
+
+        z = mean of the states over features and real steps     squeeze, (B, L)
+        gates = sigmoid(W_2 relu(W_1 z + b_1) + b_2)            excitation, (B, L)
+    """
+
     def __init__(self, n_layers: int):
         super().__init__()
-        # UNSPECIFIED [A2]: "layer-wise", "the reduction ratio is simply the number of layers". We
-        # use the layers as channels, so the bottleneck has L / L = 1 unit. Alternative: features.
-        # Careful: if the ReLU gives 0 for all utterances, all get equal gates. train.py warns.
-        self.reduce = nn.Linear(n_layers, 1)
-        self.expand = nn.Linear(1, n_layers)
-        nn.init.ones_(self.reduce.bias)  # so that the ReLU starts above 0
+        # UNSPECIFIED [A2]: the channels of S&E. The paper says "layer-wise", and "the
+        # reduction ratio is simply the number of layers". We take the layers as
+        # channels, so the bottleneck has L / L = 1 unit. Another reading: the features
+        # are the channels (tests/studies).
+        self.reduce = nn.Linear(n_layers, 1)  # W_1, b_1
+        self.expand = nn.Linear(1, n_layers)  # W_2, b_2
+        # DEVIATION [D2]: b_1 starts at 1, the paper names no initial value. Why: if the
+        # ReLU gives 0 for every utterance, it passes no gradient, and all utterances
+        # have equal gates for ever. Started at 1, it is above 0. train.py warns if it
+        # dies.
+        nn.init.ones_(self.reduce.bias)
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
-    def gates(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Compute one gate for each layer of each utterance: (B, T, L, D), (B, T) -> (B, L)."""
-        # Squeeze. The mask is the "padding mask" arrow of Fig. 2: padded states are not zero.
-        z = masked_mean(x.mean(dim=-1), mask)  # (B, L)
-        hidden = torch.relu(self.reduce(z))  # (B, 1): the bottleneck of the excitation
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        # Squeeze: one number per layer, the mean over its features and its real steps.
+        # The mask is the arrow "padding mask" of Fig. 2a.
+        layer_means = states.mean(dim=-1)  # (N, L)
+        z = masked_mean(unpack(layer_means, mask), mask)  # (B, L)
+        # Excitation: each gate depends on all layers, through a bottleneck of one unit.
+        hidden = torch.relu(self.reduce(z))  # (B, 1)
         return torch.sigmoid(self.expand(hidden))  # (B, L)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # the paper's block (see Projector)
-        return x * self.gates(x, mask)[:, None, :, None]  # (B, T, L, D)
-
-class Projector(nn.Module):
-    """Condense the layers of a step to one vector of width d: §2.1, "Project & Norm" in Fig. 2.
-    x (B, T, L, D), gates (B, 1, L) or None (all 1) -> (B, T, d), or (N, L, D), (N, L) -> (N, d).
-    `in_dim` is D, or L * D where `condense` is "concat". The model applies S&E's gates here and not
-    in SqueezeExcitation.forward. The result is the same, and the sum needs no scaled copy."""
-    def __init__(self, in_dim: int, out_dim: int = 16, condense: str = "sum", dropout: float = 0):
-        super().__init__()
-        self.condense = condense
-        self.dropout = nn.Dropout(dropout)  # [A16]: 0 by default
-        # UNSPECIFIED [A3]: "an MLP with Layer-Normalization" (§2.1), but "a Fully-Connected (FC)
-        # Layer and Layer Normalization" (§1). We follow §1, as the author's other code does.
-        # Alternative: a hidden layer, whose width the paper does not give.
-        self.linear = nn.Linear(in_dim, out_dim)
-        self.norm = nn.LayerNorm(out_dim)
-
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        if gates is None:
-            gates = x.new_ones(x.shape[:-1])  # (B, T, L)
-        # UNSPECIFIED [A1]: how L layers become one vector. We sum them, as the author's other code,
-        # S3PRL and ESPnet do. Alternative: --condense concat. Effect: tests/COURSE.md.
-        if self.condense == "sum":
-            x = (gates.unsqueeze(-2) @ x).squeeze(-2)  # (B, T, D): the sum of gate * layer
-        else:
-            x = (gates.unsqueeze(-1) * x).flatten(-2)  # (B, T, L * D)
-        return self.norm(self.linear(self.dropout(x)))  # (B, T, d)
 
 class FeatureExtractor(nn.Module):
-    """Fig. 2a without the upstream: states, mask (B, T) -> (X (B, T, d), mask).
-    The states are (B, T, L, D), or (N, L, D) without padding: the N real steps of all utterances,
-    one after another, as data.batch gives them. The mask tells where each step belongs."""
-    def __init__(self, config: Config, modality: str):
+    """Fig. 2a without the upstream: calibrate the layers, condense them, project and norm.
+
+    states (N, L, D), mask (B, T) -> X_A (B, T, d), zeros where the mask is False
+    """
+
+    def __init__(self, n_layers: int, width: int, dim: int):
         super().__init__()
-        n_layers, width = (getattr(config, f"{modality}_{x}") for x in ("layers", "dim"))  # L, D
-        width *= 1 if config.condense == "sum" else n_layers
         self.se = SqueezeExcitation(n_layers)
-        dropout = 0.0 if config.dropout_at == "modules" else config.dropout  # [A16]
-        self.projector = Projector(width, config.dim, config.condense, dropout)
+        # UNSPECIFIED [A3]: the projector. It is "an MLP with Layer-Normalization" in
+        # §2.1 and "a Fully-Connected (FC) Layer and Layer Normalization" in §1. We
+        # follow §1, as the author's other code does. Another reading: a hidden layer
+        # (tests/studies).
+        self.linear = nn.Linear(width, dim)
+        self.norm = nn.LayerNorm(dim)
 
-    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        states = states.float()  # the cache stores 16 bits [D1], the weights have 32
-        if states.ndim == 4:
-            return self.projector(states, self.se.gates(states, mask)[:, None]), mask
-        # Without padding. Subtle: of a step, gates() needs only its mean, a state of width 1.
-        means = states.new_zeros(*mask.shape, states.shape[1], 1)  # (B, T, L, 1)
-        means[mask] = states.mean(dim=-1, keepdim=True)
-        gates = self.se.gates(means, mask)  # (B, L)
-        gates = gates.repeat_interleave(mask.sum(dim=1), dim=0)  # (N, L): of each step's utterance
-        projected = self.projector(states, gates)  # (N, d)
-        x = projected.new_zeros(*mask.shape, projected.shape[1])  # (B, T, d)
-        x[mask] = projected
-        return x, mask
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        # The cache holds 16-bit numbers [D1], the weights have 32 bits.
+        states = states.float()
+        gates = self.se(states, mask)  # (B, L)
+        # The first column of nonzero() says to which utterance each of the N steps
+        # belongs.
+        utterance = mask.nonzero()[:, 0]  # (N,)
+        # UNSPECIFIED [A1]: how L layers become one vector. The features are "calibrated
+        # and condensed" (§1). We sum the layers, scaled by their gates, as the author's
+        # other code does. Another reading: lay them side by side (tests/studies). This
+        # is one product. To scale first and sum then copies all the states once more.
+        x = torch.einsum("nl,nld->nd", gates[utterance], states)  # (N, D)
+        x = self.norm(self.linear(x))  # (N, d)
+        return unpack(x, mask)  # (B, T, d)
 
-class ContextConv(nn.Module):
-    """The Conv2D of Fig. 2b: the feature maps of C utterances become one map of the target.
-    x (B, C, T, d), mask (B, C, T) -> (X_T (B, T, d), mask (B, T)). The target is number C // 2."""
-    def __init__(self, n_context: int = 9, text_mask: str = "union"):
+
+class TextFeatureExtractor(nn.Module):
+    """Fig. 2b without BERT: the same for each of C texts, then one map of all of them.
+
+    states (N, L, D), mask (B, C, T) -> X_T (B, T, d), mask (B, T)
+
+    The target is text number C // 2 of its window, the others are its neighbours.
+    """
+
+    def __init__(self, n_layers: int, width: int, dim: int, n_context: int):
         super().__init__()
-        # UNSPECIFIED [A4]: "a convolutional layer with the stride of 1 and kernel size of 3"
-        # (§2.1). We use the utterances as channels and convolve over (token, feature), so X_T is a
-        # sequence: 9 * 3 * 3 + 1 = 82 parameters. Alternative: two layers and LayerNorm, as in the
-        # author's other code. Careful: it mixes tokens of different turns by their position.
+        self.each_text = FeatureExtractor(n_layers, width, dim)
+        # UNSPECIFIED [A4]: how "Conv2D" (Fig. 2b) mixes the texts. §2.1 has "a
+        # convolutional layer with the stride of 1 and kernel size of 3". We take the
+        # texts as channels and convolve over (token, feature), so X_T is a sequence
+        # again. That makes 9 * 3 * 3 + 1 = 82 parameters. Another reading: two layers
+        # with a norm (tests/studies). Careful: tokens of different texts meet because
+        # they have the same position.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
-        self.text_mask = text_mask
 
     # EXERCISE 4 (25 min): delete the body, write it again; pytest -m ex4
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        C = x.shape[1]
-        # UNSPECIFIED [A6]: what is beyond a dialogue's edge. We put zeros, as implementations of
-        # [23] do. Alternative: repeat the edge. A missing neighbour has an all-False mask, so it
-        # becomes a map of zeros with the rest of the padding.
-        x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # (B, C, T, d)
+    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        B, C, _ = mask.shape
+        # UNSPECIFIED [A6]: what is beyond the edge of a dialogue. We put zeros. Another
+        # reading: repeat the last text (tests/studies). A missing neighbour has no real
+        # step, so its map is zero.
+        x = self.each_text(states, mask.flatten(0, 1))  # (B * C, T, d)
+        x = x.unflatten(0, (B, C))  # (B, C, T, d)
         x = self.conv(x).squeeze(1)  # (B, T, d)
-        # UNSPECIFIED [A5]: which steps of X_T are real. We take each position where any of the C
-        # utterances has a token. Alternative: --text-mask target. Effect: tests/COURSE.md.
-        mask = mask.any(dim=1) if self.text_mask == "union" else mask[:, C // 2]  # (B, T)
-        return x, mask
+        # UNSPECIFIED [A5]: which steps of X_T are real. We take every position where
+        # any of the texts has a token. Another reading: the target's own tokens
+        # (tests/studies).
+        return x, mask.any(dim=1)
 
-class TextFeatureExtractor(FeatureExtractor):
-    """Fig. 2b without BERT: the states of U utterances -> (X_T (B, T, d), mask (B, T)).
-    states (U, T, L, D) or (N, L, D), mask (U, T), and context (B, C): which of the U utterances are
-    in each window, -1 for none. Windows overlap, so each distinct utterance is given once."""
-    def __init__(self, config: Config, modality: str = "text"):
-        super().__init__(config, modality)
-        self.context_conv = ContextConv(config.n_context, config.text_mask)
 
-    def forward(self, states: Tensor, mask: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        x, mask = super().forward(states, mask)  # (U, T, d), (U, T)
-        # Append one empty utterance. In Python, index -1 is the last row: the missing neighbour.
-        x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-        mask = torch.cat([mask, mask.new_zeros(1, mask.shape[1])])
-        return self.context_conv(x[context], mask[context])  # of (B, C, T, d), (B, C, T)
+# --- Fusion (§2.2, Fig. 3) and the whole recognizer (Fig. 1) --------------------------
 
-# --- Fusion (Fig. 3) and the whole (Fig. 1) -------------------------------------------------------
+
 class TransformerBlock(nn.Module):
-    """One Transformer block around Eq. (1). The source is the target itself, or the other modality.
-    x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) or None -> (B, T_t, d). There are two
-    sublayers, each followed by dropout, add and norm. `residual` switches the attention's add."""
-    def __init__(self, dim: int = 16, dropout: float = 0.1, residual: bool = True):
+    """A Transformer block around Eq. (1): attention, then a feed-forward network.
+
+    x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) -> (B, T_t, d)
+
+    With the target itself as source, and `residual`, this is the vanilla encoder block of
+    reference [31]. With the other modality as source it is CMT (§2.2).
+    """
+
+    def __init__(self, dim: int, residual: bool):
         super().__init__()
-        # UNSPECIFIED [A8]: heads, depth, width, norm, positions. Eq. (1) has one head and no output
-        # matrix. "The same backbone as the vanilla Transformer" (§2.2) gives post-norm, 4 d, ReLU,
-        # dropout 0.1. We use one block, and no positions, because the upstreams add them.
-        # Alternative: 2 heads, width 2, dropout 0.5, as in the author's other code.
-        self.w_q = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))  # W_Q, (d, d_k)
-        self.w_k = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))  # W_K, (d, d_k)
-        self.w_v = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))  # W_V, (d, d_v)
+        # UNSPECIFIED [A8]: heads, depth, width, norm and positions. Eq. (1) has one
+        # head and no output matrix. "The same backbone as the vanilla Transformer"
+        # (§2.2) means that the norm comes last, the width is 4 d, the activation ReLU
+        # and the dropout 0.1. We use one block. We add no positions, because both
+        # upstreams have added theirs. Another reading: two heads, width 2, dropout 0.5
+        # (tests/studies).
+        self.w_q = nn.Parameter(torch.empty(dim, dim))  # W_Q (d_t, d_k)
+        self.w_k = nn.Parameter(torch.empty(dim, dim))  # W_K (d_s, d_k)
+        self.w_v = nn.Parameter(torch.empty(dim, dim))  # W_V (d_s, d_v)
+        for matrix in (self.w_q, self.w_k, self.w_v):
+            nn.init.xavier_uniform_(matrix)
         self.norm1 = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))  # fmt: skip
+            nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim)
+        )
         self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-        # UNSPECIFIED [A7]: the vanilla Transformer adds the queries to the attention's output. Then
-        # CMT(A->T) carries the text itself, but in Table 1 it is near audio (Sys. 9, 10). We do not
-        # add them across modalities. Alternative: --cma-residual. Effect: tests/COURSE.md.
+        self.dropout = nn.Dropout(0.1)
         self.residual = residual
 
-    def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None):
-        """Compute Eq. (1) with this block's matrices, as cross_modal_attention does."""
+    def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute Eq. (1) with the matrices of this block: its output and its weights."""
         return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
 
     # EXERCISE 5 (35 min): delete the body, write it again; pytest -m ex5
-    def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor | None = None) -> Tensor:
-        x, _ = self.attend(x_t, x_s, mask_s)  # (B, T_t, d)
-        x = x_t + self.dropout(x) if self.residual else self.dropout(x)  # [A7]
+    def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor) -> Tensor:
+        attended, _ = self.attend(x_t, x_s, mask_s)  # (B, T_t, d)
+        x = self.dropout(attended)
+        if self.residual:
+            x = x_t + x
         x = self.norm1(x)
         x = x + self.dropout(self.feed_forward(x))
         return self.norm2(x)
 
+
 class Fusion(nn.Module):
-    """Fig. 3: run the paths of FUSIONS, pool each over time (§2.2), concatenate.
-    x and mask are dicts by modality, (B, T_m, d) and (B, T_m) -> (B, d * number of paths)."""
+    """Fig. 3: run each path, average its output over time, concatenate the averages.
+
+    x and mask are dicts by modality, (B, T, d) and (B, T) -> (B, d * number of paths)
+    """
+
     def __init__(self, config: Config):
         super().__init__()
         self.paths = FUSIONS[config.fusion]
         self.blocks = nn.ModuleDict()
         for target, source in self.paths:
-            if source is not None:
-                residual = source == target or config.cma_residual  # [A7]
-                self.blocks[f"{source}-to-{target}"] = TransformerBlock(config.dim, 0.1, residual)
+            if source is None:
+                continue
+            # UNSPECIFIED [A7]: whether CMT adds its queries to the output of the
+            # attention, as the vanilla block does. Then CMT(A->T) would carry the text
+            # itself, but in Table 1 it is hardly better than audio (Sys. 9, 10). So we
+            # do not add them. Another reading: --cma-residual adds them
+            # (tests/studies).
+            residual = source == target or config.cma_residual
+            block = TransformerBlock(config.dim, residual)
+            self.blocks[f"{source}-to-{target}"] = block
 
     def forward(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
         pooled = []
         for target, source in self.paths:
-            h = x[target]  # (B, T_t, d)
+            features = x[target]  # (B, T, d)
             if source is not None:
-                h = self.blocks[f"{source}-to-{target}"](h, x[source], mask[source])
-            pooled.append(masked_mean(h, mask[target]))  # (B, d)
+                block = self.blocks[f"{source}-to-{target}"]
+                features = block(features, x[source], mask[source])
+            pooled.append(masked_mean(features, mask[target]))  # (B, d)
         return torch.cat(pooled, dim=-1)
 
+
 class EmotionRecognizer(nn.Module):
-    """Fig. 1: everything that is trained from scratch. Layer states of a batch -> logits (B, 4).
-    audio  (states, mask) as in FeatureExtractor, or None for the text systems
-    text   (states, mask, context) as in TextFeatureExtractor, or None for the audio systems
-    The classes are in the order of Fig. 4: neu, hap, ang, sad (data.CLASSES)."""
+    """Fig. 1: everything that is trained from scratch, from layer states to logits (B, 4).
+
+    audio  states (N, L, D) and mask (B, T); None for the systems that use text alone
+    text   states (N, L, D) and mask (B, C, T); None for those that use audio alone
+
+    The classes are in the order of Fig. 4: neutral, happy, angry, sad.
+    """
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        dim = config.dim
         self.extractor = nn.ModuleDict()
-        for m in config.modalities:
-            kind = FeatureExtractor if m == "audio" else TextFeatureExtractor  # Fig. 2a, 2b
-            self.extractor[m] = kind(config, m)
+        if "audio" in config.modalities:
+            self.extractor["audio"] = FeatureExtractor(
+                config.audio_layers, config.audio_dim, dim
+            )
+        if "text" in config.modalities:
+            self.extractor["text"] = TextFeatureExtractor(
+                config.text_layers, config.text_dim, dim, config.n_context
+            )
         self.fusion = Fusion(config)
-        # UNSPECIFIED [A16]: "a dropout layer (0.5) between every two modules" (§3.2). We take the
-        # boxes of Fig. 1: extractor, fusion (if there are two modalities), classifier. Alternative:
-        # --dropout-at projector, as in the author's other code, or both. Effect: tests/COURSE.md.
-        between = 0.0 if config.dropout_at == "projector" else config.dropout
-        self.dropout = nn.Dropout(between)
-        self.fusion_dropout = nn.Dropout(between if len(config.modalities) == 2 else 0.0)
-        # PAPER-ERROR [E10]: "a simple MLP" (§2.3), but "a fully-connected (FC) layer" (§2.2).
-        # UNSPECIFIED [A15]: the classifier. We follow §2.3, with one hidden layer of width d.
-        # Alternative: --head linear, as in the author's other code. Effect: tests/COURSE.md.
-        width, layers = config.dim * len(self.fusion.paths), []
-        if config.head == "mlp":
-            width, layers = config.dim, [nn.Linear(width, config.dim), nn.ReLU()]
-        self.classifier = nn.Sequential(*layers, nn.Linear(width, config.n_classes))
 
-    def features(self, audio: tuple | None = None, text: tuple | None = None) -> tuple[dict, dict]:
-        """Compute X_A, X_T: by modality x (B, T, d), mask (B, T). Raises ValueError without one."""
-        x, mask, given = {}, {}, {"audio": audio, "text": text}
-        for m, extractor in self.extractor.items():
-            if given[m] is None:
-                raise ValueError(f"fusion {self.config.fusion!r} needs {m} states")
-            x[m], mask[m] = extractor(*given[m])
+        # UNSPECIFIED [A16]: which modules are meant by "a dropout layer (0.5) between
+        # every two modules" (§3.2). We take the boxes of Fig. 1: extractor, fusion,
+        # classifier. A unimodal system has no fusion, so it has one dropout. Another
+        # reading: before the projector, as in the author's other code (tests/studies).
+        self.dropout = nn.Dropout(config.dropout)
+        multimodal = len(config.modalities) == 2
+        self.fusion_dropout = nn.Dropout(config.dropout if multimodal else 0.0)
+
+        # PAPER-ERROR [E10]: the classifier is "a simple MLP" in §2.3, but "a
+        # fully-connected (FC) layer" in §2.2.
+        # UNSPECIFIED [A15]: its width. We follow §2.3, with one hidden layer of width
+        # d. Another reading: one linear layer (tests/studies).
+        self.classifier = nn.Sequential(
+            nn.Linear(dim * len(self.fusion.paths), dim),
+            nn.ReLU(),
+            nn.Linear(dim, config.n_classes),
+        )
+
+    def features(
+        self, audio: tuple | None = None, text: tuple | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute X_A and X_T (Fig. 2). Returns dicts by modality: x (B, T, d), mask (B, T)."""
+        x = {}
+        mask = {}
+        if "audio" in self.extractor:
+            states, mask["audio"] = audio
+            x["audio"] = self.extractor["audio"](states, mask["audio"])
+        if "text" in self.extractor:
+            x["text"], mask["text"] = self.extractor["text"](*text)
         return x, mask
 
     def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
         x, mask = self.features(audio, text)
-        x = {m: self.dropout(features) for m, features in x.items()}  # (B, T, d) each
+        for modality in x:
+            x[modality] = self.dropout(x[modality])  # (B, T, d)
         fused = self.fusion_dropout(self.fusion(x, mask))  # (B, d * paths)
-        return self.classifier(fused)
+        return self.classifier(fused)  # (B, 4)
 
-# --- Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4) ------------------
+
+# --- Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4) ------
+
+# The model types that the tests have tried. Any other is refused by its name.
+KNOWN_TYPES = {
+    "audio": ["wavlm", "hubert", "wav2vec2", "unispeech-sat"],
+    "text": ["bert", "roberta", "electra"],
+}
+
+
 class Upstream(nn.Module):
-    """A pre-trained encoder with its preprocessor: raw inputs -> all of its layer states.
-    name       a Hugging Face name or a local folder: WavLM, HuBERT or wav2vec 2.0 for "audio",
-               BERT or RoBERTa for "text"
-    precision  "fp32", or "bf16": matrix products in 16 bits
-    call       list of B waveforms (n,) at 16 kHz, or of B strings
-               -> (states (B, T, L, D), mask (B, T))
-    Raises InputError if the model cannot be loaded or fails a check."""
+    """A pre-trained encoder: a waveform or a text in, all of its layer states out.
+
+    name       a name on the Hugging Face hub, or a folder with the same files
+    modality   "audio" (WavLM and its relatives) or "text" (BERT and its relatives)
+    precision  "fp32", or "bf16" for matrix products in 16 bits
+
+    It takes two calls. `prepare` turns one input into the numbers that the encoder reads,
+    which never change. The upstream itself turns a list of those into a list of states.
+
+    Raises OSError or ValueError if the encoder cannot be loaded, is not of a known type, or
+    has parts missing.
+    """
+
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
         super().__init__()
-        self.name, self.modality, self.precision = name, modality, "fp32"  # fp32 for the checks
-        label = f"{'--wavlm' if modality == 'audio' else '--bert'} {name}"
-        with reading(label, f"use a whole {modality} encoder, or download it again"):
-            self.preprocessor, self.model = load_pretrained(name, modality, label)
-            self.preprocessor.padding_side = "right"  # some configurations say left
-            self.preprocessor.truncation_side = "right"  # keep the beginning (§3.2)
-            self.requires_grad_(False)
-            self.eval()
-            config = self.model.config
-            self.n_layers, self.dim = config.num_hidden_layers + 1, config.hidden_size
-            if modality == "text":
-                # Careful: RoBERTa's positions start at padding_idx + 1, so there is less room.
-                offset = getattr(self.model.embeddings, "padding_idx", -1) + 1
-                room = getattr(config, "max_position_embeddings", 512) - offset
-                self.max_tokens = min(512, room, self.preprocessor.model_max_length)
-            self.one_by_one = False  # check() runs forward(), which asks for it
-            self.one_by_one = self.check()
+        self.modality = modality
         self.precision = precision
-        # A checksum of the weights and of the preprocessor's rules, for the cache's name.
-        rules = getattr(self.preprocessor, "backend_tokenizer", None)
-        rules = rules.to_str() if rules else repr(self.preprocessor)
-        crc = zlib.crc32(rules.encode())
-        for p in self.model.state_dict().values():
-            crc = zlib.crc32(p.contiguous().numpy(), crc)
-        self.fingerprint = f"{crc:08x}"
+        self.preprocessor, self.model = load_pretrained(name, modality)
+        self.requires_grad_(False)
+        self.eval()
+        config = self.model.config
+        self.n_layers = config.num_hidden_layers + 1  # L
+        self.dim = config.hidden_size  # D
+        # Models with group norm average over the padding too, so they get one clip at a
+        # time.
+        self.one_by_one = getattr(config, "feat_extract_norm", "") == "group"
+        if modality == "text":
+            # Careful: RoBERTa counts its positions from padding_idx + 1, so it has room
+            # for two tokens less than it has positions.
+            first = getattr(self.model.embeddings, "padding_idx", None)
+            room = config.max_position_embeddings
+            if first is not None:
+                room -= first + 1
+            # §3.2: 512 tokens.
+            # PAPER-ERROR [E9]: §3.2 says "512 words" too. BERT's limit is in tokens.
+            self.max_tokens = min(512, room)
+        self.name = name
+        if Path(name).is_dir():
+            self.name = str(Path(name).resolve())
+        self.checksum = self.compute_checksum()
 
     def train(self, mode: bool = True) -> "Upstream":
-        # UNSPECIFIED [A12]: dropout inside the upstreams. A cache needs eval mode, and we keep it
-        # while fine-tuning. Alternative: train mode then, as in the author's other code. Careful:
-        # in train mode, WavLM drops layers and masks its input, too.
+        """Stay in evaluation mode, whatever the mode of the module around this one."""
+        # UNSPECIFIED [A12]: the upstreams' own dropout. The cache needs it switched
+        # off. We leave it off while fine-tuning, too. Another reading: switch it on
+        # then, as in the author's other code (tests/studies).
         return super().train(False)
 
-    def forward(self, raw: list) -> tuple[Tensor, Tensor]:
-        if self.one_by_one and len(raw) > 1:
-            parts = [self([x]) for x in raw]  # (states (1, T, L, D), mask (1, T)) of each
-            both = zip(*parts)  # all states, all masks
-            return tuple(pad_sequence([x[0] for x in xs], batch_first=True) for xs in both)
-        # Preprocess and pad. WavLM-Large's preprocessor makes mean 0 and variance 1.
+    def prepare(self, raw: Tensor | str) -> Tensor:
+        """Turn a clip (m,) at 16 kHz, or a text, into what the encoder reads: (n,).
+
+        These are normalised samples (mean 0 and variance 1 for WavLM-Large), or the numbers
+        of at most 512 tokens.
+        """
+        if self.modality == "audio":
+            prepared = self.preprocessor(
+                raw.numpy(), sampling_rate=16000, return_tensors="pt"
+            )
+            return prepared["input_values"][0]
+        # UNSPECIFIED [A19]: tags such as [LAUGHTER]. We leave them in the text. Another
+        # reading: remove them (tests/studies).
+        prepared = self.preprocessor(raw, truncation=True, max_length=self.max_tokens)
+        return torch.tensor(prepared["input_ids"])
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Compute all layer states (§2.1): prepared inputs (n_i,) -> states (T_i, L, D)."""
+        if self.one_by_one and len(inputs) > 1:
+            return [self([one])[0] for one in inputs]
+
+        # Pad the inputs to the longest, and mask the padding.
         device = next(self.model.parameters()).device
-        if self.modality == "audio":
-            inputs = self.preprocessor(
-                [clip.numpy() for clip in raw], sampling_rate=16000, padding=True,
-                return_attention_mask=True, return_tensors="pt")  # fmt: skip
-            frames = frame_count(inputs["attention_mask"].sum(dim=1), self.model.config)  # (B,)
-            mask = torch.arange(int(frames.max())) < frames[:, None]  # (B, T)
-        else:
-            # §3.2: 512 tokens. PAPER-ERROR [E9]: it says "512 words" too. The limit is in tokens.
-            # UNSPECIFIED [A19]: tags such as [LAUGHTER]. We leave them in the text.
-            limit = {"truncation": True, "max_length": self.max_tokens}
-            inputs = self.preprocessor(raw, padding=True, return_tensors="pt", **limit)
-            mask = inputs["attention_mask"].bool()  # (B, T)
-        cast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with cast, warnings.catch_warnings():  # torch warns of two kinds of mask: harmless
-            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-            output = self.model(**inputs.to(device), output_hidden_states=True)
-        # Take all L states (§2.1). PAPER-ERROR [E4]: "information leakage" there means loss. State
-        # 0 is the input of the first Transformer layer. Careful: the last of `hidden_states` may
-        # come before the final LayerNorm, so we take last_hidden_state.
-        states = (*output.hidden_states[:-1], output.last_hidden_state)
-        if len({x.shape for x in states}) > 1:
-            raise ValueError("its layers differ in shape (an adapter?)")
-        return torch.stack(states, dim=2), mask.to(device)  # (B, T, L, D), (B, T)
+        lengths = torch.tensor([len(one) for one in inputs])  # (B,)
+        padded = pad_sequence(inputs, batch_first=True)  # (B, n)
+        mask = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)  # (B, n)
 
-    def open(self, what: str) -> dict[str, nn.Parameter]:
-        """Make "nothing", the "bottom" (§2.4) or "all" trainable. Return these parameters."""
-        # §2.4: the CNN encoder of WavLM, the input embeddings of BERT.
-        # UNSPECIFIED [A21]: whether the embeddings' LayerNorm is part of the "input embeddings". We
-        # say yes, because it is in the same module. Alternative: the three tables alone.
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=self.precision == "bf16"
+        ):
+            output = self.model(
+                padded.to(device),
+                attention_mask=mask.long().to(device),
+                output_hidden_states=True,
+            )
+        # We take all L states. PAPER-ERROR [E4]: the reason that §2.1 gives,
+        # "information leakage", is meant to be information loss. State 0 is the input
+        # of the first Transformer layer. Careful: the last of `hidden_states` comes
+        # before the final LayerNorm in some versions of the library, so we take
+        # last_hidden_state.
+        layers = [*output.hidden_states[:-1], output.last_hidden_state]
+        states = torch.stack(layers, dim=2)  # (B, T, L, D)
+        if self.modality == "audio":
+            lengths = frame_count(lengths, self.model.config)
+        return [x[:n] for x, n in zip(states, lengths.tolist(), strict=True)]
+
+    def open(self, what: str) -> list[nn.Parameter]:
+        """Make "nothing", the "bottom" or "all" of the encoder trainable: its parameters."""
+        # §2.4: "we only fine-tune the feature extractor part, i.e., CNN encoders in
+        # WavLM and input embeddings in BERT".
+        # UNSPECIFIED [A21]: whether the LayerNorm of BERT's embeddings belongs to the
+        # "input embeddings". We say yes. Another reading: the tables alone
+        # (tests/studies).
         bottom = "feature_extractor." if self.modality == "audio" else "embeddings."
-        start = {"nothing": (), "bottom": bottom, "all": ""}[what]  # no name starts with ()
-        named = self.model.named_parameters()
-        return {n: p.requires_grad_(True) for n, p in named if n.startswith(start)}
+        opened = []
+        for name, parameter in self.model.named_parameters():
+            if what == "all" or (what == "bottom" and name.startswith(bottom)):
+                opened.append(parameter.requires_grad_(True))
+        return opened
 
-    @torch.no_grad()
-    def check(self) -> bool:
-        """Run inputs of unlike length, alone and in one batch. Raises ValueError for a bad model.
-        Returns whether padding changes an input's states, because some models normalise over time,
-        padding included. Such a model then gets one input at a time."""
-        if self.modality == "audio":
-            time = torch.arange(9000) / 16000
-            inputs = [(2764 * time).sin(), (942 * time[:5000]).sin()]
-            if (rate := getattr(self.preprocessor, "sampling_rate", 16000)) != 16000:
-                raise ValueError(f"it was trained on {rate} Hz, and this project uses 16,000 Hz")
-        else:
-            inputs = ["you know that i am so happy and you are not sad or angry", "yes"]
-            rows, known = self.model.get_input_embeddings().num_embeddings, len(self.preprocessor)
-            ids = self.preprocessor(inputs[0])["input_ids"]
-            unknown = ids.count(self.preprocessor.unk_token_id)
-            if not (rows / 2 < known <= rows) or 2 * unknown > len(ids):
-                has = f"the tokenizer has {known:,} entries, the embedding {rows:,}"
-                raise ValueError(f"{has}, and {unknown} of {len(ids)} ordinary tokens are unknown")
-            self([inputs[0] * 200])  # the greatest length must run
-        depends = False
-        for x, states, real in zip(inputs, *self(inputs)):
-            alone, expected = self([x])[0][0], (int(real.sum()), self.n_layers, self.dim)
-            if alone.shape != expected:
-                raise ValueError(f"it gives states of shape {tuple(alone.shape)}, not {expected}")
-            if not alone.isfinite().all():
-                raise ValueError("its states are not finite")
-            depends |= bool((states[: len(alone)] - alone).norm() > 0.01 * alone.norm())  # 1 %
-        return depends
+    def compute_checksum(self) -> str:
+        """Compute a checksum of all that turns a prepared input into states.
+
+        It covers the weights and the configuration, except where the files lie and which
+        version of the library wrote them.
+        """
+        config = self.model.config.to_dict()
+        config.pop("_name_or_path", None)
+        config.pop("transformers_version", None)
+        crc = zlib.crc32(json.dumps(config, sort_keys=True, default=str).encode())
+        for weights in self.model.state_dict().values():
+            crc = zlib.crc32(weights.cpu().contiguous().numpy(), crc)
+        return f"{crc:08x}"
+
 
 def frame_count(samples: Tensor | int, config) -> Tensor | int:
-    """Count the frames of a CNN encoder, layer by layer. For WavLM floor((n - 400) / 320) + 1.
-    PAPER-ERROR [E3]: "50 x 25 x 1024 for each second" (§2.1). 1 s gives 49 frames, 5 s give 249."""
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride):
+    """Count the frames of a CNN encoder, layer by layer: samples -> frames of 20 ms.
+
+    For WavLM this is floor((samples - 400) / 320) + 1.
+    PAPER-ERROR [E3]: 50 frames for each second (§2.1). 1 s gives 49, and 5 s give 249.
+    """
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         samples = (samples - kernel) // stride + 1
     return samples
 
-def load_transformers():
-    """Import the library when it is needed, because that takes seconds. Make it quiet."""
-    # It imports torchaudio, and a torchaudio that does not match torch breaks both.
-    with reading("torchaudio", f"install the one that matches torch {torch.__version__}"):
-        import torchaudio, transformers  # noqa: E401, F401
+
+def load_pretrained(name: str, modality: str):
+    """Load (preprocessor, model) from a folder, the download cache or the hub.
+
+    Raises OSError or ValueError if that fails, or if the result is not the whole encoder.
+    """
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return transformers
 
-def load_pretrained(name: str, modality: str, label: str):
-    """Load (preprocessor, model) from a folder, the download cache, or the Hugging Face hub."""
-    import huggingface_hub
-    hf = load_transformers()
-    loader = hf.AutoFeatureExtractor if modality == "audio" else hf.AutoTokenizer
-    # A model folder must not run code of its own. Careful: without False, the library asks.
-    def load(local: bool):
-        how = {"local_files_only": local, "trust_remote_code": False}
-        kind = {"output_loading_info": True, "dtype": torch.float32}
-        model, info = hf.AutoModel.from_pretrained(name, **kind, **how)
-        if not hasattr(model, "feature_extractor" if modality == "audio" else "embeddings"):
-            raise ValueError(f"{type(model).__name__} is no {modality} encoder of a known kind")
-        return loader.from_pretrained(name, **how), model, info
+    # Careful: without trust_remote_code=False, the library offers to run code of the
+    # folder.
+    safe = {"trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(name, **safe)
+    known = KNOWN_TYPES[modality]
+    if config.model_type not in known:
+        raise ValueError(
+            f"it is a model of type {config.model_type}, and the {modality} encoders that "
+            f"this project knows are {', '.join(known)}"
+        )
+    model, info = transformers.AutoModel.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, **safe
+    )
+    # Careful: a weight that fails to load stays random without any error. The pooler
+    # and the embedding of masked frames are not used here, so they may be missing.
+    for key in info["missing_keys"]:
+        if "pooler" not in key and "masked_spec_embed" not in key:
+            raise ValueError(f"it has no weights for {key}")
+    # Weights of a layer that the configuration does not have would be left out.
+    for key in info["unexpected_keys"]:
+        if re.search(r"encoder\.layers?\.\d", key):
+            raise ValueError(f"its config.json has no layer for {key}")
 
-    try:
-        preprocessor, model, info = load(local=True)  # a folder, or downloaded before
-    except Exception:
-        if os.path.isdir(name):
-            raise
-        # Ask first, because from_pretrained retries for half a minute without a network.
-        advice = "give the model's folder, or use --upstream tiny for a dry run"
-        with reading(f"{label}: no such folder, and the Hugging Face hub fails", advice):
-            huggingface_hub.HfApi().model_info(name, timeout=5)
-        preprocessor, model, info = load(local=False)
-    # A weight that fails to load stays random without any error, so we check all that we use.
-    missing = [x for x in info["missing_keys"] if "pooler" not in x and "masked_spec" not in x]
-    extra = [x for x in info["unexpected_keys"] if re.search(r"layers?\.\d", x)]
-    if missing + extra:  # extra: config.json names fewer layers than there are
-        raise ValueError(f"no {'weights' if missing else 'layer'} for {(missing + extra)[0]}")
+    if modality == "audio":
+        loader = transformers.AutoFeatureExtractor
+    else:
+        loader = transformers.AutoTokenizer
+    preprocessor = loader.from_pretrained(name, **safe)
+    if modality == "audio" and preprocessor.sampling_rate != 16000:
+        raise ValueError(
+            f"it wants {preprocessor.sampling_rate} Hz instead of 16000 Hz"
+        )
+    if modality == "text":
+        # Long texts keep their beginning (§3.2), whatever the configuration says.
+        preprocessor.truncation_side = "right"
+        # Careful: without its files, a tokenizer loads silently with five entries.
+        entries = len(preprocessor)
+        rows = model.get_input_embeddings().num_embeddings
+        if entries > rows or entries < rows / 2:
+            raise ValueError(
+                f"its tokenizer has {entries} entries, but its embedding has {rows} rows"
+            )
     return preprocessor, model
 
-# The configuration of microsoft/wavlm-large, where it is not the library's default
-WAVLM_LARGE = dict(
-    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-    feat_extract_norm="layer", do_stable_layer_norm=True, num_buckets=320)  # fmt: skip
 
-def make_tiny_upstreams(folder: str, texts: list[str]) -> dict[str, str]:
-    """Write WavLM and BERT of two layers with random weights, in the hub's file format.
-    The vocabulary is made from `texts`. Letters are in it too, so no word is unknown."""
-    hf = load_transformers()
+# --- Tiny upstreams, for the toy corpus and for dry runs ------------------------------
+
+# The configuration of microsoft/wavlm-large, where it differs from the library's
+# defaults.
+WAVLM_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "num_buckets": 320,
+}
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+# Two convolutions instead of seven, with a frame of 20 ms like the original.
+TINY_CNN = {
+    "conv_dim": (32, 32),
+    "conv_kernel": (40, 16),
+    "conv_stride": (20, 16),
+    "num_conv_pos_embeddings": 2,
+    "num_conv_pos_embedding_groups": 4,
+}
+
+
+def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
+    """Write a WavLM and a BERT of one layer with random weights, as the hub stores them.
+
+    They are in folder/audio and folder/text. The vocabulary has every word of `texts`, and
+    letters for all other words.
+    """
+    import transformers
+
     words = set(re.findall(r"\w+|[^\w\s]", " ".join(texts).lower()))
-    letters = set("abcdefghijklmnopqrstuvwxyz")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary += sorted(words | letters) + sorted(f"##{x}" for x in letters)
-    size = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    cnn = dict(conv_dim=(32, 32), conv_kernel=(40, 16), conv_stride=(20, 16))  # 20 ms a frame
-    cnn |= dict(num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=4)
-    made = {
-        "audio": (hf.Wav2Vec2FeatureExtractor(return_attention_mask=True),
-                  hf.WavLMModel(hf.WavLMConfig(**WAVLM_LARGE | cnn | size))),
-        "text": (hf.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}),
-                 hf.BertModel(hf.BertConfig(vocab_size=len(vocabulary), **size)))}  # fmt: skip
-    for modality, (preprocessor, model) in made.items():
-        # Draw the weights here, because each version of the library draws others.
-        for name, p in model.named_parameters():
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            # Words count more than positions, so the toy learns faster.
-            scale = 1.0 if "word_embeddings" in name else p[0].numel() ** -0.5
-            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
-            if p.ndim > 1:
-                p.data.normal_(0.0, scale, generator=generator)
-        for part in (preprocessor, model):
-            part.save_pretrained(os.path.join(folder, modality))
-    return {modality: os.path.join(folder, modality) for modality in made}
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [f"##{letter}" for letter in letters]
+    vocabulary = special + sorted(words | set(letters)) + pieces
+
+    wavlm_config = transformers.WavLMConfig(**(WAVLM_LARGE | TINY | TINY_CNN))
+    wavlm = transformers.WavLMModel(wavlm_config)
+    draw_weights(wavlm)
+    wavlm.save_pretrained(folder / "audio")
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    extractor.save_pretrained(folder / "audio")
+
+    bert_config = transformers.BertConfig(vocab_size=len(vocabulary), **TINY)
+    bert = transformers.BertModel(bert_config)
+    draw_weights(bert)
+    # Each word draws its own vector, so no vector depends on which other words there
+    # are: a word of the test session changes nothing in training.
+    for row, word in enumerate(vocabulary):
+        generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+        bert.embeddings.word_embeddings.weight.data[row].normal_(generator=generator)
+    bert.save_pretrained(folder / "text")
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    tokenizer = transformers.BertTokenizer(vocab=numbers)
+    tokenizer.save_pretrained(folder / "text")
+
+
+def draw_weights(model: nn.Module) -> None:
+    """Draw random weights by the name of each parameter, the same with every library."""
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        if parameter.ndim > 1:
+            # The variance of an output is then about the mean square of its inputs.
+            fan_in = parameter[0].numel()
+            parameter.data.normal_(0.0, fan_in**-0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.data.zero_()
+        else:
+            parameter.data.fill_(1.0)
+
+
+# --- python model.py ------------------------------------------------------------------
+
 
 def main() -> None:
-    """Print every block of the MMT system at WavLM-Large / BERT-base size."""
+    """Print every block of the main system (MMT) at the size of the paper."""
     argparse.ArgumentParser(description=main.__doc__).parse_args()
-    hf = load_transformers()
-    wavlm_class, bert_class = hf.WavLMModel, hf.BertModel  # imported here, on the CPU
-    with torch.device("meta"):  # shapes without memory: nothing is downloaded or computed
-        wavlm, bert = wavlm_class(hf.WavLMConfig(**WAVLM_LARGE)), bert_class(hf.BertConfig())
-        recognizer = EmotionRecognizer(Config())
-        # A batch of two clips of 5 s. Nine texts of 20 tokens are the context of both.
-        frames = frame_count(80000, wavlm.config)  # 249
-        audio = torch.empty(2, frames, 25, 1024), torch.ones(2, frames, dtype=torch.bool)
-        text = torch.empty(9, 20, 13, 768), torch.ones(9, 20, dtype=torch.bool)
-        context = torch.arange(9).repeat(2, 1)
-    def shapes(xs) -> str:
-        xs = xs if isinstance(xs, tuple) else (xs,)
-        return " ".join(str(tuple(x.shape)) for x in xs if isinstance(x, Tensor))
+    import transformers
 
-    calls = {wavlm: ("(2, 80000)", shapes(audio)), bert: ("(9, 20)", shapes(text))}
+    wavlm_config = transformers.WavLMConfig(**WAVLM_LARGE)
+    # The device "meta" has shapes and no memory, so nothing is downloaded or computed.
+    with torch.device("meta"):
+        wavlm = transformers.WavLMModel(wavlm_config)
+        bert = transformers.BertModel(transformers.BertConfig())
+    print(f"{'upstream':48} {'parameters':>11}")
+    for title, module in [
+        ("WavLM-Large", wavlm),
+        ("  CNN encoder: opened by fine-tuning", wavlm.feature_extractor),
+        ("BERT-base", bert),
+        ("  input embeddings: opened by fine-tuning", bert.embeddings),
+    ]:
+        print(f"{title:48} {count_parameters(module):>11,}")
+
+    # A batch of two utterances: two clips of 5 s, and two windows of nine texts of 20
+    # tokens.
+    frames = frame_count(5 * 16000, wavlm_config)
+    audio_mask = torch.ones(2, frames, dtype=torch.bool)
+    audio = torch.zeros(2 * frames, 25, 1024)
+    text_mask = torch.ones(2, 9, 20, dtype=torch.bool)
+    text = torch.zeros(2 * 9 * 20, 13, 768)
+
+    # Each module notes the shape of its output when it is called.
+    recognizer = EmotionRecognizer(Config())
+    shapes = {}
+
+    def note_shape(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        if isinstance(output, tuple):
+            output = output[0]  # the textual extractor returns a mask, too
+        shapes[module] = str(tuple(output.shape))
+
     for module in recognizer.modules():
-        module.register_forward_hook(lambda m, xs, y: calls.update({m: (shapes(xs), shapes(y))}))
-    recognizer(audio, (*text, context))
-    rows = [("WavLM-Large", wavlm), ("  CNN encoder: fine-tuned", wavlm.feature_extractor),
-            ("BERT-base", bert), ("  input embeddings: fine-tuned", bert.embeddings)]  # fmt: skip
+        module.register_forward_hook(note_shape)
+    recognizer((audio, audio_mask), (text, text_mask))
+
+    print(f"\n{'block of MMT':48} {'output':18} {'parameters':>11}")
     for name, module in recognizer.named_modules():
-        indent, last = "  " * (name.count(".") + bool(name)), name.rpartition(".")[2] or "MMT"
-        rows.append((f"{indent}{last} ({type(module).__name__})", module))
-    print(f"{'block':44} {'in':36} {'out':32} {'parameters':>11}")
-    for title, module in rows:
-        given, result = calls.get(module, ("", ""))
-        if count := sum(p.numel() for p in module.parameters()):
-            print(f"{title:44} {given:36} {result:32} {count:>11,}")
-        for name, w in module.named_parameters(recurse=False):
-            if name in ("w_q", "w_k", "w_v"):  # of Eq. (1)
-                print(f"{'':8}{name.upper():73} {shapes(w):32} {w.numel():>11,}")
+        count = count_parameters(module)
+        if count > 0:
+            title = "  " * name.count(".") + (name or "EmotionRecognizer")
+            print(f"{title:48} {shapes.get(module, ''):18} {count:>11,}")
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
 
 if __name__ == "__main__":
     main()
