@@ -26,7 +26,7 @@ from torch import Tensor
 
 import data
 from data import CLASSES, InputError, Utterance
-from model import FUSIONS, Config, EmotionRecognizer, Upstream
+from model import Config, EmotionRecognizer, Upstream
 
 # --- Metrics (§3.1) -------------------------------------------------------------------
 # "The averaged weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
@@ -91,7 +91,7 @@ def metrics(y_true: Sequence[int], y_pred: Sequence[int]) -> dict:
 # PAPER-ERROR [E8]: Sys. 18 "surpasses the accuracy of every emotion class" of Sys. 8
 # (§4.2.2). In Fig. 4 both have .85 for angry.
 
-# By number: the name, WA and UA in %, the mean of five folds.
+# By number: the name, WA and UA in %, the means of five folds.
 TABLE_1 = {
     1: ("WavLM+FC frozen", 66.15, 65.35),
     2: ("WavLM+FC fine-tuned", 66.70, 66.71),
@@ -112,8 +112,8 @@ TABLE_1 = {
     17: ("MMT frozen", 78.58, 80.72),
     18: ("MMT fine-tuned", 80.36, 81.70),
 }
-# The rows "ours" on Session 5 have no system numbers. By §5 the fine-tuned one is MMT. The
-# frozen one may be MMT or LF, because the frozen row of five folds is Sys. 15 (LF).
+# The rows "ours" on Session 5 have no system numbers. By §5 the fine-tuned one is MMT.
+# The frozen one may be MMT or LF, because the frozen row of five folds is Sys. 15 (LF).
 # PAPER-ERROR [E2]: §5 has a WA of 84.35, the abstract and Table 2 have 84.45.
 TABLE_2 = {
     15: ("LF frozen", 78.32, 80.56),
@@ -122,136 +122,137 @@ TABLE_2 = {
 }
 
 
-def format_table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """Format rows of strings as an aligned Markdown table below its title."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    text = f"{title}\n\n"
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        text += f"| {' | '.join(cells)} |\n"
-    return text
-
-
-def describe(result: dict) -> str:
-    """Format the test of one run: WA and UA beside the largest class, and the confusions."""
-    corpus = result["corpus"]
-    counts = np.array(result["confusion"])  # (4, 4)
-    size = counts.sum(axis=1)  # (4,)
-    rows = []
-    for name, row, n in zip(CLASSES, counts, size, strict=True):
-        rows.append([name, *[f"{x:.2f}" for x in row / max(n, 1)], str(n)])
-    title = f"{corpus}: fraction of each class (row) predicted as (column)"
-    return (
-        f"{corpus}: WA {result['wa']:.2%}, UA {result['ua']:.2%} on {result['n_test']} "
-        f"test utterances of session {result['fold']}, after {result['epochs']} epochs\n"
-        f"{corpus}: to answer the largest class always gives WA {size.max() / size.sum():.2%}"
-        f", UA {1 / np.count_nonzero(size):.2%}\n\n"
-        + format_table(title, ["class", *CLASSES, "n"], rows)
-    )
-
-
 def table(name: str, runs: list["FinishedRun"], published: dict) -> str:
-    """Format one row per system, in %: mean ± standard deviation over the folds.
+    """Format WA and UA in %: mean ± standard deviation over the folds, a row per system.
 
     runs        of one title, at least one. The seeds of a fold are averaged first.
-    published   TABLE_1 or TABLE_2, shown beside runs on IEMOCAP
+    published   TABLE_1 or TABLE_2, set beside ours on IEMOCAP
     """
-    systems = defaultdict(list)
-    for run in runs:
-        systems[run.system].append(run)
-    beside = runs[0].config["corpus"] == "iemocap"
-    header = ["Sys.", "model", "folds", "runs"]
-    for metric in ("WA", "UA"):
-        header.append(metric)
-        if beside:
-            header += [f"paper's {metric}", "difference"]
+    header = ["Sys.", "model", "folds", "runs", "WA", "UA"]
+    on_iemocap = runs[0].config["corpus"] == "iemocap"
+    if on_iemocap:
+        header += ["paper's WA", "paper's UA"]
     rows = []
-    for number in sorted(systems):
-        folds = defaultdict(list)
-        for run in systems[number]:
-            folds[run.config["fold"]].append(run.result)
-        names = " ".join(str(fold) for fold in sorted(folds))
-        row = [str(number), published[number][0], names, str(len(systems[number]))]
-        for metric, paper in zip(("wa", "ua"), published[number][1:], strict=True):
+    for system, group in grouped(runs, "system").items():
+        model, *papers = published[system]
+        folds = grouped(group, "fold")
+        names = " ".join(str(fold) for fold in folds)
+        row = [str(system), model, names, str(len(group))]
+        for metric in ("wa", "ua"):
             means = []
-            for results in folds.values():
-                means.append(100 * fmean(result[metric] for result in results))
+            for seeds in folds.values():
+                means.append(100 * fmean(run.result[metric] for run in seeds))
             cell = f"{fmean(means):.2f}"
             if len(means) > 1:
                 cell += f" ± {stdev(means):.2f}"
             row.append(cell)
-            if beside:
-                row += [f"{paper:.2f}", f"{fmean(means) - paper:+.2f}"]
+        if on_iemocap:
+            row += [f"{number:.2f}" for number in papers]
         rows.append(row)
-    title = f"{name}, {runs[0].title}, in %: mean ± standard deviation over folds"
-    return format_table(title, header, rows)
+    title = runs[0].config["title"]
+    return format_table(f"{name}, {title}, in %: mean ± sd over folds", header, rows)
+
+
+def grouped(runs: list["FinishedRun"], key: str) -> dict:
+    """Group runs by their "title", "system" or "fold", in order."""
+    groups = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.config[key]):
+        groups[run.config[key]].append(run)
+    return groups
+
+
+def format_table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """Format rows of strings as an aligned Markdown table below its title."""
+    widths = [len(cell) for cell in header]
+    for row in rows:
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], len(cell))
+    rule = ["-" * width for width in widths]
+    text = f"{title}\n\n"
+    for row in [header, rule, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        text += "| " + " | ".join(cells) + " |\n"
+    return text
 
 
 def print_tables(runs: list["FinishedRun"]) -> None:
-    """Print Table 1, and on IEMOCAP Table 2, for each corpus and each choice of settings."""
-    titles = defaultdict(list)
-    for run in runs:
-        titles[run.title].append(run)
-    for title in sorted(titles):
-        print(table("Table 1", titles[title], TABLE_1))
-        session_5 = []
-        for run in titles[title]:
-            if run.config["corpus"] == "iemocap" and run.config["fold"] == 5:
-                if run.system in TABLE_2:
-                    session_5.append(run)
-        if session_5:
-            print(table("Table 2, Session 5", session_5, TABLE_2))
+    """Print Table 1 for each corpus and each choice of settings, and Table 2 on IEMOCAP."""
+    for group in grouped(runs, "title").values():
+        print(table("Table 1", group, TABLE_1))
+        if group[0].config["corpus"] == "iemocap":
+            session_5 = grouped(group, "fold")[5]
+            chosen = [run for run in session_5 if run.config["system"] in TABLE_2]
+            if chosen:
+                print(table("Table 2, Session 5", chosen, TABLE_2))
+
+
+def describe(result: dict) -> str:
+    """Format the test of one run: WA, UA and the confusion matrix."""
+    corpus = result["corpus"]
+    counts = np.array(result["confusion"])  # (4, 4)
+    size = counts.sum(axis=1)  # (4,)
+    # Without any learning, a system can always answer the largest class.
+    chance = size.max() / size.sum()
+    text = (
+        f"{corpus}: WA {result['wa']:.2%}, UA {result['ua']:.2%} on {result['n_test']} "
+        f"test utterances of session {result['fold']}, after {result['epochs']} epochs\n"
+        f"{corpus}: the largest class alone has a WA of {chance:.2%}\n\n"
+    )
+    rows = []
+    for name, row, n in zip(CLASSES, counts, size, strict=True):
+        fractions = [f"{fraction:.2f}" for fraction in row / max(n, 1)]
+        rows.append([name, *fractions, str(n)])
+    title = f"{corpus}: fraction of each class (row) that is predicted as (column)"
+    return text + format_table(title, ["class", *CLASSES, "n"], rows)
 
 
 # --- Fig. 4 (§4.2) --------------------------------------------------------------------
 
 
 def draw_confusions(runs: list["FinishedRun"], path: Path) -> None:
-    """Draw Fig. 4: the confusion matrices of up to four runs, normalised by row."""
+    """Draw Fig. 4: one confusion matrix per run, each row divided by its sum."""
     try:
         from matplotlib.figure import Figure
-    except ImportError as problem:
-        raise InputError(f"{problem}: pip install matplotlib") from None
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install matplotlib") from None
     figure = Figure((3.2 * len(runs), 3.8), dpi=200, layout="constrained")
+    figure.suptitle(f"Fig. 4, {runs[0].config['title']}", parse_math=False)
     axes = figure.subplots(1, len(runs), squeeze=False)[0]
     for ax, run in zip(axes, runs, strict=True):
         counts = np.array(run.result["confusion"])  # (4, 4)
         size = counts.sum(axis=1, keepdims=True)  # (4, 1)
         fractions = counts / size.clip(min=1)
         ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-        for (i, j), fraction in np.ndenumerate(fractions):
+        for (row, column), fraction in np.ndenumerate(fractions):
             colour = "white" if fraction > 0.5 else "black"
-            ax.text(j, i, f"{fraction:.2f}", ha="center", va="center", color=colour)
+            ax.text(column, row, f"{fraction:.2f}", color=colour, ha="center")
+        system = run.config["system"]
         ax.set_title(
-            f"Sys. {run.system} (UA: {run.result['ua']:.2%})\n{TABLE_1[run.system][0]}, "
+            f"Sys. {system} (UA: {run.result['ua']:.2%})\n{TABLE_1[system][0]}, "
             f"fold {run.config['fold']}, seed {run.config['seed']}"
         )
-        labels = [f"{c}\n(n={n})" for c, n in zip(CLASSES, size[:, 0], strict=True)]
+        labels = [
+            f"{name}\nn = {n}" for name, n in zip(CLASSES, size.flat, strict=True)
+        ]
         ax.set_xticks(range(4), CLASSES)
         ax.set_yticks(range(4), labels)
         ax.set_xlabel("Predictions")
         ax.set_ylabel("Groundtruth")
-    figure.suptitle(f"Fig. 4, {runs[0].title}", parse_math=False)
     figure.savefig(path)
 
 
 def draw(runs: list["FinishedRun"], folder: Path) -> None:
-    """Draw one picture for each corpus and each choice of settings, and print its name."""
-    titles = defaultdict(list)
-    for run in runs:
-        titles[run.title].append(run)
+    """Draw a picture for each corpus and each choice of settings, and print its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, title in enumerate(sorted(titles), 1):
-        # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. Without them, draw the first four.
-        panels = []
-        for system in (4, 8, 18, 7):
-            for run in titles[title]:
-                if run.system == system and run.config["fold"] == 5:
-                    panels.append(run)
-                    break
+    for number, (title, group) in enumerate(grouped(runs, "title").items(), 1):
+        # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. Without them, draw the first
+        # four.
+        session_5 = grouped(grouped(group, "fold")[5], "system")
+        panels = [
+            session_5[system][0] for system in (4, 8, 18, 7) if system in session_5
+        ]
         path = folder / f"confusions-{number}.png"
-        draw_confusions(panels or titles[title][:4], path)
+        draw_confusions(panels or group[:4], path)
         print(f"{path}: {title}")
 
 
@@ -259,31 +260,33 @@ def draw(runs: list["FinishedRun"], folder: Path) -> None:
 
 
 class Recognizer:
-    """Recognize the emotion of utterances of your own with a finished run. In a notebook:
+    """Recognize the emotion of utterances of your own with a finished run.
+
+    Raises InputError if the run is not finished, or its upstreams have changed. In a
+    notebook:
 
         from evaluate import Recognizer
         recognizer = Recognizer("runs/toy/mmt-finetuned/fold5-seed0")
         recognizer.recognize("x.wav", "I never said that.", before=["Did you say that?"])
-
-    Raises InputError if the run is not finished, or its upstreams have changed.
     """
 
     def __init__(self, folder: str | Path):
         self.run = read_run(Path(folder))
         config = self.run.config
-        self.config = Config(**config["model"])
-        state = load_checkpoint(Path(folder) / "checkpoint.pt", config)
-        self.model = EmotionRecognizer(self.config).eval()
+        state = load_checkpoint(
+            self.run.folder / "checkpoint.pt", {key: config[key] for key in RUN_KEYS}
+        )
+        self.model = EmotionRecognizer(Config(**config["model"])).eval()
         self.model.load_state_dict(state["model"])
         self.upstreams = {}
         for modality, name in config["upstreams"].items():
             upstream = load_upstream(name, modality, config["settings"]["precision"])
             if upstream.checksum != config["weights"][modality]:
                 raise InputError(f"{name}: it has changed since {folder} was trained")
-            # Put in what fine-tuning changed.
-            weights = upstream.model.state_dict()
-            weights.update(state["upstreams"][modality])
-            upstream.model.load_state_dict(weights)
+            # strict=False: the checkpoint has only the weights that fine-tuning
+            # changed.
+            weights = state["upstreams"][modality]
+            upstream.model.load_state_dict(weights, strict=False)
             self.upstreams[modality] = upstream
 
     @torch.no_grad()
@@ -296,12 +299,12 @@ class Recognizer:
     ) -> dict[str, float]:
         """Return the probabilities {"neu": p, "hap": p, "ang": p, "sad": p}.
 
-        wav      a file of one utterance
-        text     its words
-        before   the texts of the turns before it, the nearest last
-        after    the texts of the turns after it, the nearest first
+        wav      a file with one utterance, for the systems that use audio
+        text     its words, for the systems that use text
+        before   the texts of the turns before it, in their order
+        after    the texts of the turns after it, in their order
 
-        Raises InputError if a modality that the system uses is missing.
+        Raises InputError if a modality is missing, or not used by the system.
         """
         inputs = self.inputs(wav, text, before, after)
         probabilities = self.model(**inputs)[0].softmax(dim=0)
@@ -311,35 +314,39 @@ class Recognizer:
         self,
         wav: str | Path | None,
         text: str | None,
-        before: Sequence[str],
-        after: Sequence[str],
+        before: Sequence,
+        after: Sequence,
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Make the arguments of the model, a batch of one utterance."""
+        """Make the arguments of the model from one utterance, as in training."""
         given = {"audio": wav, "text": text}
+        if {m for m in given if given[m] is not None} != self.upstreams.keys():
+            used = " and ".join(self.upstreams)
+            raise InputError(
+                f"{self.run.folder} uses {used}: give --wav or --text for that"
+            )
         inputs = {}
-        for modality, upstream in self.upstreams.items():
-            if given[modality] is None:
-                flag = {"audio": "--wav FILE", "text": "--text WORDS"}[modality]
-                raise InputError(f"{self.run.folder} needs {modality}: add {flag}")
-            if modality == "audio":
-                raw = [data.clip(data.load_wav(wav))]
-                window = torch.tensor([0])
-            else:
-                # The nearest neighbours, and -1 where there is none.
-                half = self.config.n_context // 2
-                before = list(before)[max(len(before) - half, 0) :]
-                after = list(after)[:half]
-                raw = [*before, text, *after]
-                missing = [-1] * half
-                window = missing[len(before) :] + list(range(len(raw)))
-                window = torch.tensor([window + missing[len(after) :]])
-            inputs[modality] = self.collect(upstream, raw, window)
+        if wav is not None:
+            waveform = data.clip(data.load_wav(wav))
+            inputs["audio"] = self.gather("audio", [waveform], torch.tensor([0]))
+        if text is not None:
+            # The window has the target in the middle, and None where there is no turn.
+            size = self.model.config.n_context
+            edge = [None] * (size // 2)
+            turns = [*edge, *before, text, *after, *edge]
+            window = turns[len(before) : len(before) + size]
+            exists = torch.tensor([turn is not None for turn in window])
+            rows = torch.where(exists, torch.arange(size), -1)
+            inputs["text"] = self.gather("text", window, rows.unsqueeze(0))
         return inputs
 
-    def collect(self, upstream: Upstream, raw: list, window: Tensor) -> tuple:
-        """Compute states and mask of clips or texts, as data.gather returns them."""
-        states = upstream([upstream.prepare(one) for one in raw])
-        return data.gather(lambda rows: [states[row] for row in rows], window, "cpu")
+    def gather(self, modality: str, raw: list, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute states and mask of clips or texts, as data.gather does in training."""
+        upstream = self.upstreams[modality]
+
+        def source(rows: list[int]) -> list[Tensor]:
+            return upstream([upstream.prepare(raw[row]) for row in rows])
+
+        return data.gather(source, rows, "cpu")
 
 
 def load_upstream(
@@ -358,24 +365,13 @@ def load_upstream(
 
 
 def print_answer(recognizer: Recognizer, args: argparse.Namespace) -> None:
-    """Print the classes by probability, and what a user must know about the answer."""
+    """Print the classes by probability."""
     answer = recognizer.recognize(args.wav, args.text, args.before, args.after)
-    title = recognizer.run.title
     ranked = sorted(answer, key=answer.get, reverse=True)
-    print(f"{title}: {', '.join(f'{c} {answer[c]:.1%}' for c in ranked)}")
-    if recognizer.run.config["corpus"].startswith("toy"):
+    title = recognizer.run.config["title"]
+    print(f"{title}: " + ", ".join(f"{name} {answer[name]:.1%}" for name in ranked))
+    if recognizer.run.config["corpus"] == "toy":
         print(f"{title}: this model learned from tones. It is useless for real speech")
-    given = {"audio": args.wav, "text": args.text}
-    for modality, value in given.items():
-        if value is not None and modality not in recognizer.upstreams:
-            print(f"{title}: this system does not use {modality}, so yours is ignored")
-    if "text" in recognizer.upstreams:
-        half = recognizer.config.n_context // 2
-        missing = max(half - len(args.before), 0) + max(half - len(args.after), 0)
-        if missing:
-            print(
-                f"{title}: {missing} turns of context are missing (--before, --after)"
-            )
 
 
 # --- The files of a run ---------------------------------------------------------------
@@ -383,30 +379,15 @@ def print_answer(recognizer: Recognizer, args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The folder of a finished run, with its config.json, result.json and predictions."""
+    """A finished run, as read from the files of its folder."""
 
     folder: Path
     config: dict
     result: dict
-    predictions: list[dict[str, str]]  # one per test utterance
-
-    @property
-    def system(self) -> int:
-        """The number in Table 1: odd numbers are frozen, even ones are fine-tuned."""
-        number = 2 * list(FUSIONS).index(self.config["fusion"]) + 1
-        if not self.config["frozen"]:
-            number += 1
-        return number
-
-    @property
-    def title(self) -> str:
-        """The corpus, and the settings that differ from its defaults."""
-        changed = self.config["changed"].items()
-        settings = [f"{name}={value}" for name, value in changed]
-        return ", ".join([self.config["corpus"], *settings])
+    predictions: list[dict[str, str]]  # one row per test utterance
 
 
-# What tells a run from the others, in config.json, result.json and checkpoint.pt.
+# These tell a run from the others, in config.json, result.json and checkpoint.pt.
 RUN_KEYS = ("corpus", "fusion", "frozen", "fold", "seed")
 
 
@@ -417,13 +398,15 @@ def read_run(folder: Path) -> FinishedRun:
     predictions = read_predictions(folder / "predictions.csv")
     truth = [CLASSES.index(row["label"]) for row in predictions]
     guesses = [CLASSES.index(row["prediction"]) for row in predictions]
-    expected = {key: config.get(key) for key in RUN_KEYS}
-    expected.update(metrics(truth, guesses), n_test=len(predictions))
+    expected = metrics(truth, guesses)
+    expected["n_test"] = len(predictions)
+    for key in RUN_KEYS:
+        expected[key] = config.get(key)
     for key, value in expected.items():
         if value is None or result.get(key) != value:
             raise InputError(
-                f"{folder}: damaged. result.json has {key} = {result.get(key)}, its other "
-                f"files have {value}"
+                f"{folder}: damaged, {key} is {result.get(key)} in result.json and {value} "
+                "in its other files"
             )
     return FinishedRun(folder, config, result, predictions)
 
@@ -442,18 +425,19 @@ def read_json(path: Path) -> dict:
 def write_predictions(
     path: Path, utterances: list[Utterance], log_probs: Tensor
 ) -> None:
-    """Write predictions.csv, one row per test utterance."""
+    """Write predictions.csv: one row per test utterance, with log_probs (n, 4)."""
+    # Careful: the prediction comes before exp and rounding, which can make two numbers
+    # equal.
+    guesses = log_probs.argmax(dim=1).tolist()
+    probabilities = log_probs.exp().tolist()
     with data.write_whole(path) as part:
         with part.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["utterance", "speaker", "label", "prediction", *CLASSES])
-            # The prediction is taken before the rounding, which can make two classes equal.
-            guesses = log_probs.argmax(dim=1).tolist()
-            rows = zip(utterances, guesses, log_probs.exp().tolist(), strict=True)
-            for u, guess, probabilities in rows:
-                rounded = [f"{p:.6f}" for p in probabilities]
-                label = CLASSES[u.label]
-                table.writerow([u.id, u.speaker, label, CLASSES[guess], *rounded])
+            for u, guess, row in zip(utterances, guesses, probabilities, strict=True):
+                rounded = [f"{p:.6f}" for p in row]
+                answers = [CLASSES[u.label], CLASSES[guess]]
+                table.writerow([u.id, u.speaker, *answers, *rounded])
 
 
 def read_predictions(path: Path) -> list[dict[str, str]]:
@@ -466,27 +450,26 @@ def read_predictions(path: Path) -> list[dict[str, str]]:
     for row in rows:
         if row.get("label") not in CLASSES or row.get("prediction") not in CLASSES:
             raise InputError(f"{path}: damaged, no class in {row}")
-    if not rows:
-        raise InputError(f"{path}: damaged, it has no rows")
     return rows
 
 
-def load_checkpoint(path: Path, config: dict) -> dict:
+def load_checkpoint(path: Path, run: dict) -> dict:
     """Load checkpoint.pt on the CPU. Raises InputError if it is damaged or of another run."""
-    advice = "Restore it from a copy, or move it elsewhere to start this run again"
     try:
-        # Careful: torch.load does not look at the checksums of the file.
+        # Careful: torch.load does not look at the checksums in the file.
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise InputError(f"{path}: damaged in {damaged}. {advice}")
+            problem = archive.testzip()
         # With weights_only, no code in the file is run.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError) as problem:
-        raise InputError(f"{path}: damaged, {problem}. {advice}") from None
-    run = {key: config[key] for key in RUN_KEYS}
-    if state.get("run") != run:
-        raise InputError(f"{path}: of another run, {state.get('run')}. {advice}")
+    except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        problem = error
+    if problem is None and state.get("run") != run:
+        problem = f"it is of the run {state.get('run')}"
+    if problem is not None:
+        raise InputError(
+            f"{path} is damaged: {problem}. Restore it from a copy, or move it elsewhere to "
+            "start this run again"
+        )
     return state
 
 
@@ -510,7 +493,7 @@ def find_runs(root: Path) -> tuple[list[FinishedRun], list[str]]:
         except (InputError, OSError) as problem:
             damaged.append(str(problem))
             continue
-        key = (run.title, run.system, run.config["fold"], run.config["seed"])
+        key = tuple(run.config[name] for name in ("title", "system", "fold", "seed"))
         if key in runs:
             damaged.append(f"{folder}: left out, a duplicate of {runs[key].folder}")
         else:

@@ -25,6 +25,7 @@ import io
 import json
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,19 +33,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import AdamW
 from tqdm import tqdm
 
 import data
 import evaluate
-from data import InputError, Utterance
-from model import (
-    FUSIONS,
-    Config,
-    EmotionRecognizer,
-    SqueezeExcitation,
-    Upstream,
-    make_tiny_upstreams,
-)
+from data import InputError, Source, Utterance
+from model import FUSIONS, Config, EmotionRecognizer, make_tiny_upstreams
 
 
 @dataclass(frozen=True)
@@ -85,23 +80,24 @@ class Patience:
 
         If both are due, the answer is "stop".
         """
-        # UNSPECIFIED [A17]: what "decreased" means. We take any lower loss. Another reading:
-        # lower by one part in 10,000, as in the author's other code (tests/studies).
+        # UNSPECIFIED [A17]: what "decreased" means. We take any lower loss. Another
+        # reading: lower by one part in 10,000, as in the author's other code
+        # (tests/studies).
         if dev_loss < self.best:
             self.best = dev_loss
             self.since_best = 0
         else:
             self.since_best += 1
-        # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs for every system.
-        # Another reading: a frozen system stops where another starts to fine-tune
-        # (tests/studies).
+        # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs for every
+        # system. Another reading: a frozen system stops where another starts to
+        # fine-tune (tests/studies).
         if self.since_best >= self.stop_after:
             return "stop"
         if self.finetune_after is None or self.finetuning:
             return "continue"
-        # UNSPECIFIED [A9]: whether the 10 epochs count from the trigger again. We use one
-        # counter, so 5 more epochs without a decrease stop the training. Another reading:
-        # the counter starts again at 0 (tests/studies).
+        # UNSPECIFIED [A9]: whether the 10 epochs count from the trigger again. We use
+        # one counter, so 5 more epochs without a decrease stop the training. Another
+        # reading: the counter starts again at 0 (tests/studies).
         if self.since_best >= self.finetune_after:
             self.finetuning = True
             return "finetune"
@@ -109,106 +105,93 @@ class Patience:
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Callable,
-    rows: Tensor,
-    args: argparse.Namespace,
+    model: nn.Module, optimizer: AdamW, batch: Callable, rows: Tensor, args: Namespace
 ) -> float:
-    """Train once on all utterances, in shuffled batches of 32 (§3.2): their mean loss.
+    """Train on all utterances once, in shuffled batches of 32 (§3.2). Returns the mean loss.
 
-    batch   turns rows of the corpus into (arguments of the model, labels)
+    batch   a function that turns rows of the corpus into (inputs of the model, labels)
     rows    the utterances to train on (n,)
     """
     model.train()
     total = torch.zeros((), device=args.device)
     shuffled = rows[torch.randperm(len(rows))]
-    # UNSPECIFIED [A18]: the last, smaller batch. We keep it. Another reading: drop it, as in
-    # the author's other code (tests/studies).
+    # UNSPECIFIED [A18]: the last, smaller batch. We keep it. Another reading: drop it,
+    # as in the author's other code (tests/studies).
     batches = shuffled.split(args.batch_size)
     for batch_rows in tqdm(batches, leave=False, delay=3, disable=None):
         optimizer.zero_grad()
-        # One part, unless GPU memory is short. The gradients of the parts add up.
+        # There is one part, unless GPU memory is short. The gradients of the parts add
+        # up.
         for part in batch_rows.split(args.micro_batch or args.batch_size):
             inputs, labels = batch(part)
             logits = model(**inputs)  # (B, 4)
-            # §2.4: cross-entropy. [A15]: every class has the same weight.
+            # §2.4: cross-entropy. UNSPECIFIED [A15]: every class has the same weight.
             loss = F.cross_entropy(logits, labels, reduction="sum")
             (loss / len(batch_rows)).backward()
             total += loss.detach()
-        optimizer.step()  # [A15]: the gradient is not clipped
+        # UNSPECIFIED [A15]: we do not clip the gradient.
+        optimizer.step()
     return total.item() / len(rows)
 
 
 @torch.no_grad()
-def measure(
-    model: nn.Module, batch: Callable, rows: Tensor, args: argparse.Namespace
-) -> dict:
-    """Measure loss, WA, UA and the confusion matrix on some utterances, without dropout.
-
-    `log_probs` (n, 4) of the result has the logarithms of the probabilities.
-    """
+def measure(model: nn.Module, batch: Callable, rows: Tensor, args: Namespace) -> dict:
+    """Compute "loss", "wa", "ua", "confusion" and "log_probs" (n, 4), without dropout."""
     model.eval()
-    logits = []
-    truth = []
+    all_logits = []
+    all_labels = []
     for part in rows.split(args.micro_batch or args.batch_size):
         inputs, labels = batch(part)
-        logits.append(model(**inputs))
-        truth.append(labels)
-    labels = torch.cat(truth).cpu()
-    log_probs = torch.cat(logits).log_softmax(dim=1).cpu()
-    result = evaluate.metrics(labels, log_probs.argmax(dim=1))
-    result["loss"] = F.nll_loss(log_probs, labels).item()
-    result["log_probs"] = log_probs
-    return result
+        all_logits.append(model(**inputs))
+        all_labels.append(labels)
+    log_probs = torch.cat(all_logits).log_softmax(dim=1).cpu()
+    labels = torch.cat(all_labels).cpu()
+    loss = F.nll_loss(log_probs, labels).item()
+    metrics = evaluate.metrics(labels, log_probs.argmax(dim=1))
+    return {"loss": loss, "log_probs": log_probs, **metrics}
 
 
 def start_finetuning(
-    model: nn.Module, sources: dict[str, data.Source], args: argparse.Namespace
-) -> torch.optim.Optimizer:
+    model: nn.Module, sources: dict[str, Source], args: Namespace
+) -> AdamW:
     """Open the bottom of the upstreams (§2.4). Returns the optimizer of the second phase."""
     parameters = list(model.parameters())
     for source in sources.values():
         parameters += source.open(args.open)
-    # §3.2: the learning rate is 1e-5 during fine-tuning.
-    # UNSPECIFIED [A11]: whether the part that is trained from scratch keeps 1e-3, and AdamW
-    # its averages. One rate is named, so all parameters get 1e-5 from a new AdamW. Another
-    # reading: 1e-3 for what is trained from scratch, as in the author's other code
-    # (tests/studies).
-    return torch.optim.AdamW(
-        parameters, lr=args.lr_finetune, weight_decay=args.weight_decay
-    )
+    # §3.2: the learning rate during fine-tuning is 1e-5.
+    # UNSPECIFIED [A11]: for which parameters, and whether AdamW keeps its averages. One
+    # rate is named, so all parameters get it, from a new AdamW. Another reading: what
+    # is trained from scratch keeps 1e-3, as in the author's other code (tests/studies).
+    return AdamW(parameters, args.lr_finetune, weight_decay=args.weight_decay)
 
 
 def train(
-    args: argparse.Namespace,
-    run: Run,
-    corpus: list[Utterance],
-    sources: dict[str, data.Source],
+    args: Namespace, run: Run, corpus: list[Utterance], sources: dict[str, Source]
 ) -> None:
     """Train one system on one fold with one seed, and test it.
 
-    args      the flags
-    corpus    all utterances
+    args      what the user asks for
     sources   the layer states of the modalities that the system uses
 
-    Resumes if there is a checkpoint. Raises InputError if the folder holds another run, or
-    if a loss is not finite.
+    If the run's folder has a checkpoint, training goes on after it. Raises InputError if the
+    folder is of another run, or if a loss is not finite.
     """
-    folder = run_folder(args, run)
-    checkpoint = folder / "checkpoint.pt"
-    config = claim_folder(folder, args, run, corpus, sources)
+    folder = args.out / run.corpus / system_name(args, run)
+    folder = folder / f"fold{run.fold}-seed{run.seed}"
+    config = describe_run(args, run, corpus, sources)
+    claim(folder, config)
     if (folder / "result.json").exists():
         print(f"{folder} is finished already")
         return
 
     # The three parts of the fold (§3.1), as rows of the corpus.
     parts = data.split(corpus, run.fold, run.seed)
-    train_rows, dev_rows, test_rows = [torch.tensor(rows) for rows in parts]
+    train_rows, dev_rows, test_rows = [torch.tensor(part) for part in parts]
     dev_speaker = corpus[dev_rows[0]].speaker
+    print(f"\n{run.corpus}: {folder}")
     print(
-        f"{folder}: train on {len(train_rows)} utterances, develop on {len(dev_rows)} "
-        f"of {dev_speaker}, test on {len(test_rows)} of session {run.fold}"
+        f"{run.corpus}: {len(train_rows)} utterances to train on, {len(dev_rows)} of "
+        f"{dev_speaker} to develop, {len(test_rows)} of session {run.fold} to test"
     )
     labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])
     windows = data.context_windows(corpus, args.context)
@@ -217,93 +200,92 @@ def train(
         inputs = data.batch(rows, windows, sources, args.device)
         return inputs, labels[rows].to(args.device)
 
-    # §3.2: AdamW with a learning rate of 1e-3 and a weight decay of 1e-3. The upstreams are
-    # frozen at first (§2.4).
+    # §3.2: AdamW with a learning rate of 1e-3 and a weight decay of 1e-3. The upstreams
+    # are frozen at first (§2.4).
     torch.manual_seed(1000 * run.seed)
     model = EmotionRecognizer(Config(**config["model"])).to(args.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr_frozen, weight_decay=args.weight_decay
+    optimizer = AdamW(
+        model.parameters(), args.lr_frozen, weight_decay=args.weight_decay
     )
     finetune_after = None if run.frozen else args.finetune_after
     patience = Patience(finetune_after, args.stop_after)
-    log = []  # one dict per epoch
     event = "continue"
+    finetune_epoch = None  # the last epoch with frozen upstreams
+    log = []  # one dict per epoch
 
     # Resume. The losses so far tell again which phase the run is in.
+    checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        state = evaluate.load_checkpoint(checkpoint, config)
+        state = evaluate.load_checkpoint(checkpoint, asdict(run))
         log = state["log"]
         for row in log:
             event = patience.step(row["dev_loss"])
             if event == "finetune":
                 optimizer = start_finetuning(model, sources, args)
+                finetune_epoch = row["epoch"]
         model.load_state_dict(state["model"])
         for modality, source in sources.items():
             source.load_state_dict(state["upstreams"][modality])
         optimizer.load_state_dict(state["optimizer"])
-        print(f"Resuming after epoch {len(log)}")
+        print(f"{run.corpus}: going on after epoch {len(log)}")
 
     # The phases follow the development loss (§3.2): no decrease for 5 epochs starts the
     # fine-tuning, no decrease for 10 epochs ends the training.
     while event != "stop" and len(log) != args.max_epochs:
         started = time.perf_counter()
-        # Each epoch has a seed of its own, for the order of the batches and for dropout. So
-        # a run that was interrupted draws the same numbers again.
-        torch.manual_seed(1000 * run.seed + len(log) + 1)
-        phase = "finetune" if patience.finetuning else "frozen"
+        epoch = len(log) + 1
+        phase = "frozen" if finetune_epoch is None else "finetune"
         rate = optimizer.param_groups[0]["lr"]
+        # Each epoch has a seed of its own, for the order of the batches and for
+        # dropout. So a run that was interrupted draws the same numbers again.
+        torch.manual_seed(1000 * run.seed + epoch)
         train_loss = train_epoch(model, optimizer, batch, train_rows, args)
         dev = measure(model, batch, dev_rows, args)
-        require_finite(train_loss + dev["loss"], f"epoch {len(log) + 1}")
+        require_finite(train_loss + dev["loss"], f"epoch {epoch}")
         warn_of_dead_units(model)
 
-        # "If the loss has not decreased for 5 epochs, the fine-tuning process starts."
         event = patience.step(dev["loss"])
         if event == "finetune":
             optimizer = start_finetuning(model, sources, args)
+            finetune_epoch = epoch
 
-        log.append(
-            {
-                "epoch": len(log) + 1,
-                "phase": phase,
-                "lr": rate,
-                "train_loss": train_loss,
-                "dev_loss": dev["loss"],
-                "dev_wa": dev["wa"],
-                "dev_ua": dev["ua"],
-                "since_best": patience.since_best,
-                "event": event,
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        save_epoch(folder, config, log, model, sources, optimizer)
-        print(describe_epoch(run, log[-1], args))
+        # Save all that the next epoch needs. Only then print that this one is done.
+        row = {
+            "epoch": epoch,
+            "phase": phase,
+            "lr": rate,
+            "train_loss": train_loss,
+            "dev_loss": dev["loss"],
+            "dev_wa": dev["wa"],
+            "dev_ua": dev["ua"],
+            "since_best": patience.since_best,
+            "event": event,
+            "seconds": time.perf_counter() - started,
+        }
+        log.append(row)
+        save(folder, run, log, model, sources, optimizer)
+        print_epoch(run.corpus, row, args)
 
-    # "The last model is selected and then evaluated" (§3.2). Nothing has been computed on
-    # the test session before.
+    # "The last model is selected and then evaluated" (§3.2). This is the first time
+    # that anything is computed on the test session.
     # UNSPECIFIED [A10]: whether "the last model" is that of the last epoch. We say yes.
     # Another reading: the last one that lowered the loss (tests/studies).
     test = measure(model, batch, test_rows, args)
     require_finite(test["loss"], "the test")
-    finetune_epochs = [row["epoch"] for row in log if row["event"] == "finetune"]
+    utterances = [corpus[row] for row in test_rows]
+    log_probs = test.pop("log_probs")
+    evaluate.write_predictions(folder / "predictions.csv", utterances, log_probs)
     result = {
         **asdict(run),
-        "wa": test["wa"],
-        "ua": test["ua"],
-        "loss": test["loss"],
-        "confusion": test["confusion"],
+        **test,
         "epochs": len(log),
-        "finetune_epoch": finetune_epochs[0] if finetune_epochs else None,
+        "finetune_epoch": finetune_epoch,
         "dev_speaker": dev_speaker,
         "n_train": len(train_rows),
         "n_dev": len(dev_rows),
         "n_test": len(test_rows),
         "seconds": sum(row["seconds"] for row in log),
     }
-    utterances = [corpus[row] for row in test_rows]
-    evaluate.write_predictions(
-        folder / "predictions.csv", utterances, test["log_probs"]
-    )
     write_json(folder / "result.json", result)
     print(evaluate.describe(result))
     for source in sources.values():
@@ -315,112 +297,104 @@ def require_finite(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         raise InputError(
             f"the loss is {loss} in {where}. The checkpoint of the epoch before is kept. Try "
-            "a lower --lr-frozen or --lr-finetune, or --precision fp32"
+            "--precision fp32, or a lower --lr-frozen or --lr-finetune"
         )
 
 
 def warn_of_dead_units(model: nn.Module) -> None:
     """Warn if the ReLU of an S&E block passed no gradient in the last batch [A2]."""
-    for name, module in model.named_modules():
-        if isinstance(module, SqueezeExcitation):
-            if not module.reduce.weight.grad.any():
-                print(f"warning: {name} is dead, so all utterances have equal gates")
+    for name, parameter in model.named_parameters():
+        if name.endswith("se.reduce.weight") and not parameter.grad.any():
+            print(f"warning: {name} gets no gradient, so all gates stay equal")
 
 
-def describe_epoch(run: Run, row: dict, args: argparse.Namespace) -> str:
-    """Format one row of the log as a line for the screen."""
-    text = (
-        f"{run.corpus} epoch {row['epoch']:3} {row['phase']:8} "
-        f"train loss {row['train_loss']:.4f}  dev loss {row['dev_loss']:.4f} "
-        f"WA {row['dev_wa']:6.2%} UA {row['dev_ua']:6.2%}  {row['seconds']:4.1f} s  "
-    )
+def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
+    """Print one row of the log."""
+    since_best = f"no improvement for {row['since_best']} of {args.stop_after} epochs"
     if row["since_best"] == 0:
-        text += "dev loss improved"
-    else:
-        text += f"no improvement for {row['since_best']} of {args.stop_after} epochs"
+        since_best = "dev loss improved"
+    print(
+        f"{corpus} epoch {row['epoch']:2} {row['phase']:8} train loss "
+        f"{row['train_loss']:.4f}  dev loss {row['dev_loss']:.4f} WA {row['dev_wa']:6.2%} "
+        f"UA {row['dev_ua']:6.2%}  {row['seconds']:.1f} s  {since_best}"
+    )
     if row["event"] == "finetune":
-        text += f"\n{run.corpus}: fine-tuning starts ({args.open} of the upstreams)"
-    if row["event"] == "stop":
-        text += f"\n{run.corpus}: training stops"
-    return text
+        print(f"{corpus}: fine-tuning starts, {args.open} of the upstreams")
 
 
-# --- The folder of a run --------------------------------------------------------------
+# --- The files of a run ---------------------------------------------------------------
 
 
-def run_folder(args: argparse.Namespace, run: Run) -> Path:
-    """Name the folder of a run, with the settings that differ from the defaults."""
-    system = f"{run.fusion}-{'frozen' if run.frozen else 'finetuned'}"
-    for name, value in args.changed.items():
-        system += f"-{name}={Path(str(value)).name}"
-    return args.out / run.corpus / system / f"fold{run.fold}-seed{run.seed}"
+def system_name(args: Namespace, run: Run) -> str:
+    """Name a system, with the settings that differ from the defaults of its corpus."""
+    phases = "frozen" if run.frozen else "finetuned"
+    return "-".join([run.fusion, phases, *args.changed])
 
 
-def claim_folder(
-    folder: Path,
-    args: argparse.Namespace,
-    run: Run,
-    corpus: list[Utterance],
-    sources: dict[str, data.Source],
+def describe_run(
+    args: Namespace, run: Run, corpus: list[Utterance], sources: dict[str, Source]
 ) -> dict:
-    """Write config.json and return it. Raises InputError if another run has the folder."""
+    """Collect all that tells this run from another, for config.json."""
+    upstreams = {modality: source.upstream for modality, source in sources.items()}
     model = {
         "fusion": run.fusion,
         "n_context": args.context,
         "dropout": args.dropout,
         "cma_residual": args.cma_residual,
     }
-    for modality, source in sources.items():
-        model[f"{modality}_layers"] = source.upstream.n_layers
-        model[f"{modality}_dim"] = source.upstream.dim
-    config = {
+    for modality, upstream in upstreams.items():
+        model[f"{modality}_layers"] = upstream.n_layers
+        model[f"{modality}_dim"] = upstream.dim
+    return {
         **asdict(run),
-        "changed": {name: str(value) for name, value in args.changed.items()},
+        "system": SYSTEMS.index((run.fusion, run.frozen)) + 1,
+        "title": ", ".join([run.corpus, *args.changed]),
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "model": model,
-        "folds": data.folds(corpus),
         "utterances": data.checksum(corpus),
-        "upstreams": {m: source.upstream.name for m, source in sources.items()},
-        "weights": {m: source.upstream.checksum for m, source in sources.items()},
+        "weights": {m: upstream.checksum for m, upstream in upstreams.items()},
+        "upstreams": {m: upstream.name for m, upstream in upstreams.items()},
     }
+
+
+def claim(folder: Path, config: dict) -> None:
+    """Write config.json. Raises InputError if the folder holds another run."""
     path = folder / "config.json"
     if not path.exists():
         write_json(path, config)
-        return config
     old = evaluate.read_json(path)
-    for key in config.keys() - {"upstreams", "changed"}:
+    # The upstreams may lie elsewhere now. Their weights have a checksum.
+    for key in config.keys() - {"title", "upstreams"}:
         if old.get(key) != config[key]:
             raise InputError(
-                f"{folder} holds a run with {key} {old.get(key)}, and yours has "
-                f"{config[key]}. Choose another --out"
+                f"{folder} has a run with {key} {old.get(key)}, this one has {config[key]}. "
+                "Choose another --out"
             )
-    return config
 
 
-def save_epoch(
+def save(
     folder: Path,
-    config: dict,
+    run: Run,
     log: list[dict],
     model: nn.Module,
-    sources: dict[str, data.Source],
-    optimizer: torch.optim.Optimizer,
+    sources: dict[str, Source],
+    optimizer: AdamW,
 ) -> None:
-    """Save all that the next epoch needs in checkpoint.pt, and the log for people."""
+    """Write checkpoint.pt, and log.jsonl for people."""
     state = {
-        "run": {key: config[key] for key in evaluate.RUN_KEYS},
+        "run": asdict(run),
         "log": log,
         "model": model.state_dict(),
         "upstreams": {m: source.state_dict() for m, source in sources.items()},
         "optimizer": optimizer.state_dict(),
     }
-    # Into memory first: if the disk is full, that is an OSError and not a torn file.
+    # Into memory first: so a full disk is an OSError, and leaves no torn file.
     content = io.BytesIO()
     torch.save(state, content)
     with data.write_whole(folder / "checkpoint.pt") as part:
         part.write_bytes(content.getvalue())
-    lines = [json.dumps(row) + "\n" for row in log]
     with data.write_whole(folder / "log.jsonl") as part:
-        part.write_text("".join(lines))
+        part.write_text("".join(json.dumps(row) + "\n" for row in log))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -430,25 +404,17 @@ def write_json(path: Path, content: dict) -> None:
 
 # --- What the user asks for -----------------------------------------------------------
 
+# Table 1 has two systems of each fusion, the frozen one first: Sys. 1 to 18.
+SYSTEMS = []
+for fusion in FUSIONS:
+    SYSTEMS += [(fusion, True), (fusion, False)]
+
 TOY = Path("corpora/toy")
-# The settings of a run: its folder lists those that are not the defaults of its corpus.
+# All flags that change a result, except those that choose corpus, upstreams and runs.
 SETTINGS = (
-    "upstream",
-    "wavlm",
-    "bert",
-    "precision",
-    "open",
-    "cma_residual",
-    "lr_frozen",
-    "lr_finetune",
-    "weight_decay",
-    "batch_size",
-    "dropout",
-    "context",
-    "finetune_after",
-    "stop_after",
-    "max_epochs",
-)
+    "precision open cma_residual lr_frozen lr_finetune weight_decay batch_size dropout "
+    "context finetune_after stop_after max_epochs"
+).split()
 
 
 def positive(text: str) -> int:
@@ -467,6 +433,13 @@ def fraction(text: str) -> float:
     return number
 
 
+def fold(text: str) -> int | str:
+    """Read the number of a session, or "all"."""
+    if text == "all":
+        return text
+    return positive(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Declare the flags. The defaults are those of the paper, or our reading of it."""
     parser = argparse.ArgumentParser(
@@ -481,17 +454,26 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("runs").add_argument
     add("--fusion", default="mmt", choices=FUSIONS, help="Fig. 3, Table 1")
     add("--frozen", action="store_true", help="no fine-tuning: the odd systems")
-    systems = ["all", *map(str, range(1, 19))]
-    add("--system", nargs="+", choices=systems, metavar="N", help="of Table 1, or all")
-    add("--fold", nargs="+", default=["5"], metavar="K", help="test sessions, or all")
+    systems = [str(number) for number in range(1, 19)]
+    add(
+        "--system", nargs="+", choices=[*systems, "all"], metavar="N", help="of Table 1"
+    )
+    add(
+        "--fold", nargs="+", type=fold, default=[5], metavar="K", help="session, or all"
+    )
     add(
         "--seed", nargs="+", type=int, default=[0], metavar="N", help="also draws [A14]"
     )
 
     add = parser.add_argument_group("machine").add_argument
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.insert(0, "mps")
+    if torch.cuda.is_available():
+        devices.insert(0, "cuda")
+    add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="for the runs")
     add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="for states")
-    add("--device", choices=["cuda", "mps", "cpu"], help="None: a GPU if there is one")
     add(
         "--micro-batch",
         type=positive,
@@ -533,7 +515,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None) -> Namespace:
     """Read the flags. Exits with a message if two of them do not fit together."""
     parser = make_parser()
     args = parser.parse_args(arguments)
@@ -542,126 +524,87 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     if args.partial and not args.iemocap:
         parser.error("--partial: add --iemocap DIR")
     if args.frozen and args.system:
-        parser.error(
-            "--frozen: leave it out, --system says it (odd numbers are frozen)"
-        )
+        parser.error("--frozen: leave it out, the odd numbers of --system are frozen")
     if args.context % 2 == 0:
         parser.error("--context: expected an odd number")
 
-    # The toy has defaults of its own, so that the first command ends within half a minute.
-    no_corpus = args.iemocap is None and args.corpus is None
-    toy = no_corpus or (args.iemocap and (args.iemocap / "toy.json").exists())
+    # The toy has defaults of its own, so that the first command soon ends.
+    toy = not args.iemocap and not args.corpus
+    if args.iemocap:
+        toy = (args.iemocap / "toy.json").exists()
     if toy:
-        parser.set_defaults(upstream="tiny", max_epochs=35)
+        parser.set_defaults(iemocap=TOY, upstream="tiny", max_epochs=35)
         args = parser.parse_args(arguments)
-    if no_corpus:
-        args.iemocap = TOY
-    args.toy = bool(toy)
-    args.changed = {}
-    for name in SETTINGS:
+    args.toy = toy
+
+    # The folders of the runs are named by what differs from the defaults.
+    args.changed = []
+    for name in ["upstream", "wavlm", "bert", *SETTINGS]:
         value = getattr(args, name)
         if value != parser.get_default(name):
-            args.changed[name] = value
-
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if args.device is None:
-        args.device = [device for device in available if available[device]][0]
-    if not available[args.device]:
-        parser.error(f"--device {args.device}: PyTorch finds none on this machine")
+            args.changed.append(f"{name}={Path(str(value)).name}")
     return args
 
 
-def read_corpus(args: argparse.Namespace) -> tuple[str, list[Utterance]]:
+def read_corpus(args: Namespace) -> tuple[str, list[Utterance]]:
     """Read the corpus: its name in reports, and its utterances.
 
     Raises InputError with every problem of it.
     """
-    problems = []
     if args.corpus:
-        corpus = data.read_csv(args.corpus)
-        advice = "Correct these rows"
-    else:
-        if args.iemocap == TOY and not TOY.exists():
-            data.write_toy(TOY)
-        corpus, problems = data.read_iemocap(args.iemocap)
-        advice = "Or add --partial to train without these dialogues"
-    # Only the full release is set beside the numbers of the paper, so only it has the name.
-    root = args.corpus or args.iemocap
-    name = root.resolve().stem
-    if name.startswith(("toy", "iemocap")):
-        name = f"my-{name}"
+        return args.corpus.stem, data.read_csv(args.corpus)
     if args.toy:
-        name = "toy"
-        advice = f"Delete the folder {root}, and the same command writes it again"
-        print("This is the TOY corpus of tones and made-up sentences.")
-        print("Its numbers say nothing about speech. Name a corpus with --iemocap DIR.")
-    elif args.iemocap and not args.partial:
-        name = "iemocap"
-        problems += data.reference_problems(corpus)
+        print("This is the TOY corpus of tones and made-up sentences. Its numbers say")
+        print(
+            "nothing about speech. To train on speech: --iemocap DIR, or --corpus FILE"
+        )
+        if not args.iemocap.exists():
+            data.write_toy(args.iemocap)
+    corpus, problems = data.read_iemocap(args.iemocap)
     if args.partial:
-        name += "-partial"
-    if problems and not (args.partial and corpus):
+        for problem in problems:
+            print(f"left out: {problem}")
+        return f"{args.iemocap.resolve().name}-partial", corpus
+    advice = "Add --partial to train without these dialogues"
+    name = "iemocap"
+    if args.toy:
+        advice = f"Delete {args.iemocap}, and the same command writes it again"
+        name = "toy"
+    else:
+        problems += data.reference_problems(corpus)
+    if problems:
         raise InputError(
             "\n".join([*problems, f"{len(problems)} problem(s). {advice}"])
         )
-    for problem in problems:
-        print(f"{name}: left out: {problem}")
-    print(data.describe(name, corpus))
     return name, corpus
 
 
-def require_known_words(upstream: Upstream, inputs: dict[int, Tensor]) -> None:
-    """Raise InputError if the encoder does not know most of the corpus's words."""
-    unknown = upstream.preprocessor.unk_token_id
-    tokens = torch.cat(list(inputs.values()))
-    share = (tokens == unknown).float().mean().item()
-    if share > 0.5:
-        raise InputError(
-            f"--bert {upstream.name}: {share:.0%} of the corpus's tokens are unknown to it. "
-            "Choose an encoder of the language and the script of the corpus"
-        )
-
-
-def chosen_systems(args: argparse.Namespace) -> list[tuple[str, bool]]:
+def chosen_systems(args: Namespace) -> list[tuple[str, bool]]:
     """List the systems to train, as (fusion, frozen)."""
     if not args.system:
         return [(args.fusion, args.frozen)]
-    table = []
-    for fusion in FUSIONS:
-        table += [(fusion, True), (fusion, False)]  # Sys. 1, 2, then 3, 4, ...
     if "all" in args.system:
-        return table
-    return [table[int(number) - 1] for number in args.system]
+        return SYSTEMS
+    return [SYSTEMS[int(number) - 1] for number in args.system]
 
 
-def chosen_folds(args: argparse.Namespace, corpus: list[Utterance]) -> list[int]:
+def chosen_folds(args: Namespace, corpus: list[Utterance]) -> list[int]:
     """List the folds to train on. Raises InputError for a fold that cannot be split."""
-    folds = data.folds(corpus)
-    if "all" not in args.fold:
-        names = {str(fold): fold for fold in folds}
-        for name in args.fold:
-            if name not in names:
-                raise InputError(f"--fold {name}: the corpus has the sessions {folds}")
-        folds = [names[name] for name in args.fold]
+    folds = args.fold
+    if "all" in folds:
+        folds = sorted({u.session for u in corpus if u.label is not None})
     for fold in folds:
-        for seed in args.seed:
-            data.split(corpus, fold, seed)
+        data.split(corpus, fold, seed=0)
     return folds
 
 
-def load_sources(
-    args: argparse.Namespace, corpus: list[Utterance]
-) -> dict[str, data.Source]:
+def load_sources(args: Namespace, corpus: list[Utterance]) -> dict[str, Source]:
     """Load the upstreams that the chosen systems use, and fill the cache: by modality."""
     # Careful: otherwise a GPU computes WavLM's convolutions with 10 bits instead of 23.
     torch.backends.cudnn.allow_tf32 = False
     names = {"audio": args.wavlm, "text": args.bert}
     if args.upstream == "tiny":
-        # With small tensors, one thread is faster than several.
+        # With tensors as small as these, one thread is faster than several.
         torch.set_num_threads(1)
         folder = args.cache / f"tiny-{data.checksum(corpus)}"
         if not folder.exists():
@@ -672,22 +615,14 @@ def load_sources(
     used = set()
     for fusion, _ in chosen_systems(args):
         used.update(Config(fusion).modalities)
-    targets = [row for row, u in enumerate(corpus) if u.label is not None]
-    neighbours = data.context_windows(corpus, args.context)[targets].unique()
     sources = {}
     for modality in sorted(used):
         name = names[modality]
-        upstream = evaluate.load_upstream(name, modality, args.precision, args.device)
-        inputs = {}
-        if modality == "audio":
-            for row in targets:
-                inputs[row] = upstream.prepare(data.load_clip(corpus[row]))
-        else:
-            for row in neighbours[neighbours >= 0].tolist():
-                inputs[row] = upstream.prepare(corpus[row].text)
-            require_known_words(upstream, inputs)
-        states = f"{Path(name).name}-{args.precision}-{upstream.checksum}"
-        source = data.Source(upstream, inputs, corpus, args.cache / states, args.device)
+        upstream = evaluate.load_upstream(name, modality, args.precision)
+        upstream.to(args.device)
+        inputs = data.prepare(upstream, corpus, args.context)
+        folder = f"{Path(name).name}-{args.precision}-{upstream.checksum}"
+        source = Source(upstream, inputs, corpus, args.cache / folder, args.device)
         source.fill()
         sources[modality] = source
     return sources
@@ -696,10 +631,10 @@ def load_sources(
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     name, corpus = read_corpus(args)
-    systems = chosen_systems(args)
+    print(data.describe(name, corpus))
     folds = chosen_folds(args, corpus)
     sources = load_sources(args, corpus)
-    for fusion, frozen in systems:
+    for fusion, frozen in chosen_systems(args):
         used = {m: sources[m] for m in Config(fusion).modalities}
         for fold in folds:
             for seed in args.seed:

@@ -1,17 +1,19 @@
-"""What the tests share: a writer of small corpora that knows nothing of the code under test, and
-tiny upstreams. Tests marked slow are left out unless asked for: python -m pytest -m slow."""
+"""What the tests share: a writer of small corpora, and tiny upstreams.
+
+The writer knows nothing of the code under test. Tests marked slow are left out unless
+they are asked for: python -m pytest -m slow.
+"""
 
 import math
 import struct
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
+# The models are tiny, so a second thread costs more than it gives.
+torch.set_num_threads(1)
 
 
 def pytest_configure(config):
@@ -28,8 +30,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def write_wav(path, samples, rate=16000):
-    """16-bit mono PCM, header and all, by hand."""
-    pcm = b"".join(struct.pack("<h", round(32767 * max(-1, min(1, x)))) for x in samples)
+    """Write a WAV file of one channel and 16 bits by hand, with its header."""
+    numbers = [round(32767 * max(-1, min(1, x))) for x in samples]
+    pcm = struct.pack(f"<{len(numbers)}h", *numbers)
     header = b"RIFF" + struct.pack("<I", 36 + len(pcm)) + b"WAVEfmt "
     header += struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,26 +40,33 @@ def write_wav(path, samples, rate=16000):
 
 
 def change(path, old, new):
+    """Replace bytes in a file, which must be there."""
     content = path.read_bytes()
     assert old in content
     path.write_bytes(content.replace(old, new))
 
 
 def write_dialog(root, dialog, turns, rate=16000, with_wavs=True):
-    """turns: (suffix, start, end, emotion, words), written in the order in which they come."""
+    """Write one dialogue in the layout of IEMOCAP. Returns the folder of its session.
+
+    The turns (suffix, start, end, emotion, words) are written in their order.
+    """
     session = root / f"Session{dialog[4]}"
     labels = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
     words = ""
     for suffix, start, end, emotion, text in turns:
-        id = f"{dialog}_{suffix}"
-        labels += f"[{start:.4f} - {end:.4f}]\t{id}\t{emotion}\t[2.5000, 2.5000, 2.5000]\n"
+        name = f"{dialog}_{suffix}"
+        labels += f"[{start:.4f} - {end:.4f}]\t{name}\t{emotion}"
+        labels += "\t[2.5000, 2.5000, 2.5000]\n"
         labels += "C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
-        words += f"{id} [{start:08.4f}-{end:08.4f}]: {text}\n"
+        words += f"{name} [{start:08.4f}-{end:08.4f}]: {text}\n"
         if with_wavs:
             n = round((end - start) * rate)
-            tone = 200 + 40 * (sum(map(ord, id)) % 7)
-            samples = [0.3 * math.sin(2 * math.pi * tone * i / rate) for i in range(n)]
-            write_wav(session / "sentences" / "wav" / dialog / f"{id}.wav", samples, rate)
+            tone = 200 + 40 * (sum(map(ord, name)) % 7)  # Hz
+            step = 2 * math.pi * tone / rate
+            samples = [0.3 * math.sin(step * i) for i in range(n)]
+            wav = session / "sentences" / "wav" / dialog / f"{name}.wav"
+            write_wav(wav, samples, rate)
     for folder, text in (("EmoEvaluation", labels), ("transcriptions", words)):
         path = session / "dialog" / folder / f"{dialog}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,34 +85,43 @@ WORDS = {
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory):
-    """Five sessions of one dialogue of 14 turns of 0.1 s and more; one turn in five is out of class."""
+    """Five sessions of one dialogue of 14 turns. One turn in five has no class."""
     root = tmp_path_factory.mktemp("corpus") / "small"
     for session in range(1, 6):
-        turns, t, counts = [], 1.0, {"F": 0, "M": 0}
+        turns = []
+        counts = {"F": 0, "M": 0}
+        start = 1.0
         for k in range(14):
-            emotion = ("neu", "hap", "ang", "sad", "fru")[(2 * k + k // 5 + session) % 5]
+            emotion = list(WORDS)[(2 * k + k // 5 + session) % 5]
             letter = "FM"[(k // 2) % 2]
-            end = t + 0.1 + 0.02 * (k % 5)
-            turns.append(
-                (
-                    f"{letter}{counts[letter]:03}",
-                    t,
-                    end,
-                    emotion,
-                    f"{WORDS[emotion]} {k}" + " oh" * (k % 3),
-                )
-            )
+            suffix = f"{letter}{counts[letter]:03}"
             counts[letter] += 1
-            t = end + 0.3
+            end = start + 0.1 + 0.02 * (k % 5)
+            words = f"{WORDS[emotion]} {k}" + " oh" * (k % 3)
+            turns.append((suffix, start, end, emotion, words))
+            start = end + 0.3
         write_dialog(root, f"Ses0{session}F_impro01", sorted(turns))
     return root
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny_folder(tmp_path_factory):
+    """The folder of the tiny upstreams: audio and text are in it, as from the hub."""
+    import model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = [
+        "i hate it",
+        "lovely party , so lovely",
+        "all alone again and again and again",
+    ]
+    model.make_tiny_upstreams(folder, texts)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
     """{"audio": Upstream, "text": Upstream} with random weights, loaded from disk."""
     import model
 
-    texts = ["i hate it", "lovely party , so lovely", "all alone again and again and again"]
-    folders = model.make_tiny_upstreams(str(tmp_path_factory.mktemp("tiny")), texts)
-    return {m: model.Upstream(folder, m) for m, folder in folders.items()}
+    return {m: model.Upstream(str(tiny_folder / m), m) for m in ("audio", "text")}

@@ -1,928 +1,967 @@
-"""train.py: the triggers on written-out losses, and whole runs on a small corpus."""
+"""train.py: the two triggers, and whole runs on a small corpus with tiny upstreams.
 
+Where a trigger falls differs between processors. So most runs here follow a script,
+with one letter per epoch: c(ontinue), f(inetune) or s(top).
+"""
+
+import contextlib
 import csv
 import json
+import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import data
 import evaluate
 import train
-from conftest import ROOT, write_wav
+from data import InputError
 from model import FUSIONS, Config, EmotionRecognizer, SqueezeExcitation, Upstream
+from tests.conftest import change, write_wav
 from train import Patience
 
+ANSWERS = {"c": "continue", "f": "finetune", "s": "stop"}
 
-def events(losses, **settings):
-    patience = Patience(**settings)
-    return "".join(patience.step(x)[0] for x in losses)  # c, f, s
-
-
-# --- the triggers of §3.2
+# --- The two triggers of §3.2 ---------------------------------------------------------
 
 
-def test_fine_tuning_after_5_and_stop_after_10_on_one_counter():
-    assert events([1.0] + [2.0] * 10) == "c" + "ccccf" + "cccc" + "s"
+@pytest.mark.parametrize(
+    ("settings", "losses", "expected"),
+    [
+        # Fine-tuning after 5 epochs and the end after 10, by one counter.
+        ((), [1.0] + [2.0] * 10, "c" + "ccccf" + "cccc" + "s"),
+        # A lower loss sets the counter to 0, before and after the trigger.
+        ((), [3] + [4] * 4 + [2] + [3] * 10, "ccccc" + "c" + "ccccf" + "cccc" + "s"),
+        ((), [3] + [4] * 6 + [2] + [3] * 10, "cccccfc" + "c" + "ccccccccc" + "s"),
+        # The lowest loss counts, and not the one of the epoch before.
+        ((2, 3), [1.0, 3.0, 2.0, 1.5], "ccfs"),
+        # Equal is not lower, and NaN is not lower.
+        ((), [1.0] * 11, "c" + "ccccf" + "cccc" + "s"),
+        ((), [1.0] + [float("nan")] * 10, "c" + "ccccf" + "cccc" + "s"),
+        # A frozen system only stops.
+        ((None,), [1.0] + [2.0] * 10, "c" + "ccccccccc" + "s"),
+        # If both are due, the answer is "stop".
+        ((3, 3), [1.0] * 4, "cccs"),
+        ((4, 3), [1.0] * 4, "cccs"),
+        # The example of the docstring.
+        (
+            (2, 4),
+            [1.0, 0.8, 0.9, 0.8, 0.7, 0.8, 0.8, 0.8, 0.8],
+            "cc" + "cf" + "cccc" + "s",
+        ),
+    ],
+)
+def test_patience_by_hand(settings, losses, expected):
+    patience = Patience(*settings)
+    assert [patience.step(loss) for loss in losses] == [ANSWERS[x] for x in expected]
 
 
-def test_a_lower_loss_sets_the_counter_back_and_fine_tuning_goes_on():
-    assert events([1.0] + [2] * 4 + [0.9] + [2] * 10) == "c" + "cccc" + "c" + "ccccf" + "cccc" + "s"
-    # Lower in fine-tuning: 10 more epochs, no second trigger.
-    assert events([1.0] + [2] * 6 + [0.9] + [2] * 10) == "c" + "ccccfc" + "c" + "c" * 9 + "s"
+# --- Whole runs -----------------------------------------------------------------------
 
 
-def test_equal_is_not_lower_and_nan_is_not_either():
-    assert events([1.0] * 11) == "c" + "ccccf" + "cccc" + "s"
-    assert events([1.0] + [float("nan")] * 10) == "c" + "ccccf" + "cccc" + "s"
+class Scripted(Patience):
+    """Patience whose answers are given."""
 
+    script = ""
+    epoch = 0  # how many epochs the latest run has
 
-def test_a_frozen_system_only_stops():
-    assert events([1.0] + [2.0] * 10, finetune_after=None) == "c" + "c" * 9 + "s"
+    def __init__(self, *settings):
+        super().__init__(*settings)
+        Scripted.epoch = 0
 
-
-def test_the_counter_can_start_anew_at_the_trigger():  # the other reading of A9
-    assert events([1.0] + [2.0] * 15, reset_at_finetune=True) == "c" + "ccccf" + "c" * 9 + "s"
-    assert (
-        events([3, 2, 1, 1, 1, 1], finetune_after=2, stop_after=2, reset_at_finetune=True)[-1]
-        == "s"
-    )
-
-
-def test_the_docstrings_example():
-    losses = [1.0, 0.8, 0.9, 0.8, 0.7, 0.8, 0.8, 0.8, 0.8]
-    assert events(losses, finetune_after=2, stop_after=4) == "cc" + "cf" + "c" + "ccc" + "s"
-
-
-def test_a_smallest_decrease_is_relative():  # the other reading of A17
-    losses = [1.0, 0.95, 0.91, 0.89, 0.81, 0.82, 0.85]
-    for scale in (1, 1e-3, 1e3):
-        some = [scale * x for x in losses]
-        assert events(some, finetune_after=None, stop_after=3, min_decrease=0.1) == "ccccccs"
-        assert events(some, finetune_after=None, stop_after=3) == "ccccccc"
-    assert events([1.0, 0.95, 0.91], finetune_after=2, min_decrease=0.1) == "ccf"
-
-
-# --- whole runs
-
-
-@pytest.fixture(scope="module")
-def upstreams(tmp_path_factory, small_corpus):
-    """Folders of tiny upstreams whose vocabulary is not made from the corpus."""
-    import model
-
-    words = ["paper street lovely party hate it all alone oh no 1 2 3 4 5 6 7 8 9 10 11 12 13"]
-    return model.make_tiny_upstreams(str(tmp_path_factory.mktemp("upstreams")), words)
+    def step(self, dev_loss):
+        answer = ANSWERS[self.script[Scripted.epoch]]
+        Scripted.epoch += 1
+        self.finetuning = self.finetuning or answer == "finetune"
+        return answer
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def work(tmp_path_factory):
+    """A folder for the runs and the cache of all tests."""
     return tmp_path_factory.mktemp("work")
 
 
 @pytest.fixture
-def go(monkeypatch, small_corpus, upstreams, workplace):
-    """Run train.py in a folder of its own, with impatient triggers: go(out, arguments) -> run."""
-    monkeypatch.chdir(workplace)
+def go(monkeypatch, small_corpus, tiny_folder, work):
+    """go(out, *flags) trains, and returns the folder of the last run below `out`."""
 
-    def run(out, *arguments, root=small_corpus, device="cpu"):
-        train.main([
-            "--iemocap", str(root), "--partial", "--finetune-after", "2", "--stop-after", "4",
-            "--wavlm", upstreams["audio"], "--bert", upstreams["text"], "--device", device,
-            "--out", str(workplace / out), *arguments,
-        ])  # fmt: skip
-        return sorted((workplace / out).rglob("config.json"))[-1].parent
+    def run(out, *flags, script="cfcs", root=small_corpus, bert=None):
+        Scripted.epoch = 0
+        if script:
+            monkeypatch.setattr(Scripted, "script", script)
+            monkeypatch.setattr(train, "Patience", Scripted)
+        else:
+            monkeypatch.setattr(train, "Patience", Patience)
+        folders = ["--out", str(work / out), "--cache", str(work / "cache")]
+        upstreams = ["--wavlm", str(tiny_folder / "audio")]
+        upstreams += ["--bert", str(bert or tiny_folder / "text")]
+        corpus = ["--iemocap", str(root), "--partial", "--device", "cpu"]
+        train.main([*corpus, *folders, *upstreams, *flags])
+        return sorted((work / out).rglob("config.json"))[-1].parent
 
     return run
 
 
-def timeless(folder):
-    """The log and the result without their clocks and memory, and the predictions."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    result = json.loads((folder / "result.json").read_text())
-    for row in (*log, result):
-        row.pop("seconds")
-    return log, result, (folder / "predictions.csv").read_text()
+def read_json(path):
+    return json.loads(path.read_text())
 
 
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
+def read_log(folder):
+    return [
+        json.loads(line) for line in (folder / "log.jsonl").read_text().split("\n")[:-1]
+    ]
+
+
+def outcome(folder):
+    """What a run has computed: log, result, predictions and weights, but no seconds."""
+    log = read_log(folder)
+    result = read_json(folder / "result.json")
+    for row in [*log, result]:
+        del row["seconds"]
+    predictions = (folder / "predictions.csv").read_text()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    weights = {}
+    for part in [state["model"], *state["upstreams"].values()]:
+        for name, value in part.items():
+            weights[name] = value.numpy().tobytes()
+    return log, result, predictions, weights
 
 
 def test_a_run_from_end_to_end(go, small_corpus, capsys):
-    folder = go("end-to-end", "--fusion", "mmt", "--fold", "5")
-    system = "mmt-finetuned-wavlm=audio-bert=text-finetune_after=2-stop_after=4"
+    folder = go("end-to-end", "--fusion", "mmt", "--fold", "5", script="ccfcs")
+    system = "mmt-finetuned-wavlm=audio-bert=text"
     assert folder.parts[-3:] == ("small-partial", system, "fold5-seed0")
-    assert set(result_of(folder)) == {
-        "corpus", "fusion", "frozen", "fold", "seed", "wa", "ua", "loss", "confusion", "epochs",
-        "finetune_epoch", "dev_speaker", "n_train", "n_dev", "n_test", "seconds",
-    }  # fmt: skip
-    config = json.loads((folder / "config.json").read_text())
-    assert set(OTHER) | {"fusion", "frozen", "fold", "seed"} < set(config)
-    assert config["switches"].keys() == {"wavlm", "bert", "finetune_after", "stop_after"}
-    for name in ("config.json", "log.jsonl", "checkpoint.pt", "predictions.csv", "result.json"):
-        assert (folder / name).stat().st_size > 0, name
-    log, result, _ = timeless(folder)
-    assert [row["epoch"] for row in log] == list(range(1, len(log) + 1))
-    assert set(log[0]) == {
-        "epoch", "phase", "lr", "train_loss", "dev_loss", "dev_wa", "dev_ua", "since_best"
-    }  # fmt: skip
-    phases = [(row["phase"], row["lr"]) for row in log]
-    k = result["finetune_epoch"]
-    assert phases == [("frozen", 1e-3)] * k + [("finetune", 1e-5)] * (len(log) - k) and 0 < k < len(
-        log
-    )
-    assert log[-1]["since_best"] == 4 and result["epochs"] == len(log)
-
-    # The result, counted again from the predictions and from the label files.
-    truth = {u.id: u for u in data.read_iemocap(small_corpus)}
-    with open(folder / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {r["utterance"] for r in rows} == {
-        u.id for u in truth.values() if u.session == 5 and u.emotion != "fru"
+    files = {path.name for path in folder.iterdir()}
+    assert files == {
+        "config.json",
+        "log.jsonl",
+        "checkpoint.pt",
+        "predictions.csv",
+        "result.json",
     }
-    right, by_class = 0, {}
-    for r in rows:
-        p = [float(r[c]) for c in ("neu", "hap", "ang", "sad")]
-        assert (
-            abs(sum(p) - 1) < 1e-5
-            and r["prediction"] == ("neu", "hap", "ang", "sad")[p.index(max(p))]
-        )
-        assert (
-            r["label"] == truth[r["utterance"]].emotion
-            and r["speaker"] == truth[r["utterance"]].speaker
-        )
-        right += r["label"] == r["prediction"]
-        by_class.setdefault(r["label"], []).append(r["label"] == r["prediction"])
-    assert result["wa"] == pytest.approx(right / len(rows))
-    assert result["ua"] == pytest.approx(
-        sum(sum(v) / len(v) for v in by_class.values()) / len(by_class)
-    )
-    assert result["n_test"] == len(rows) and sum(map(sum, result["confusion"])) == len(rows)
-    assert result["n_train"] + result["n_dev"] + result["n_test"] == sum(
-        u.label is not None for u in truth.values()
-    )
-    assert result["corpus"] == "small-partial" and result["dev_speaker"][:5] != "Ses05"
 
-    said = capsys.readouterr().out
-    for line in ("on cpu", "fine-tuning starts", "training stops", "small-partial: WA"):
-        assert line in said
+    log = read_log(folder)
+    fields = "epoch phase lr train_loss dev_loss dev_wa dev_ua since_best event seconds"
+    for row in log:
+        assert list(row) == fields.split()
+    assert [row["epoch"] for row in log] == [1, 2, 3, 4, 5]
+
+    # The result, counted again from the predictions and from the label file.
+    result = read_json(folder / "result.json")
+    fields = "corpus fusion frozen fold seed wa ua loss confusion epochs finetune_epoch"
+    fields += " dev_speaker n_train n_dev n_test seconds"
+    assert set(result) == set(fields.split())
+    emotions = {}
+    (path,) = small_corpus.glob("Session5/dialog/EmoEvaluation/*.txt")
+    for line in path.read_text().split("\n"):
+        if line.startswith("["):
+            _, name, emotion, _ = line.split("\t")
+            emotions[name] = emotion
+    targets = {name for name, emotion in emotions.items() if emotion != "fru"}
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    classes = ["neu", "hap", "ang", "sad"]
+    assert list(rows[0]) == ["utterance", "speaker", "label", "prediction", *classes]
+    assert sorted(row["utterance"] for row in rows) == sorted(targets)
+    confusion = [[0] * 4 for _ in range(4)]
+    for row in rows:
+        assert row["label"] == emotions[row["utterance"]]
+        assert row["speaker"] == f"Ses05{row['utterance'][-4]}"
+        p = [float(row[c]) for c in classes]
+        assert sum(p) == pytest.approx(1, abs=1e-5)
+        assert p[classes.index(row["prediction"])] == max(p)
+        confusion[classes.index(row["label"])][classes.index(row["prediction"])] += 1
+    hits = [confusion[k][k] for k in range(4)]
+    recalls = [confusion[k][k] / sum(confusion[k]) for k in range(4)]
+    assert result["confusion"] == confusion
+    assert result["wa"] == pytest.approx(sum(hits) / len(rows))
+    assert result["ua"] == pytest.approx(sum(recalls) / 4)
+    assert result["n_test"] == len(rows)
+    assert result["n_train"] + result["n_dev"] == 56 - len(
+        rows
+    )  # 56 of the four classes
+    assert re.fullmatch("Ses0[1-4][FM]", result["dev_speaker"])
+    assert (result["epochs"], result["finetune_epoch"]) == (5, 3)
+    assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in log))
+
+    printed = capsys.readouterr().out
+    for words in ("small-partial epoch  5", "fine-tuning starts", "small-partial: WA"):
+        assert words in printed
     go("end-to-end", "--fusion", "mmt", "--fold", "5")
-    assert "done before" in capsys.readouterr().out
+    assert "is finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["s", "ccs", "fs", "cfccs", "ccccc"])
+def test_the_answers_of_patience_start_fine_tuning_and_end_the_run(
+    script, go, monkeypatch
+):
+    opened = []
+    open_source = data.Source.open
+
+    def watch(source, what):
+        opened.append(Scripted.epoch)
+        return open_source(source, what)
+
+    monkeypatch.setattr(data.Source, "open", watch)
+    flags = ["--fusion", "text-fc"]
+    if "s" not in script:
+        flags += ["--max-epochs", str(len(script))]
+    folder = go(f"answers-{script}", *flags, script=script)
+    log = read_log(folder)
+    assert [row["event"] for row in log] == [ANSWERS[x] for x in script]
+    n_frozen = script.index("f") + 1 if "f" in script else len(script)
+    n_finetune = len(script) - n_frozen
+    expected = [("frozen", 1e-3)] * n_frozen + [("finetune", 1e-5)] * n_finetune
+    assert [(row["phase"], row["lr"]) for row in log] == expected
+    expected = script.index("f") + 1 if "f" in script else None
+    assert opened == ([expected] if expected else [])
+    assert read_json(folder / "result.json")["finetune_epoch"] == expected
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("flags", ["", "--select best"])
-def test_killed_after_every_epoch_a_run_ends_with_the_same_bits(flags, go, monkeypatch):
-    name = flags.replace(" ", "")
-    whole = go("whole" + name, "--fusion", "lf", *flags.split())
-    write, deaths = data.write_whole, []
+def test_killed_around_every_file_a_run_ends_with_the_same_bits(go, monkeypatch):
+    whole = go("whole", "--fusion", "lf")
+    write_whole = data.write_whole
+    deaths = []
 
-    def dying_write(path, content):
-        write(path, content)
-        if path.name not in ("checkpoint.pt", "log.jsonl", "predictions.csv"):
-            return
-        # Once at every checkpoint, and at some logs, whose epoch is then in no checkpoint.
-        epoch = len((path.parent / "log.jsonl").read_text().splitlines())
-        if (path.name, epoch) not in deaths and (path.name != "log.jsonl" or epoch % 3 == 1):
-            deaths.append((path.name, epoch))
+    def die(path, moment):
+        point = (path.name, moment, Scripted.epoch)
+        if point not in deaths:
+            deaths.append(point)
             raise Killed
 
-    monkeypatch.setattr(data, "write_whole", dying_write)
-    for _ in range(100):
-        try:
-            folder = go("killed" + name, "--fusion", "lf", *flags.split())
+    @contextlib.contextmanager
+    def deadly_write(path):
+        die(path, "before")
+        with write_whole(path) as part:
+            yield part
+        die(path, "after")
+
+    monkeypatch.setattr(data, "write_whole", deadly_write)
+    while True:
+        with contextlib.suppress(Killed):
+            folder = go("killed", "--fusion", "lf")
             break
-        except Killed:
-            pass
-    log, result, _ = timeless(whole)
-    assert 0 < result["finetune_epoch"] < len(log)
-    assert [e for file, e in deaths if file == "checkpoint.pt"] == list(range(1, len(log) + 1))
-    assert timeless(folder) == timeless(whole)
-    weights = [
-        torch.load(f / "checkpoint.pt", weights_only=True)["weights"] for f in (whole, folder)
-    ]
-    for m, part in weights[0].items():
-        assert part.keys() == weights[1][m].keys()
-        assert all(torch.equal(x, weights[1][m][k]) for k, x in part.items()), m
+    # config.json, checkpoint.pt and log.jsonl of 4 epochs, predictions.csv, result.json
+    assert len(deaths) == 2 * (1 + 2 * 4 + 2)
+    assert outcome(folder) == outcome(whole)
 
 
-def test_same_seed_same_bits_other_seed_other_result(go, workplace):
-    first = timeless(go("s1", "--fusion", "text-fc", "--seed", "3"))
-    assert timeless(go("s2", "--fusion", "text-fc", "--seed", "3")) == first
-    assert timeless(go("s3", "--fusion", "text-fc", "--seed", "4"))[0] != first[0]
+def test_same_seed_same_bits_another_seed_another_result(go):
+    first = outcome(go("first", "--fusion", "text-te", "--seed", "3"))
+    assert outcome(go("second", "--fusion", "text-te", "--seed", "3")) == first
+    assert outcome(go("third", "--fusion", "text-te", "--seed", "4"))[0] != first[0]
 
 
-def test_only_what_the_paper_opens_is_ever_changed(go, monkeypatch):
-    seen, made, before = {}, {}, {}
-    step, open_ = torch.optim.AdamW.step, Upstream.open
+def test_every_epoch_has_each_training_utterance_once_in_an_order_of_its_own(
+    go, monkeypatch
+):
+    split = data.split
+    batch = data.batch
+    rows_of_batches = []
 
-    def watch(optimizer, *args):
-        group = optimizer.param_groups[-1]
-        ids = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        seen.setdefault(group["lr"], set()).update(ids)
-        assert {g["weight_decay"] for g in optimizer.param_groups} == {1e-3}
-        return step(optimizer, *args)
+    def watch(rows, *others):
+        if torch.is_grad_enabled():  # in training
+            rows_of_batches.append(rows.tolist())
+        return batch(rows, *others)
 
-    def first_open(upstream, what):  # at the trigger
-        made[upstream.modality] = upstream
-        before[upstream.modality] = {n: p.clone() for n, p in upstream.model.named_parameters()}
-        return open_(upstream, what)
+    monkeypatch.setattr(
+        data, "split", lambda corpus, fold, seed: split(corpus, fold, 0)
+    )
+    monkeypatch.setattr(data, "batch", watch)
+    for seed in ("0", "1"):
+        go("orders", "--fusion", "text-fc", "--seed", seed, script="cs")
+    assert [len(rows) for rows in rows_of_batches] == [32, 7] * 4
+    orders = [rows_of_batches[k] + rows_of_batches[k + 1] for k in (0, 2, 4, 6)]
+    assert len({tuple(order) for order in orders}) == 4
+    for order in orders:
+        assert sorted(order) == sorted(set(orders[0]))
 
-    def test_set(*arguments):  # the end of training
-        for m, upstream in made.items():
-            tuned[m] = {n: p.clone() for n, p in upstream.model.named_parameters()}
-        return write(*arguments)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    monkeypatch.setattr(Upstream, "open", first_open)
-    tuned, write = {}, evaluate.write_predictions
-    monkeypatch.setattr(evaluate, "write_predictions", test_set)
-    go("opened", "--fusion", "mmt")
-    head, all_of_it = seen[1e-3], seen[1e-5]
-    assert head < all_of_it
-    parts = {"audio": "feature_extractor.", "text": "embeddings."}
-    opened = set()
-    for m, part in parts.items():
-        for name, p in made[m].model.named_parameters():
-            same = torch.equal(tuned[m][name], before[m][name])
-            # BERT's rows that no input used move by weight decay alone.
-            assert same != name.startswith(part), name
-            opened |= {id(p)} if name.startswith(part) else set()
-    assert all_of_it - head == opened
-    for m, upstream in made.items():  # the next run of the command starts as this one did
-        for name, p in upstream.model.named_parameters():
-            assert torch.equal(p, before[m][name]) and not p.requires_grad, name
+def test_fine_tuning_changes_only_what_the_paper_opens(go, tiny, monkeypatch):
+    sources = {}
+
+    def keep(source):
+        sources[source.upstream.modality] = source
+
+    monkeypatch.setattr(data.Source, "close", keep)
+    folder = go("opened", "--fusion", "mmt")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for modality, start in {
+        "audio": "feature_extractor.",
+        "text": "embeddings.",
+    }.items():
+        original = dict(tiny[modality].model.named_parameters())
+        live = dict(sources[modality].live.model.named_parameters())
+        opened = {name for name in original if name.startswith(start)}
+        # Weight decay moves even the words that no text has.
+        changed = {n for n, p in live.items() if not torch.equal(p, original[n])}
+        assert changed == opened
+        assert state["upstreams"][modality].keys() == opened
+        # The upstream itself stays as it was, for the next run of the command.
+        for name, parameter in sources[modality].upstream.model.named_parameters():
+            assert torch.equal(parameter, original[name])
+            assert not parameter.requires_grad
 
 
 def test_the_test_session_changes_nothing_in_training(go, small_corpus, tmp_path):
-    clean = timeless(go("clean", "--fusion", "mmt"))[0]
-    for session in small_corpus.glob("Session[1-4]"):
-        (tmp_path / "small").mkdir(exist_ok=True)
-        (tmp_path / "small" / session.name).symlink_to(session)
-    source = small_corpus / "Session5"
-    for old in source.rglob("*"):
-        new = tmp_path / "small" / "Session5" / old.relative_to(source)
-        if old.is_dir():
-            new.mkdir(parents=True, exist_ok=True)
-        elif old.suffix == ".wav":
-            with_wave = data.load_wav(old)
-            write_wav(new, (torch.rand(len(with_wave)) - 0.5).tolist())  # noise
-        elif "Emo" in str(old):  # all labels wrong
-            swap = {"neu": "ang", "ang": "neu", "hap": "sad", "sad": "hap"}
-            words = [swap.get(w, w) for w in old.read_text().split("\t")]
-            new.write_text("\t".join(words))
-        else:
-            new.write_text(old.read_text().replace("hate", "love"))
-    poisoned = timeless(go("poisoned", "--fusion", "mmt", root=tmp_path / "small"))[0]
-    assert poisoned == clean
+    poisoned = tmp_path / "small"
+    shutil.copytree(small_corpus, poisoned)
+    noise = torch.Generator().manual_seed(0)
+    for path in sorted(poisoned.rglob("Ses05*.wav")):
+        samples = torch.rand(len(data.load_wav(path)), generator=noise) - 0.5
+        write_wav(path, samples.tolist())
+    for path in poisoned.glob("Session5/dialog/*/*.txt"):
+        text = path.read_text()
+        for old, new in [
+            ("hap", "HAP"),
+            ("ang", "hap"),
+            ("HAP", "ang"),
+            ("hate", "again"),
+        ]:
+            text = text.replace(f"\t{old}\t", f"\t{new}\t").replace(
+                f" {old} ", f" {new} "
+            )
+        path.write_text(text)
+    clean_log, _, clean_predictions, clean_weights = outcome(go("clean"))
+    log, _, predictions, weights = outcome(go("poisoned", root=poisoned))
+    assert (log, weights) == (clean_log, clean_weights)
+    assert predictions != clean_predictions
 
 
-def test_best_predicts_with_the_weights_it_kept(go):
-    folder = go("best-predicts", "--fusion", "text-fc", "--select", "best", "--frozen")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    lowest = min(state["log"], key=lambda row: row["dev_loss"])
-    assert lowest["epoch"] < len(state["log"])  # the last epoch is not the best
-    last = go("last-predicts", "--fusion", "text-fc", "--frozen")
-    assert (folder / "predictions.csv").read_text() != (last / "predictions.csv").read_text()
-    # Give the last run the best weights for its last ones, and let it test again.
-    other = torch.load(last / "checkpoint.pt", weights_only=True)
-    other["weights"] = state["selected"]["weights"]
-    torch.save(other, last / "checkpoint.pt")
-    (last / "result.json").unlink()
-    go("last-predicts", "--fusion", "text-fc", "--frozen")
-    assert (folder / "predictions.csv").read_text() == (last / "predictions.csv").read_text()
+def test_the_test_session_is_read_once_after_training(go, small_corpus, monkeypatch):
+    corpus, _ = data.read_iemocap(small_corpus)
+    batch = data.batch
+    sessions = []
 
-
-def test_the_papers_numbers_are_the_defaults():
-    s = train.flags().parse_args([])
-    assert (s.fold, s.seed, s.system, s.micro_batch) == (["5"], [0], None, None)
-    assert (s.fusion, s.frozen, s.wavlm, s.bert) == (
-        "mmt", False, "microsoft/wavlm-large", "bert-base-uncased"
-    )  # fmt: skip
-    assert (s.lr_frozen, s.lr_finetune, s.weight_decay, s.batch_size) == (1e-3, 1e-5, 1e-3, 32)
-    assert (s.finetune_after, s.stop_after, s.max_epochs, s.min_decrease) == (5, 10, None, 0)
-    assert (s.dropout, s.context, s.select, s.open, s.precision) == (
-        0.5, 9, "last", "bottom", "fp32"
-    )  # fmt: skip
-    assert (s.condense, s.text_mask, s.cma_residual, s.reset_patience, s.head_lr, s.trim) == (
-        "sum", "union", False, False, None, "leading"
-    )  # fmt: skip
-    assert (s.head, s.dropout_at) == ("mlp", "modules")
-
-
-def test_every_epoch_sees_each_training_utterance_once_in_another_order(go, monkeypatch):
-    orders, batch = [], data.batch
-
-    def watch(rows, *rest):
-        if torch.is_grad_enabled():  # not while predicting
-            orders.append(rows.tolist())
-        return batch(rows, *rest)
+    def watch(rows, *others):
+        sessions.append([corpus[row].session for row in rows.tolist()])
+        return batch(rows, *others)
 
     monkeypatch.setattr(data, "batch", watch)
-    go("orders", "--fusion", "text-fc", "--frozen", "--seed", "7")
-    first, second = (sum(orders[i : i + 2], []) for i in (0, 2))  # 39 utterances: 32 and 7
-    assert len(orders[0]) == 32 and sorted(first) == sorted(second) and first != second
-    assert len(set(first)) == len(first)
+    go("read-once", "--fusion", "text-fc")
+    n_test = sum(u.session == 5 and u.label is not None for u in corpus)
+    assert sessions[-1] == [5] * n_test
+    assert not any(5 in some for some in sessions[:-1])
 
 
-def test_a_damaged_checkpoint_is_one_sentence(go):
-    folder = go("damaged", "--fusion", "text-fc", "--frozen")
-    (folder / "result.json").unlink()
-    (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
-    with pytest.raises(data.InputError, match="checkpoint.pt: .*delete it"):
-        go("damaged", "--fusion", "text-fc", "--frozen")
-
-
-def test_other_settings_on_the_same_folder_are_refused_by_name(go, upstreams, tmp_path):
-    folder = go("settings", "--fusion", "text-fc", "--frozen")
-    other = tmp_path / "text"  # another BERT whose folder has the same name
-    shutil.copytree(upstreams["text"], other)
-    bert = Upstream(str(other), "text").model
-    with torch.no_grad():
-        bert.embeddings.word_embeddings.weight += 0.1
-    bert.save_pretrained(other)
-    with pytest.raises(data.InputError, match="config.json: holds a run with .*delete .*settings"):
-        go("settings", "--fusion", "text-fc", "--frozen", "--bert", str(other))
-    assert (folder / "result.json").exists()
-
-
-@pytest.mark.parametrize(
-    "switch",
-    [
-        "--condense concat",
-        "--text-mask target",
-        "--cma-residual",
-        "--reset-patience",
-        "--context 1",
-        "--head linear",
-        "--dropout-at projector",
-        "--dropout-at both",
-        "--head-lr 1e-3",
-        "--open nothing",
-        "--open all",
-        "--min-decrease 0.5",
-        "--select best",
-    ],
-)
-def test_every_switch_of_the_register_runs_and_changes_the_run(go, switch):
-    plain = timeless(go("plain", "--fusion", "cmt-a2t"))
-    other = timeless(go("switch" + switch.replace(" ", ""), "--fusion", "cmt-a2t", *switch.split()))
-    assert (other[0], other[2]) != (plain[0], plain[2])
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ("--system 19", "invalid choice: '19'"), ("--context 4", "odd"),
-    ("--partial", "--iemocap"), ("--system 1 --frozen", "--frozen"),
-    ("--dropout 1.5", "--dropout: 1.5"), ("--batch-size 0", "from 1"),
-])  # fmt: skip
-def test_bad_flags_are_one_sentence(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        train.main(arguments.split())
-    assert message in capsys.readouterr().err
-
-
-def test_a_corpus_that_is_not_the_full_release_is_refused_without_partial(small_corpus, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--iemocap", small_corpus, "--upstream", "tiny"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "dialogues 1 (not 28)" in done.stderr and "add --partial" in done.stderr
-
-
-# --- oracles: the run computed again by hand, without data.batch, torch.optim and Patience
+# --- Computed again by hand: no batch, no padding, no torch.optim ---------------------
 
 
 class ByHand:
-    """The small corpus and its layer states, for loops that are written out here."""
+    """The small corpus and its layer states, one utterance at a time."""
 
-    def __init__(self, small_corpus, upstreams, cache):
-        self.corpus, self.folders, self.cache = data.read_iemocap(small_corpus), upstreams, cache
-        number = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}
-        self.labels = torch.tensor([number.get(u.emotion, -1) for u in self.corpus])
-        self.row = {u.id: i for i, u in enumerate(self.corpus)}
-        self.clips = {i: data.clip(data.load_wav(u.wav)) for i, u in enumerate(self.corpus)}
-        by_dialog = {}
-        for i, u in enumerate(self.corpus):
-            by_dialog.setdefault(u.dialog, []).append(i)
-        self.windows = torch.full((len(self.corpus), 9), -1)
-        for rows in by_dialog.values():
-            for k, i in enumerate(rows):
-                for column, place in enumerate(range(k - 4, k + 5)):
-                    if 0 <= place < len(rows):
-                        self.windows[i, column] = rows[place]
+    def __init__(self, small_corpus, tiny_folder, cache):
+        self.corpus, _ = data.read_iemocap(small_corpus)
+        self.tiny_folder = tiny_folder
+        self.cache = cache
 
-    def from_files(self, m, rows):
-        """Padded states and mask of these utterances, from the cache's files."""
-        (folder,) = self.cache.glob(f"{m}-fp32-*")  # the upstream's folder is called audio or text
-        parts = []
-        for i in rows:
-            (file,) = folder.glob(f"{self.corpus[i].id}-*.npy")
-            parts.append(torch.from_numpy(np.load(file)).float())
-        states = torch.zeros(len(parts), max(map(len, parts)), *parts[0].shape[1:])
-        mask = torch.zeros(states.shape[:2], dtype=torch.bool)
-        for x, part, real in zip(states, parts, mask):
-            x[: len(part)], real[: len(part)] = part, True
-        return states, mask
+    def states(self, modality, row, live):
+        utterance = self.corpus[row]
+        if live is None:
+            (file,) = self.cache.glob(f"{modality}-fp32-*/{utterance.id}-*.npy")
+            return torch.from_numpy(np.load(file))
+        raw = utterance.text
+        if modality == "audio":
+            raw = data.clip(data.load_wav(utterance.wav))
+        upstream = live[modality]
+        return upstream([upstream.prepare(raw)])[0]
 
-    def logits(self, recognizer, rows, live=None):
-        """Every window spelled out: states (B, 9, T, L, D). live: upstreams to run, if any."""
-        everyone = range(len(self.corpus))
-        if live:
-            audio = live["audio"]([self.clips[i] for i in rows])
-            states, mask = live["text"]([u.text for u in self.corpus])
-        else:
-            audio = self.from_files("audio", rows)
-            states, mask = self.from_files("text", everyone)
-        windows = self.windows[rows]
-        there = (windows >= 0)[:, :, None]
-        states, mask = states[windows].flatten(0, 1), (mask[windows] & there).flatten(0, 1)
-        return recognizer(audio, (states, mask, torch.arange(9 * len(rows)).view(-1, 9)))
+    def loss(self, recognizer, rows, live=None):
+        """The mean of -log p(label). `live`: upstreams to use in place of the cache."""
+        states = {}  # of texts
+        total = 0.0
+        for row in rows:
+            audio = self.states("audio", row, live)
+            window = []
+            for other in range(row - 4, row + 5):
+                inside = 0 <= other < len(self.corpus)
+                if inside and self.corpus[other].dialog == self.corpus[row].dialog:
+                    if other not in states:
+                        states[other] = self.states("text", other, live)
+                    window.append(states[other])
+                else:
+                    window.append(torch.zeros(0, 2, 64))
+            mask = torch.zeros(1, 9, max(map(len, window)), dtype=torch.bool)
+            for k, text in enumerate(window):
+                mask[0, k, : len(text)] = True
+            logits = recognizer(
+                audio=(audio, torch.ones(1, len(audio), dtype=torch.bool)),
+                text=(torch.cat(window), mask),
+            )[0]
+            label = ["neu", "hap", "ang", "sad"].index(self.corpus[row].emotion)
+            total = total + logits.exp().sum().log() - logits[label]
+        return total / len(rows)
 
-    def loss(self, *arguments):
-        """Equal weights, no smoothing: the mean of -log p(truth)."""
-        rows = arguments[1]
-        log_p = self.logits(*arguments)
-        log_p = log_p - log_p.logsumexp(dim=1, keepdim=True)
-        return -sum(log_p[k, self.labels[i]] for k, i in enumerate(rows)) / len(rows)
-
-    def upstreams(self, weights):
-        """The pre-trained models with what a checkpoint changed in them."""
-        found = {m: Upstream(self.folders[m], m) for m in ("audio", "text")}
-        for m, upstream in found.items():
+    def upstreams(self, state):
+        """The pre-trained upstreams, with what a checkpoint has changed in them."""
+        upstreams = {
+            m: Upstream(str(self.tiny_folder / m), m) for m in ("audio", "text")
+        }
+        for modality, upstream in upstreams.items():
             parameters = dict(upstream.model.named_parameters())
-            for name, x in weights[m].items():
-                parameters[name].data.copy_(x)
-        return found
-
-
-@pytest.fixture(scope="module")
-def by_hand(small_corpus, upstreams, workplace):
-    return ByHand(small_corpus, upstreams, workplace / "cache-by-hand")
+            for name, value in state["upstreams"][modality].items():
+                parameters[name].data.copy_(value)
+        return upstreams
 
 
 @pytest.fixture
-def checkpoints(monkeypatch):
-    """A run's initial weights, the rows of its training batches, and all of its checkpoints."""
-    seen = {"initial": [], "rows": [], "states": []}
-    batch, write = data.batch, data.write_whole
-
-    class Watched(EmotionRecognizer):
-        def __init__(self, config):
-            super().__init__(config)
-            seen["initial"].append({k: x.clone() for k, x in self.state_dict().items()})
-
-    def watch_batch(rows, *rest):
-        if torch.is_grad_enabled():
-            seen["rows"].append(rows.tolist())
-        return batch(rows, *rest)
-
-    def watch_write(path, content):
-        write(path, content)
-        if path.name == "checkpoint.pt":
-            seen["states"].append(torch.load(path, weights_only=True))
-
-    monkeypatch.setattr(train, "EmotionRecognizer", Watched)
-    monkeypatch.setattr(data, "batch", watch_batch)
-    monkeypatch.setattr(data, "write_whole", watch_write)
-    return seen
+def by_hand(small_corpus, tiny_folder, work):
+    return ByHand(small_corpus, tiny_folder, work / "cache")
 
 
-OPENED = {  # what §2.4 fine-tunes, by the names of transformers
+OPENED = {  # by the names of transformers
     "nothing": {"audio": (), "text": ()},
-    "bottom": {"audio": ("feature_extractor.",), "text": ("embeddings.",)},
-    "all": {"audio": ("",), "text": ("",)},
+    "bottom": {"audio": "feature_extractor.", "text": "embeddings."},
+    "all": {"audio": "", "text": ""},
 }
 
 
-@pytest.mark.parametrize("flags, part, head_rate, rate, decay", [
-    ("", 8, 1e-5, 1e-5, 1e-3),
-    ("--open nothing", 8, 1e-5, 1e-5, 1e-3),
-    ("--open all --lr-finetune 1e-4", 8, 1e-4, 1e-4, 1e-3),
-    ("--head-lr 1e-3 --weight-decay 1", 8, 1e-3, 1e-5, 1),
-    ("--micro-batch 3", 3, 1e-5, 1e-5, 1e-3),  # its parts add up to the batch's gradient
-])  # fmt: skip
-def test_the_steps_of_both_phases_are_adamw_by_hand(
-    flags, part, head_rate, rate, decay, go, by_hand, checkpoints, monkeypatch
-):
-    """Five steps before the trigger and five after it, from the loss to the weights."""
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--open nothing",
+        "--open all --lr-finetune 1e-4",
+        "--weight-decay 1",
+        "--micro-batch 3",
+    ],
+)
+def test_the_steps_of_both_phases_are_adamw_by_hand(flags, go, by_hand, monkeypatch):
+    """Five steps of each phase, the last one of a smaller batch."""
     for name in ("clip_grad_norm_", "clip_grad_value_"):  # these gradients are small
         monkeypatch.delattr(torch.nn.utils, name)
-    # min_decrease 1: no loss counts as lower, so the trigger fires after epoch 1. A system without
-    # Transformer blocks has no dropout but --dropout.
-    folder = go("steps" + flags.replace(" ", ""), "--fusion", "ef", "--dropout", "0",
-                "--batch-size", "8", "--min-decrease", "1", "--finetune-after", "1",
-                "--stop-after", "2", "--cache", str(by_hand.cache), *flags.split())  # fmt: skip
-    first, second = checkpoints["states"]
-    assert (first["finetune_epoch"], second["finetune_epoch"], len(second["log"])) == (1, 1, 2)
-    config = json.loads((folder / "config.json").read_text())
-    recognizer = EmotionRecognizer(Config(**config["model"]))
-    epochs = [[]]  # of batches of rows, from the parts in which they came
-    size = 0
-    for rows in checkpoints["rows"]:
-        if size == 39:
-            epochs.append([])
-            size = 0
-        if size % 8 == 0:
-            epochs[-1].append([])
-        epochs[-1][-1] += rows
-        size += len(rows)
-        assert len(rows) <= part
-    assert [[len(rows) for rows in epoch] for epoch in epochs] == [[8, 8, 8, 8, 7]] * 2
-    assert sorted(sum(epochs[0], [])) == sorted(sum(epochs[1], []))
+    parts = []
+    batch = data.batch
+    states = []
+    write_whole = data.write_whole
+    train_epoch = train.train_epoch
 
-    what = OPENED[flags.split()[1] if "--open" in flags else "bottom"]
-    starts = checkpoints["initial"][0], first["weights"]["model"]
-    for phase, (start, epoch, end) in enumerate(zip(starts, epochs, (first, second))):
-        recognizer.load_state_dict(start)
-        rates = {f"model.{n}": (p, head_rate if phase else 1e-3)
-                 for n, p in recognizer.named_parameters()}  # fmt: skip
+    def watch_batch(rows, *others):
+        if torch.is_grad_enabled():
+            parts.append(rows.tolist())
+        return batch(rows, *others)
+
+    def watch_epoch(model, *others):
+        if not states:
+            values = model.state_dict().items()
+            states.append({"model": {name: value.clone() for name, value in values}})
+        return train_epoch(model, *others)
+
+    @contextlib.contextmanager
+    def watch_write(path):
+        with write_whole(path) as part:
+            yield part
+        if path.name == "checkpoint.pt":
+            states.append(torch.load(path, weights_only=True))
+
+    monkeypatch.setattr(data, "batch", watch_batch)
+    monkeypatch.setattr(train, "train_epoch", watch_epoch)
+    monkeypatch.setattr(data, "write_whole", watch_write)
+    # This system has no Transformer block, so it has no dropout but --dropout.
+    start = ["--fusion", "ef", "--dropout", "0", "--batch-size", "8"]
+    folder = go(f"steps{flags}", *start, *flags.split(), script="fs")
+    options = dict(re.findall(r"--(\S+) ([^-]\S*)", flags))
+    finetune_rate = float(options.get("lr-finetune", 1e-5))
+    decay = float(options.get("weight-decay", 1e-3))
+    micro_batch = int(options.get("micro-batch", 8))
+    opens = OPENED[options.get("open", "bottom")]
+
+    # Both epochs have five batches of 39 utterances, in parts.
+    assert max(map(len, parts)) == micro_batch
+    rows = sum(parts, [])
+    epochs = []
+    for epoch in (rows[:39], rows[39:]):
+        epochs.append([epoch[k : k + 8] for k in range(0, 39, 8)])
+    assert sorted(rows[:39]) == sorted(rows[39:])
+
+    recognizer = EmotionRecognizer(Config(**read_json(folder / "config.json")["model"]))
+    for phase, rate in enumerate((1e-3, finetune_rate)):
+        before, after = states[phase : phase + 2]
+        recognizer.load_state_dict(before["model"])
+        parameters = dict(recognizer.named_parameters())
         live = None
-        if phase and "nothing" not in flags:
-            live = by_hand.upstreams(first["weights"])
-            for m, upstream in live.items():
-                for n, p in upstream.model.named_parameters():
-                    if n.startswith(what[m]):
-                        rates[f"{m}.{n}"] = p.requires_grad_(True), rate
-        before = {n: p.detach().clone() for n, (p, _) in rates.items()}
-        moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, (p, _) in rates.items()}
+        if phase == 1 and options.get("open") != "nothing":
+            live = by_hand.upstreams(before)
+            for modality, upstream in live.items():
+                for name, p in upstream.model.named_parameters():
+                    if name.startswith(opens[modality]):
+                        parameters[f"{modality} {name}"] = p.requires_grad_(True)
+        original = {name: p.detach().clone() for name, p in parameters.items()}
+        means = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
         train_loss = 0.0
-        for t, rows in enumerate(epoch, 1):
-            loss = by_hand.loss(recognizer, rows, live)
-            train_loss += loss.item() * len(rows) / 39
-            found = torch.autograd.grad(loss, [p for p, _ in rates.values()], allow_unused=True)
-            for (n, (p, lr)), g in zip(rates.items(), found):
-                if g is None:  # BERT's pooler, WavLM's embedding of masked frames
+        for t, batch_rows in enumerate(epochs[phase], 1):
+            loss = by_hand.loss(recognizer, batch_rows, live)
+            train_loss += loss.item() * len(batch_rows) / 39
+            grads = torch.autograd.grad(
+                loss, list(parameters.values()), allow_unused=True
+            )
+            for (name, p), grad in zip(parameters.items(), grads, strict=True):
+                if grad is None:  # BERT's pooler, WavLM's embedding of masked frames
                     continue
-                m, v = moments[n]
-                m.mul_(0.9).add_(0.1 * g)
-                v.mul_(0.999).add_(0.001 * g * g)
+                means[name] = 0.9 * means[name] + 0.1 * grad
+                squares[name] = 0.999 * squares[name] + 0.001 * grad**2
+                mean = means[name] / (1 - 0.9**t)
+                square = squares[name] / (1 - 0.999**t)
                 with torch.no_grad():
-                    p.mul_(1 - lr * decay)
-                    p.sub_(lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+                    p.mul_(1 - rate * decay)
+                    p.sub_(rate * mean / (square.sqrt() + 1e-8))
 
-        assert end["log"][phase]["train_loss"] == pytest.approx(train_loss, rel=1e-4)
-        assert end["log"][phase]["lr"] == (rate if phase else 1e-3)
-        weights = {f"{m}.{n}": x for m, state in end["weights"].items() for n, x in state.items()}
-        opened = {n for n in rates if not n.startswith("model.")}
-        if phase:
-            assert {n for n in weights if not n.startswith("model.")} == opened
-        for n, (p, lr) in rates.items():
-            if n.endswith(("k_proj.bias", "key.bias")):  # softmax: no gradient but rounding
-                continue
-            # Where a gradient is nearly zero, Adam takes its sign from the rounding.
-            wrong = (weights[n] - p.detach()).abs() > 0.02 * lr
-            assert wrong.float().mean() < 0.005, n
-        moved = sum(not torch.equal(before[n], p) for n, (p, _) in rates.items())
-        assert moved >= len(rates) - 3
-
-
-def test_with_nothing_open_the_cached_states_serve_to_the_end(go, by_hand, monkeypatch):
-    made, live = [], data.live
-    monkeypatch.setattr(data, "live", lambda *inputs: (made.append(1), live(*inputs))[1])
-    flags = ("--fusion", "ef", "--min-decrease", "1", "--finetune-after", "1", "--stop-after", "2",
-             "--cache", str(by_hand.cache))  # fmt: skip
-    folder = go("nothing-open", *flags, "--open", "nothing")
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [row["lr"] for row in log] == [1e-3, 1e-5] and not made
-    go("bottom-open", *flags)
-    assert len(made) == 2  # audio and text
+        assert after["log"][phase]["lr"] == rate
+        assert after["log"][phase]["train_loss"] == pytest.approx(train_loss, rel=1e-4)
+        found = dict(after["model"])
+        if phase == 1:
+            for modality, values in after["upstreams"].items():
+                found |= {f"{modality} {name}": value for name, value in values.items()}
+        assert found.keys() == parameters.keys()
+        moved = 0
+        for name, p in parameters.items():
+            moved += not torch.equal(original[name], p)
+            if name.endswith(("k_proj.bias", "key.bias")):
+                continue  # The softmax passes them no gradient but rounding errors.
+            # If a gradient is nearly 0, Adam takes its sign from the rounding.
+            wrong = (found[name] - p.detach()).abs() > 0.02 * rate
+            assert wrong.float().mean() < 0.005, name
+        assert moved >= len(parameters) - 3
 
 
-@pytest.mark.parametrize("flags", ["", "--frozen", "--reset-patience", "--min-decrease 0.01"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--finetune-after 1 --stop-after 3 --lr-frozen 0.03",
+        "--frozen --stop-after 2 --lr-frozen 0.03",
+        "--finetune-after 2 --stop-after 2 --lr-frozen 0.03",
+    ],
+)
 def test_losses_and_triggers_computed_again(flags, go, by_hand):
-    """The development loss by the checkpoint's weights, the triggers by a plain loop."""
-    folder = go("again" + flags.replace(" ", ""), "--fusion", "lf", "--cache",
-                str(by_hand.cache), *flags.split())  # fmt: skip
+    """The losses by the weights of the checkpoint, the triggers by a plain loop."""
+    folder = go(f"again{flags}", "--fusion", "ef", *flags.split(), script=None)
+    config = read_json(folder / "config.json")
+    result = read_json(folder / "result.json")
+    log = read_log(folder)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    config = json.loads((folder / "config.json").read_text())
-    log, result, _ = timeless(folder)
     recognizer = EmotionRecognizer(Config(**config["model"])).eval()
-    recognizer.load_state_dict(state["weights"]["model"])
-    live = None if flags == "--frozen" else by_hand.upstreams(state["weights"])
-    corpus = by_hand.corpus
-    dev = [i for i, u in enumerate(corpus) if u.speaker == result["dev_speaker"]]
-    test = [i for i, u in enumerate(corpus) if u.session == 5]
-    for rows, expected in ((dev, log[-1]["dev_loss"]), (test, result["loss"])):
-        rows = [i for i in rows if by_hand.labels[i] >= 0]
+    recognizer.load_state_dict(state["model"])
+    live = by_hand.upstreams(state) if result["finetune_epoch"] else None
+    targets = [row for row, u in enumerate(by_hand.corpus) if u.emotion != "fru"]
+    for loss, chosen in [
+        (log[-1]["dev_loss"], lambda u: u.speaker == result["dev_speaker"]),
+        (result["loss"], lambda u: u.session == 5),
+    ]:
+        rows = [row for row in targets if chosen(by_hand.corpus[row])]
         with torch.no_grad():
-            assert by_hand.loss(recognizer, rows, live).item() == pytest.approx(expected, abs=2e-5)
+            assert by_hand.loss(recognizer, rows, live).item() == pytest.approx(
+                loss, abs=2e-5
+            )
 
-    smallest = 0.01 if "min" in flags else 0.0
-    best, since, trigger, counts, stop = float("inf"), 0, None, [], None
-    for row in log:
-        assert stop is None
-        since += 1
-        if row["dev_loss"] < best - smallest * best or best == float("inf"):
-            best, since = row["dev_loss"], 0
-        counts.append(since)
-        if since >= 4:
-            stop = row["epoch"]
-        elif since >= 2 and trigger is None and flags != "--frozen":
-            trigger = row["epoch"]
-            if "reset" in flags:
-                since = 0
-    assert counts == [row["since_best"] for row in log]
-    assert (trigger, stop) == (result["finetune_epoch"], result["epochs"])
-    phases = [row["epoch"] <= (trigger or stop) for row in log]
-    assert [row["phase"] == "frozen" for row in log] == phases
+    options = dict(re.findall(r"--(\S+) ([^-]\S*)", flags))
+    finetune_after = int(options.get("finetune-after", 10**6))
+    stop_after = int(options["stop-after"])
+    losses = [row["dev_loss"] for row in log]
+    finetune_epoch = None
+    for epoch in range(1, len(log) + 1):
+        # The epochs since the first one that has the lowest loss so far.
+        since_best = epoch - 1 - losses.index(min(losses[:epoch]))
+        event = "continue"
+        if since_best >= stop_after:
+            event = "stop"
+        elif since_best >= finetune_after and finetune_epoch is None:
+            event = "finetune"
+            finetune_epoch = epoch
+        assert log[epoch - 1]["since_best"] == since_best
+        assert log[epoch - 1]["event"] == event
+    assert event == "stop"
+    assert result["finetune_epoch"] == finetune_epoch
 
 
-def test_a_run_resumes_after_its_upstream_has_moved(go, upstreams, tmp_path, capsys):
-    """The weights are the same, so only the path differs, in settings and in switches."""
-    shutil.copytree(upstreams["text"], tmp_path / "text")
-    flags = ("--fusion", "text-fc", "--frozen", "--max-epochs", "2")
+def test_with_nothing_open_the_cache_is_read_to_the_end(go, monkeypatch):
+    go("filled", "--fusion", "ef", script="s")
+    forward = Upstream.forward
+    calls = []
+
+    def watch(upstream, inputs):
+        calls.append(upstream.modality)
+        return forward(upstream, inputs)
+
+    monkeypatch.setattr(Upstream, "forward", watch)
+    log = read_log(go("nothing-open", "--fusion", "ef", "--open", "nothing"))
+    assert [row["lr"] for row in log] == [1e-3, 1e-3, 1e-5, 1e-5]
+    assert calls == []
+    go("bottom-open", "--fusion", "ef")
+    assert set(calls) == {"audio", "text"}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_dropout_is_on_in_both_phases_and_off_in_measuring(fusion, go, monkeypatch):
+    forward = EmotionRecognizer.forward
+    found = []
+
+    def twice(model, **inputs):
+        logits = forward(model, **inputs)
+        same = torch.equal(logits, forward(model, **inputs))
+        found.append("off" if same else "on")
+        return logits
+
+    monkeypatch.setattr(EmotionRecognizer, "forward", twice)
+    go(f"dropout-{fusion}", "--fusion", fusion, script="fs")
+    # Two batches to train on and one to develop on, twice, and then the test.
+    assert found == ["on", "on", "off"] * 2 + ["off"]
+
+
+def test_bf16_is_near_fp32_with_head_and_weights_in_fp32(tiny_folder):
+    """Loss and gradients of one fine-tuning batch of three."""
+    clips = [torch.sin(torch.arange(n) * 0.05) for n in (8000, 5000, 3000)]
+    raw = {"audio": clips, "text": ["i hate it", "lovely party", "all alone again"]}
+    windows = {"audio": torch.arange(3)}
+    windows["text"] = torch.tensor([[-1, 0, 1], [0, 1, 2], [1, 2, -1]])
+    losses = []
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        head = EmotionRecognizer(Config("mmt", 2, 64, 2, 64, n_context=3)).eval()
+        parameters = list(head.parameters())
+        inputs = {}
+        for modality, window in windows.items():
+            upstream = Upstream(str(tiny_folder / modality), modality, precision)
+            parameters += upstream.open("bottom")
+            states = upstream([upstream.prepare(x) for x in raw[modality]])
+            inputs[modality] = data.gather(
+                lambda r, s=states: [s[k] for k in r], window, "cpu"
+            )
+        loss = F.cross_entropy(head(**inputs), torch.tensor([0, 2, 3]))
+        loss.backward()
+        losses.append(loss.item())
+        grads = [p.grad for p in parameters if p.grad is not None]
+        assert {x.dtype for x in [*parameters, *grads]} == {torch.float32}
+        gradients.append(torch.cat([grad.flatten() for grad in grads]))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+# --- Settings, folders, several runs of one command -----------------------------------
+
+
+def test_the_defaults_are_the_constants_of_the_paper():
+    args = train.make_parser().parse_args([])
+    assert (args.lr_frozen, args.lr_finetune, args.weight_decay) == (1e-3, 1e-5, 1e-3)
+    assert (args.batch_size, args.dropout, args.context) == (32, 0.5, 9)
+    assert (args.finetune_after, args.stop_after, args.max_epochs) == (5, 10, None)
+    assert (args.wavlm, args.bert) == ("microsoft/wavlm-large", "bert-base-uncased")
+    assert (args.open, args.precision, args.cma_residual) == ("bottom", "fp32", False)
+    assert (args.fusion, args.frozen, args.fold, args.seed) == ("mmt", False, [5], [0])
+
+
+def test_the_systems_have_the_numbers_of_table_1():
+    def chosen(*numbers):
+        return train.chosen_systems(train.parse_args(["--system", *numbers]))
+
+    assert chosen("18") == [("mmt", False)]
+    assert chosen("15", "6") == [("lf", True), ("text-fc", False)]
+    assert chosen("11") == [("cmt-t2a", True)]
+    systems = chosen("all")
+    assert len(systems) == len(set(systems)) == 18
+    assert chosen(*map(str, range(1, 19))) == systems
+
+
+OTHER = {  # a value of each setting that is not its default
+    "upstream": "tiny",
+    "wavlm": "some/where",
+    "bert": "else",
+    "precision": "bf16",
+    "open": "all",
+    "cma_residual": True,
+    "lr_frozen": 0.01,
+    "lr_finetune": 1e-4,
+    "weight_decay": 0.0,
+    "batch_size": 8,
+    "dropout": 0.1,
+    "context": 3,
+    "finetune_after": 2,
+    "stop_after": 4,
+    "max_epochs": 7,
+}
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_folders_name_lists_exactly_what_differs_from_the_defaults(
+    small_corpus, tiny, tmp_path, monkeypatch
+):
+    flags = vars(train.make_parser().parse_args([]))
+    # These are in the name anyway, or change nothing in a result.
+    others = "iemocap corpus partial fusion frozen system fold seed out cache device"
+    assert flags.keys() == OTHER.keys() | set(others.split()) | {"micro_batch"}
+
+    def stop(config):
+        raise Stopped
+
+    corpus, _ = data.read_iemocap(small_corpus)
+    sources = {m: data.Source(tiny[m], {}, corpus, tmp_path, "cpu") for m in tiny}
+    monkeypatch.setattr(train, "load_sources", lambda args, corpus: sources)
+    monkeypatch.setattr(train, "EmotionRecognizer", stop)
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "toy.json").write_text("{}")
+    for session in small_corpus.iterdir():
+        (tmp_path / "toy" / session.name).symlink_to(session)
+    monkeypatch.chdir(tmp_path)
+
+    def folder_of(*flags, root=small_corpus):
+        flags = ["--fusion", "lf", "--frozen", *flags]
+        corpus = ["--iemocap", str(root), "--fold", "2", "--seed", "7"]
+        if root == small_corpus:
+            corpus.append("--partial")
+        with pytest.raises(Stopped):
+            train.main([*corpus, *flags])
+        (path,) = tmp_path.rglob("config.json")
+        folder = path.parent
+        path.unlink()
+        return folder.relative_to(tmp_path).as_posix()
+
+    usual = "runs/small-partial/lf-frozen/fold2-seed7"
+    assert folder_of() == usual
+    assert folder_of("--dropout", "0.50", "--open", "bottom") == usual
+    assert folder_of("--micro-batch", "4", "--cache", "another") == usual
+    for name, value in OTHER.items():
+        flag = [f"--{name.replace('_', '-')}"]
+        if value is not True:
+            flag.append(str(value))
+        shown = "where" if name == "wavlm" else value
+        expected = usual.replace("frozen", f"frozen-{name}={shown}")
+        assert folder_of(*flag) == expected
+    expected = usual.replace("frozen", "frozen-dropout=0.0-context=5")
+    assert folder_of("--context", "5", "--dropout", "0") == expected
+    # The toy corpus has defaults of its own.
+    usual = "runs/toy/lf-frozen/fold2-seed7"
+    assert folder_of(root="toy") == usual
+    for name, value in [("upstream", "paper"), ("max_epochs", "7")]:
+        expected = usual.replace("frozen", f"frozen-{name}={value}")
+        assert folder_of(f"--{name.replace('_', '-')}", value, root="toy") == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--cma-residual",
+        "--context 1",
+        "--open nothing",
+        "--open all",
+        "--precision bf16",
+        "--dropout 0.1",
+        "--weight-decay 0.5",
+        "--batch-size 16",
+        "--lr-frozen 0.01",
+        "--lr-finetune 1e-3",
+    ],
+)
+def test_every_setting_changes_the_weights(flags, go):
+    plain = outcome(go("plain", "--fusion", "cmt-a2t"))[3]
+    assert (
+        outcome(go(f"setting{flags}", "--fusion", "cmt-a2t", *flags.split()))[3]
+        != plain
+    )
+
+
+def test_runs_of_one_command_end_as_they_would_alone(go, work):
+    """Fine-tuning changes a copy of the upstreams, and each run makes a new copy."""
+    go("together", "--system", "14", "13", "--seed", "0", "1")
+    for number, system in (("13", "ef-frozen"), ("14", "ef-finetuned")):
+        for seed in "01":
+            (together,) = (work / "together").rglob(f"{system}*/fold5-seed{seed}")
+            alone = go(f"alone{number}-{seed}", "--system", number, "--seed", seed)
+            assert outcome(together) == outcome(alone)
+
+
+@pytest.mark.parametrize("what", ["weights", "utterances", "seed"])
+def test_another_run_in_the_same_folder_is_refused_by_name(
+    what, go, small_corpus, tiny_folder, tmp_path
+):
+    root = tmp_path / "small"
+    bert = tmp_path / "text"
+    shutil.copytree(small_corpus, root)
+    shutil.copytree(tiny_folder / "text", bert)
+    flags = ["--fusion", "text-fc"]
+    out = f"refused-{what}"
+    folder = go(out, *flags, root=root, bert=bert)
+    before = outcome(folder)
+    old = read_json(folder / "config.json")
+    if what == "weights":
+        changed = Upstream(str(bert), "text").model
+        changed.embeddings.word_embeddings.weight.data += 0.1
+        changed.save_pretrained(bert)
+    elif what == "utterances":
+        path = next(root.glob("Session1/dialog/transcriptions/*.txt"))
+        change(path, b"lovely", b"lively")
+    else:
+        flags += ["--seed", "1"]
+        folder = folder.rename(folder.with_name("fold5-seed1"))
+    with pytest.raises(InputError) as error:
+        go(out, *flags, root=root, bert=bert)
+    for words in (str(folder), what, str(old[what]), "--out"):
+        assert words in str(error.value)
+    assert outcome(folder) == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(go):
+    folder = go("theirs", "--fusion", "text-fc")
+    other = go("theirs", "--fusion", "text-fc", "--seed", "1")
+    (other / "result.json").unlink()
+    shutil.copy(folder / "checkpoint.pt", other)
+    with pytest.raises(InputError, match="checkpoint.pt.*'seed': 0"):
+        go("theirs", "--fusion", "text-fc", "--seed", "1")
+
+
+def test_a_run_resumes_after_its_upstream_has_moved(go, tiny_folder, tmp_path, capsys):
+    """The weights are the same, so only the path differs."""
+    flags = ["--fusion", "text-fc"]
     folder = go("moved", *flags)
-    before = (folder / "predictions.csv").read_text()
+    before = outcome(folder)
     (folder / "result.json").unlink()
-    assert go("moved", *flags, "--bert", str(tmp_path / "text")) == folder
-    assert "resumes after epoch 2" in capsys.readouterr().out
-    assert (folder / "predictions.csv").read_text() == before
+    shutil.copytree(tiny_folder / "text", tmp_path / "text")
+    assert go("moved", *flags, bert=tmp_path / "text") == folder
+    assert "after epoch 4" in capsys.readouterr().out
+    assert outcome(folder) == before
 
 
-def test_states_of_the_cache_are_computed_without_tf32(go, monkeypatch):
-    """Like the live ones: on a GPU, the convolutions of WavLM would round otherwise."""
-    seen, cache = [], data.cache_states
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(data, "cache_states", lambda *a: seen.append(torch.backends.cudnn.allow_tf32) or cache(*a))
-    go("tf32", "--fusion", "ef", "--frozen", "--max-epochs", "1")
-    assert seen == [False, False]
+# --- Wrong input, and what users are told ---------------------------------------------
 
 
-def test_a_frozen_epoch_that_is_best_is_tested_with_frozen_states(go):
-    """Fine-tuning at a rate that ruins the upstreams must not reach the selected model."""
-    flags = ("--fusion", "text-fc", "--select", "best")
-    tuned = go("ruined", *flags, "--lr-finetune", "0.5")
-    result = result_of(tuned)
-    state = torch.load(tuned / "checkpoint.pt", weights_only=True)
-    assert result["finetune_epoch"] and state["selected"]["finetune_epoch"] is None
-    frozen = go("whole-frozen", *flags, "--frozen", "--max-epochs", str(result["finetune_epoch"]))
-    assert (tuned / "predictions.csv").read_text() == (frozen / "predictions.csv").read_text()
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--system 19", "invalid choice: '19'"),
+        ("--context 4", "--context: expected an odd number"),
+        ("--partial", "--partial: add --iemocap"),
+        ("--iemocap a --corpus b.csv", "either --iemocap or --corpus"),
+        ("--system 1 --frozen", "--frozen: leave it out"),
+        ("--dropout 1.5", "--dropout: 1.5 is not between 0 and 1"),
+        ("--lr-frozen nan", "--lr-frozen: nan is not"),
+        ("--batch-size 0", "--batch-size: 0 is less than 1"),
+        ("--max-epochs many", "--max-epochs: invalid"),
+    ],
+)
+def test_bad_flags_are_one_sentence(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags.split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_the_seed_draws_the_order_of_the_batches(go, checkpoints, monkeypatch):
-    """With the same three parts, two seeds see the training utterances in two orders."""
-    split = data.split
-    monkeypatch.setattr(data, "split", lambda corpus, fold, seed: split(corpus, fold, 0))
-    orders = []
-    for seed in "01":
-        checkpoints["rows"].clear()
-        go("order" + seed, "--fusion", "text-fc", "--frozen", "--max-epochs", "2", "--seed", seed)
-        orders.append(sum(checkpoints["rows"], []))
-    half = len(orders[0]) // 2
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
-    assert orders[0][:half] != orders[0][half:]  # the second epoch has another order
+def test_only_the_full_release_is_iemocap(small_corpus, tmp_path, capsys):
+    def read(root, *flags):
+        return train.read_corpus(train.parse_args(["--iemocap", str(root), *flags]))[0]
+
+    with pytest.raises(InputError) as error:
+        read(small_corpus)
+    message = str(error.value)
+    assert "session 1: utterances 14, but the full release has 1819" in message
+    assert "--partial" in message
+    shutil.copytree(small_corpus, tmp_path / "small")
+    # A damaged dialogue is an error, or with --partial left out with a line.
+    next((tmp_path / "small").rglob("Ses03*.wav")).unlink()
+    with pytest.raises(InputError, match="Session3, dialogue Ses03F_impro01"):
+        read(tmp_path / "small")
+    capsys.readouterr()
+    read(tmp_path / "small", "--partial")
+    printed = capsys.readouterr().out
+    assert "left out: Session3, dialogue Ses03F_impro01" in printed
+    assert "small-partial: 56 utterances in 4 dialogues" in printed
+
+
+def test_a_fold_that_the_corpus_does_not_have_is_one_sentence(go):
+    with pytest.raises(InputError, match=r"--fold 6 .*\[1, 2, 3, 4, 5\]"):
+        go("fold6", "--fold", "6")
+
+
+def test_toy_is_beside_every_number_of_the_toy(small_corpus, tmp_path, capsys):
+    root = tmp_path / "small"
+    shutil.copytree(small_corpus, root)
+    (root / "toy.json").write_text("{}")
+    folders = ["--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]
+    flags = ["--iemocap", str(root), "--device", "cpu", "--max-epochs", "3"]
+    train.main([*flags, *folders])
+    evaluate.main(["tables", str(tmp_path / "runs")])
+    printed = capsys.readouterr().out
+    for words in ("This is the TOY corpus", "toy epoch  3", "toy: WA", "Table 1, toy"):
+        assert words in printed
+    for line in printed.splitlines():
+        if line and not line.startswith("|"):
+            title = line
+        if re.search(r"\d\.\d|%", line):
+            assert "toy" in title, line
 
 
 def test_a_dead_squeeze_and_excitation_is_warned_of(go, monkeypatch, capsys):
-    go("alive", "--fusion", "ef", "--frozen", "--max-epochs", "2")
-    assert "dead" not in capsys.readouterr().out
-    born = SqueezeExcitation.__init__
+    go("alive", "--fusion", "ef")
+    assert "warning" not in capsys.readouterr().out
+    create = SqueezeExcitation.__init__
 
-    def dead(self, n_layers):
-        born(self, n_layers)
+    def create_dead(self, n_layers):
+        create(self, n_layers)
         torch.nn.init.constant_(self.reduce.bias, -100)
 
-    monkeypatch.setattr(SqueezeExcitation, "__init__", dead)
-    go("dead", "--fusion", "ef", "--frozen", "--max-epochs", "2")
-    said = capsys.readouterr().out
-    for m in ("audio", "text"):
-        assert said.count(f"warning: the S&E unit of the {m} features is dead") == 2
+    monkeypatch.setattr(SqueezeExcitation, "__init__", create_dead)
+    go("dead", "--fusion", "ef", script="cs")
+    warnings = re.findall(r"warning: (\S+)\.se", capsys.readouterr().out)
+    assert warnings == ["extractor.audio", "extractor.text.each_text"] * 2
 
 
-# --- settings, folders, several runs of one command
-
-
-OTHER = {  # of each setting a value that is not the usual one
-    "upstream": "tiny", "wavlm": "some/where", "bert": "else", "precision": "bf16",
-    "lr_frozen": 0.01, "lr_finetune": 1e-4, "weight_decay": 0.0, "batch_size": 8, "dropout": 0.1,
-    "context": 3, "finetune_after": 2, "stop_after": 4, "max_epochs": 7, "condense": "concat",
-    "text_mask": "target", "cma_residual": True, "reset_patience": True, "select": "best",
-    "head_lr": 1e-3, "trim": "all", "head": "linear", "dropout_at": "both", "min_decrease": 0.1,
-    "open": "all",
-}  # fmt: skip
-
-
-def test_a_folders_name_holds_exactly_the_settings_that_are_not_the_usual_ones(
-    monkeypatch, small_corpus, tmp_path, tiny
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    go, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)
-    corpus = data.read_iemocap(small_corpus)
-    cached = {m: data.CachedStates([None] * len(corpus), "cpu") for m in tiny}
-    for name, inputs in (("load_inputs", lambda *a: (tiny, None, cached)), ("train", lambda *a: 0)):
-        monkeypatch.setattr(train, name, inputs)
-    monkeypatch.setattr(data, "read_iemocap", lambda root, problems: corpus)
-    always = {"fusion", "frozen", "fold", "seed"}  # in every name
-    machine = {"iemocap", "corpus", "partial", "out", "cache", "device", "micro_batch", "system"}
-    defaults = vars(train.flags().parse_args([]))
-    assert OTHER.keys() == defaults.keys() - always - machine
+    cross_entropy = F.cross_entropy
+    calls = []
 
-    def folder_of(*flags, root=("--iemocap", str(small_corpus), "--partial")):
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        train.main([*root, "--device", "cpu", *flags])
-        (path,) = (tmp_path / "runs").rglob("config.json")
-        return path.parent.parent.name, json.loads(path.read_text())
+    def sick(*inputs, **options):
+        calls.append(1)
+        factor = float("nan") if len(calls) == 4 else 1  # the last batch of epoch 2
+        return factor * cross_entropy(*inputs, **options)
 
-    assert folder_of()[0] == "mmt-finetuned"
-    for name, value in OTHER.items():
-        flag = ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
-        found, config = folder_of(*flag)
-        assert found == f"mmt-finetuned-{name}={'where' if name == 'wavlm' else value}"
-        assert config[name] == value and config["switches"] == {name: value}
-        usual = {k: defaults[k] for k in OTHER}
-        assert {k: config[k] for k in usual} == usual | {name: value}
-    usual = ("--dropout", "0.5", "--open", "bottom")
-    found, _ = folder_of(*usual, "--fusion", "lf", "--frozen", "--context", "5")
-    assert found == "lf-frozen-context=5"
-    # The toy has usual values of its own.
-    monkeypatch.setattr(data, "write_toy", lambda root: small_corpus)
-    exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path: path.name == "toy.json" or exists(path))
-    assert folder_of(root=())[0] == "mmt-finetuned"
-    assert folder_of("--max-epochs", "7", root=())[0] == "mmt-finetuned-max_epochs=7"
-    assert folder_of("--upstream", "paper", root=())[0] == "mmt-finetuned-upstream=paper"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.F, "cross_entropy", sick)
+        with pytest.raises(InputError, match="the loss is nan in epoch 2.*--lr-frozen"):
+            go("nan", "--fusion", "text-fc")
+    folder = go("nan", "--fusion", "text-fc")  # resumes after epoch 1
+    assert outcome(folder) == outcome(go("no-nan", "--fusion", "text-fc"))
 
 
-def test_the_way_to_trim_and_the_precision_reach_the_states(go, monkeypatch, workplace):
-    asked, load = [], data.load_clips
-    monkeypatch.setattr(data, "load_clips", lambda *a: asked.append(a[1:]) or load(*a))
-    go("trimmed", "--fusion", "audio-fc", "--frozen", "--max-epochs", "1", "--trim", "all")
-    folder = go("bf16", "--fusion", "audio-fc", "--frozen", "--max-epochs", "1",
-                "--precision", "bf16", "--cache", "other-cache")  # fmt: skip
-    assert asked == [("all",), ("leading",)]
-    (states,) = (workplace / "other-cache").iterdir()
-    assert states.name.startswith("audio-bf16-") and "precision=bf16" in str(folder)
+def test_a_test_loss_that_is_not_finite_leaves_no_result(go, monkeypatch, work):
+    measure = train.measure
+
+    def sick(*inputs):
+        result = measure(*inputs)
+        if Scripted.epoch == 4:
+            result["loss"] = float("inf")
+        return result
+
+    monkeypatch.setattr(train, "measure", sick)
+    with pytest.raises(InputError, match="the loss is inf in the test"):
+        go("inf", "--fusion", "text-fc")
+    (folder,) = [path.parent for path in (work / "inf").rglob("checkpoint.pt")]
+    assert not (folder / "result.json").exists()
+    assert not (folder / "predictions.csv").exists()
 
 
-def test_runs_of_one_command_end_as_they_would_alone(go, workplace):
-    """Fine-tuning changes the upstreams, and the next run starts from the pre-trained ones."""
-    go("together", "--system", "13", "14", "--seed", "0", "1")
-    found = {p.parts[-3][:5] + p.parts[-2]: p.parent
-             for p in (workplace / "together").rglob("config.json")}  # fmt: skip
-    assert len(found) == 4
-    for number, kind in (("13", "ef-fr"), ("14", "ef-fi")):
-        for seed in "01":
-            alone = go(f"alone-{number}-{seed}", "--system", number, "--seed", seed)
-            assert timeless(found[f"{kind}fold5-seed{seed}"]) == timeless(alone)
+def test_states_are_computed_without_tf32(go, monkeypatch):
+    """A GPU would compute WavLM's convolutions with fewer bits otherwise."""
+    fill = data.Source.fill
+    found = []
 
+    def watch(source):
+        found.append(torch.backends.cudnn.allow_tf32)
+        fill(source)
 
-# --- at full size (by hand: pytest -m slow)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_one_step_at_full_size(fusion, full_size_upstreams):
-    """WavLM-Large and BERT-base shapes with random weights: a step of each phase on the CPU."""
-    g = torch.Generator().manual_seed(0)
-    raw = {
-        "audio": [0.1 * torch.randn(n, generator=g) for n in (80000, 30000)],
-        "text": ["i hate it", "so do i , and all alone", "lovely party"],
-    }
-    windows = torch.tensor([[-1, -1, -1, -1, 0, 1, 2, -1, -1], [-1, -1, -1, 0, 1, 2, -1, -1, -1]])
-    labels, rows = torch.tensor([2, 1]), torch.tensor([0, 1])
-    config = Config(fusion)
-    upstreams = {m: full_size_upstreams[m] for m in config.modalities}
-    frozen = {}
-    for m, upstream in upstreams.items():
-        with torch.no_grad():
-            x, mask = upstream(raw[m])
-        assert x.shape[2:] == ((25, 1024) if m == "audio" else (13, 768))
-        assert m == "text" or mask.sum(1).tolist() == [249, 93]
-        frozen[m] = lambda rows, x=x, mask=mask: (x[rows].half(), mask[rows])
-    head = EmotionRecognizer(config).train()
-
-    def step(sources, parameters):
-        def everything():
-            found = dict(head.named_parameters())
-            for m, upstream in upstreams.items():
-                found |= {f"{m}.{n}": p for n, p in upstream.model.named_parameters()}
-            return found
-
-        before = {n: p.clone() for n, p in everything().items()}
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-3)
-        logits = head(**data.batch(rows, windows, sources, "cpu"))
-        torch.nn.functional.cross_entropy(logits, labels).backward()
-        optimizer.step()
-        return {n for n, p in everything().items() if not torch.equal(before[n], p)}
-
-    assert step(frozen, head.parameters()) == set(head.state_dict())
-    opened = [p for upstream in upstreams.values() for p in upstream.open("bottom").values()]
-    live = {m: data.live(upstream, raw[m]) for m, upstream in upstreams.items()}
-    bottom = step(live, [*head.parameters(), *opened]) - set(head.state_dict())
-    parts = {"audio": "audio.feature_extractor.", "text": "text.embeddings."}
-    assert {n.split(".", 2)[0] for n in bottom} == set(upstreams)
-    assert all(n.startswith(parts[n.split(".")[0]]) for n in bottom)
-
-
-@pytest.fixture(scope="session")
-def full_size_upstreams(tmp_path_factory):
-    import transformers as hf
-
-    import model
-
-    folder = tmp_path_factory.mktemp("full")
-    words = [f"word{i}" for i in range(20000)]  # a tokenizer that fits BERT's embedding
-    tiny = model.make_tiny_upstreams(str(folder / "tiny"), [" ".join(words)])
-    torch.manual_seed(0)
-    for m, config, cls in (
-        ("audio", hf.WavLMConfig(**model.WAVLM_LARGE), hf.WavLMModel), ("text", hf.BertConfig(), hf.BertModel)
-    ):  # fmt: skip
-        cls(config).save_pretrained(folder / m)
-        loader = hf.AutoFeatureExtractor if m == "audio" else hf.AutoTokenizer
-        loader.from_pretrained(tiny[m]).save_pretrained(folder / m)
-    return {m: Upstream(str(folder / m), m) for m in ("audio", "text")}
-
-
-# --- what a finished run can do: an utterance of your own, pictures
-
-
-def test_an_utterance_of_the_corpus_is_recognized_as_in_the_run(go, small_corpus, tmp_path):
-    """The same probabilities as predictions.csv, by files and words alone."""
-    corpus = data.read_iemocap(small_corpus)
-    for fusion, switch in (("mmt", ()), ("mmt", ("--frozen",)), ("audio-fc", ()), ("text-fc", ())):
-        folder = go(f"own-{fusion}{len(switch)}", "--fusion", fusion, *switch)
-        recognizer = evaluate.Recognizer(folder)
-        with open(folder / "predictions.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        for row in (rows[0], rows[4], rows[-1]):  # at both edges of the dialogue, and within it
-            i = next(i for i, u in enumerate(corpus) if u.id == row["utterance"])
-            texts = [u.text for u in corpus if u.dialog == corpus[i].dialog]
-            k = texts.index(corpus[i].text)
-            p = recognizer.recognize(corpus[i].wav, texts[k], texts[:k], texts[k + 1 :])
-            for c, value in p.items():
-                assert value == pytest.approx(float(row[c]), abs=2e-3 if switch else 2e-5), fusion
-    recognizer.recognize("x.wav", "oh no 1", before=["a"] * 6)
-    said = " ".join(recognizer.remarks)
-    assert "no audio" in said and "4 turns of context are missing" in said and "toy" not in said
-    with pytest.raises(data.InputError, match="--text"):
-        recognizer.recognize("x.wav")
-
-
-def test_long_audio_is_said(go, tmp_path):
-    recognizer = evaluate.Recognizer(go("own-mmt0", "--fusion", "mmt"))
-    write_wav(tmp_path / "long.wav", [0.1, -0.1] * 48000)
-    recognizer.recognize(tmp_path / "long.wav", "oh no")
-    assert "Of 6.0 s of audio, 5 s are used." in recognizer.remarks
-
-
-def test_a_run_that_cannot_be_loaded_is_one_sentence(go):
-    folder = go("broken", "--fusion", "text-fc")
-    path = folder / "config.json"
-    for old, new, message in (
-        ('"text_dim": 64', '"text_dim": 32', "does not fit"),
-        ('"weights": {\n  "text": "', '"weights": {\n  "text": "0', "not the weights"),
-        ('"dim": 16', '"dummy": 16', "does not fit"),
-        ('"upstreams": {\n  "text": "/', '"upstreams": {\n  "text": "/nowhere/', "/nowhere/"),
-    ):
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
-        with pytest.raises((data.InputError), match=message):
-            evaluate.Recognizer(folder)
-        path.write_text(text)
-
-
-def test_pictures_of_an_utterance_hold_what_they_show(go, small_corpus, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    folder = go("own-mmt0", "--fusion", "mmt")
-    figures = []
-    draw = evaluate.figure
-    monkeypatch.setattr(evaluate, "figure", lambda *a: figures.append(draw(*a)) or figures[-1])
-    wav = sorted(small_corpus.rglob("Ses05*.wav"))[0]
-    evaluate.main([
-        str(folder), "--wav", str(wav), "--text", "oh lovely party", "--before", "hate it",
-        "--pictures", str(tmp_path),
-    ])  # fmt: skip
-    assert {p.name for p in tmp_path.iterdir()} == {"gates.png", "attention.png"}
-    gates, attention = figures
-    (ax,) = gates.axes  # three layers, gates of a sigmoid, audio and text
-    assert len(ax.lines) == 2
-    for line in ax.lines:
-        assert len(line.get_ydata()) == 3 and all(0 < y < 1 for y in line.get_ydata())
-    a2t, t2a = attention.axes[:2]
-    assert "audio to text" in a2t.get_title() and "text to audio" in t2a.get_title()
-    frames = (len(data.clip(data.load_wav(wav))) - 340) // 320 + 1  # of the tiny CNN
-    rows, columns = (ax.images[0].get_array() for ax in (a2t, t2a))
-    assert rows.shape == columns.shape == (5, frames)  # [CLS] oh lovely party [SEP]
-    assert abs(rows.sum(axis=1) - 1).max() < 1e-5 and abs(columns.sum(axis=0) - 1).max() < 1e-5
-    words = [t.get_text() for t in a2t.get_yticklabels()]
-    assert words == ["[CLS]", "oh", "lovely", "party", "[SEP]"]
-    assert all("small-partial" in fig.get_suptitle().replace("\n", " ") for fig in figures)
-
-
-def test_a_corpus_in_a_folder_named_toys_is_no_toy(small_corpus, tmp_path):
-    copied = tmp_path / "copy" / "toys"
-    shutil.copytree(small_corpus, copied)
-    name, _ = train.read_corpus(copied, None, True)
-    assert name == "my-toys-partial"
-    (copied / "toy.json").write_text("{}")
-    assert train.read_corpus(copied, None, True)[0] == "toy-toys-partial"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(data.Source, "fill", watch)
+    go("tf32", "--fusion", "ef", script="s")
+    assert found == [False, False]

@@ -1,0 +1,118 @@
+"""Look inside a trained model: draw its gates and its attention for one utterance.
+
+    python -m tests.course.pictures RUN DIR [--wav x.wav] [--text "..."]
+        [--before "..." ...] [--after "..." ...]     needs matplotlib
+
+    gates.png        the gates of squeeze and excitation (S&E), one for each layer
+    attention.png    the weights of Eq. (1), for systems with a cross-modal Transformer
+
+RUN is the folder of a finished run, for example runs/toy/mmt-finetuned/fold5-seed0.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+from evaluate import TABLE_1, Recognizer
+from tests.course.figures import new_figure
+
+
+def describe(run: dict) -> str:
+    """Name the system of a run, and what it was trained on, from its config.json."""
+    system = run["system"]
+    text = f"Sys. {system} ({TABLE_1[system][0]}), trained on {run['title']}"
+    text += f", fold {run['fold']}, seed {run['seed']}"
+    if run["corpus"].startswith("toy"):
+        text += "\nThe toy corpus has tones and made-up sentences, and no speech"
+    return text
+
+
+def draw_gates(recognizer: Recognizer, inputs: dict, path: Path) -> None:
+    """Draw the gates of one utterance over the layers, one line for each modality."""
+    title = "How much does each layer of the upstreams count? S&E gates of one utterance"
+    figure = new_figure(8, 4.5, f"{title}\n{describe(recognizer.run.config)}")
+    ax = figure.add_subplot(
+        xlabel="layer (0: the input of the first Transformer layer)",
+        ylabel="gate (0: closed, 1: open)",
+        ylim=(0, 1),
+    )
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    for modality, (states, mask) in inputs.items():
+        if modality == "audio":
+            se = recognizer.model.extractor["audio"].se
+            gates = se(states, mask)[0]  # (L,)
+        else:
+            # The texts of the window have gates of their own. The target is in its middle.
+            se = recognizer.model.extractor["text"].each_text.se
+            gates = se(states, mask.flatten(0, 1))[mask.shape[1] // 2]  # (L,)
+        ax.plot(gates.numpy(), "o-", label=modality)
+    ax.legend()
+    figure.savefig(path)
+
+
+def draw_attention(
+    recognizer: Recognizer, inputs: dict, tokens: list[str], path: Path
+) -> None:
+    """Draw the weights of Eq. (1), one panel for each cross-modal block.
+
+    tokens   the target's own, as BERT reads them
+    """
+    fusion = recognizer.model.fusion
+    x, mask = recognizer.model.features(**inputs)
+    # X_T is as long as the longest text of the window.
+    n_tokens = x["text"].shape[1]
+    tokens = tokens + ["(context)"] * (n_tokens - len(tokens))
+    title = "Who attends to whom? The weights of Eq. (1) for one utterance"
+    height = 1.2 + (2 + 0.15 * min(n_tokens, 20)) * len(fusion.paths)
+    figure = new_figure(8, height, f"{title}\n{describe(recognizer.run.config)}")
+    axes = figure.subplots(len(fusion.paths), 1, squeeze=False)[:, 0]
+    for ax, (target, source) in zip(axes, fusion.paths, strict=True):
+        block = fusion.blocks[f"{source}-to-{target}"]
+        weights: Tensor = block.attend(x[target], x[source], mask[source])[1][0]
+        equal = 1 / weights.shape[1]
+        if target == "text":
+            title = "CMT(A→T): in each row, a token spreads a weight of 1 over the frames"
+        else:
+            title = "CMT(T→A): in each column, a frame spreads a weight of 1 over the tokens"
+            weights = weights.T  # both panels are (T_T, T_A)
+        image = ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0)
+        figure.colorbar(image, ax=ax, label=f"weight (all equal: {equal:.3f})")
+        every = 1 + n_tokens // 20  # at most 20 labels
+        ax.set_yticks(range(0, n_tokens, every), tokens[::every])
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("frame of the audio, 20 ms each")
+        ax.set_ylabel("token of the text")
+    figure.savefig(path)
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw the gates and the attention.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of one run")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="for the pictures")
+    parser.add_argument("--wav", type=Path, metavar="FILE", help="16-bit mono WAV")
+    parser.add_argument("--text", metavar="WORDS", help="its words")
+    parser.add_argument("--before", nargs="+", default=[], metavar="WORDS")
+    parser.add_argument("--after", nargs="+", default=[], metavar="WORDS")
+    args = parser.parse_args(arguments)
+
+    recognizer = Recognizer(args.run)
+    inputs = recognizer.inputs(args.wav, args.text, args.before, args.after)
+    args.dir.mkdir(parents=True, exist_ok=True)
+    draw_gates(recognizer, inputs, args.dir / "gates.png")
+    print(args.dir / "gates.png")
+    paths = recognizer.model.fusion.paths
+    if all(source not in (None, target) for target, source in paths):
+        upstream = recognizer.upstreams["text"]
+        numbers = upstream.prepare(args.text).tolist()
+        tokens = upstream.preprocessor.convert_ids_to_tokens(numbers)
+        draw_attention(recognizer, inputs, tokens, args.dir / "attention.png")
+        print(args.dir / "attention.png")
+
+
+if __name__ == "__main__":
+    data.run_command(main)

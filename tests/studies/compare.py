@@ -1,0 +1,258 @@
+"""Is the difference between two systems real? The paper has no test of this.
+
+    python -m tests.studies.compare FOLDER_A FOLDER_B
+
+Each folder holds the runs of one system, for example runs/toy/mmt-frozen. A run of A
+and a run of B are a pair if they have the same fold and seed. Both were tested on the
+same utterances. The command answers two questions:
+
+1. How large is the difference, and do all seeds show it? For each pair, B minus A. Over
+   all pairs, the mean and the standard deviation. For each seed, its mean.
+2. Can the difference be an accident of which utterances were tested? McNemar's test and
+   a bootstrap over dialogues. Here each fold has one pair, of its lowest seed, so that
+   each utterance counts once.
+
+Read `mcnemar` and `bootstrap` first. The rest finds the pairs and prints.
+"""
+
+import argparse
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+
+from data import CLASSES, InputError, run_command
+from evaluate import TABLE_1, FinishedRun, confusion_matrix, find_runs, format_table
+
+METRICS = ("wa", "ua")
+DRAWS = 2000
+# The percentile bootstrap is too narrow if there are few things to draw. Ten is a rule
+# of thumb.
+ENOUGH_DIALOGUES = 10
+
+
+# --- The two tests --------------------------------------------------------------------
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Compute the p-value of McNemar's exact test: are A and B right equally often?
+
+    only_a, only_b   utterances that A alone, or B alone, predicts right
+
+    Utterances that both predict right, or both wrong, do not tell the systems apart. If
+    the systems are equally good, each of the others falls to A or to B like a fair
+    coin. p is the probability that so many coins fall at least as unevenly as these
+    did. For 1 to A and 5 to B, at least as uneven are 0, 1, 5 and 6 heads in 6 tosses:
+    14 of the 64 outcomes.
+
+    >>> mcnemar(1, 5) == 14 / 64
+    True
+    """
+    n = only_a + only_b
+    fewer = min(only_a, only_b)
+    outcomes = sum(math.comb(n, heads) for heads in range(fewer + 1))  # of one side
+    # Both sides are equally likely. If the coins fall evenly, the sides overlap.
+    return min(1.0, 2 * outcomes / 2**n)
+
+
+def accuracies(counts: np.ndarray) -> np.ndarray:
+    """Compute WA and UA (2,) of a confusion matrix (4, 4). Its rows are the truth."""
+    size = counts.sum(axis=1)  # (4,)
+    correct = counts.diagonal()  # (4,)
+    recalls = correct[size > 0] / size[size > 0]
+    return np.array([correct.sum() / size.sum(), recalls.mean()])
+
+
+def bootstrap(counts_a: np.ndarray, counts_b: np.ndarray) -> np.ndarray:
+    """Compute the 95 % intervals of B minus A: low and high, for WA and for UA (2, 2).
+
+    counts_a, counts_b   one confusion matrix per dialogue (n, 4, 4)
+
+    How different can the result be with other dialogues of the same kind? We have none,
+    so we draw n dialogues from ours with replacement, the same ones for A and B, and
+    measure the difference on them. We do this 2,000 times. The interval leaves out the
+    lowest and the highest 2.5 % of the differences. This is the percentile bootstrap
+    (Efron and Tibshirani 1993, chapter 13).
+
+    Neighbouring turns are alike, so we draw whole dialogues instead of single
+    utterances.
+    """
+    n = len(counts_a)
+    rng = np.random.default_rng(0)
+    differences = np.zeros((DRAWS, len(METRICS)))
+    for draw in range(DRAWS):
+        drawn = rng.integers(n, size=n)
+        # The confusion matrix of several dialogues is the sum of theirs.
+        a = accuracies(counts_a[drawn].sum(axis=0))
+        b = accuracies(counts_b[drawn].sum(axis=0))
+        differences[draw] = b - a
+    return np.percentile(differences, [2.5, 97.5], axis=0)
+
+
+# --- The pairs ------------------------------------------------------------------------
+
+Pair = tuple[FinishedRun, FinishedRun]
+
+
+def name(run: FinishedRun) -> str:
+    return f"Sys. {run.system} ({TABLE_1[run.system][0]}), {run.title}"
+
+
+def find_pairs(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> list[Pair]:
+    """Pair the runs of two systems by fold and seed, in this order.
+
+    Raises InputError if A or B is a mixture of systems or settings, if there is no
+    pair, or if the two runs of a pair were tested on different utterances.
+    """
+    for letter, runs in (("A", runs_a), ("B", runs_b)):
+        names = sorted({name(run) for run in runs})
+        if len(names) != 1:
+            raise InputError(
+                f"{letter} needs the finished runs of one system, and has {names}"
+            )
+    partners = {(run.fold, run.seed): run for run in runs_b}
+    pairs = []
+    for a in sorted(runs_a, key=lambda run: (run.fold, run.seed)):
+        b = partners.get((a.fold, a.seed))
+        if b is None:
+            continue
+        if tested_on(a) != tested_on(b):
+            raise InputError(f"{a.folder} and {b.folder} have different test data")
+        pairs.append((a, b))
+    if not pairs:
+        raise InputError("A and B have no run of the same fold and seed")
+    return pairs
+
+
+def tested_on(run: FinishedRun) -> list[tuple[str, str]]:
+    return [(row["utterance"], row["label"]) for row in run.predictions]
+
+
+# --- The report -----------------------------------------------------------------------
+
+
+def compare(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> str:
+    """Compare two systems. Raises InputError if they cannot be compared."""
+    pairs = find_pairs(runs_a, runs_b)
+    a, b = pairs[0]
+    corpora = " and ".join(sorted({a.corpus, b.corpus}))
+    return "\n".join(
+        [
+            f"A: {name(a)}",
+            f"B: {name(b)}\n",
+            describe_differences(corpora, pairs),
+            describe_tests(corpora, pairs),
+        ]
+    )
+
+
+def describe_differences(corpora: str, pairs: list[Pair]) -> str:
+    """Format how much the pairs differ, over all of them and for each seed."""
+    seeds = sorted({a.seed for a, _ in pairs})
+    rows = []
+    for metric in METRICS:
+        differences = defaultdict(list)  # by seed
+        for a, b in pairs:
+            points = 100 * (b.result[metric] - a.result[metric])
+            differences[a.seed].append(points)
+        every = [points for seed in seeds for points in differences[seed]]
+        cell = f"{fmean(every):+.2f}"
+        if len(every) > 1:
+            cell += f" ± {stdev(every):.2f}"
+        mean_a = 100 * fmean(a.result[metric] for a, _ in pairs)
+        mean_b = 100 * fmean(b.result[metric] for _, b in pairs)
+        row = [metric.upper(), f"{mean_a:.2f}", f"{mean_b:.2f}", cell]
+        rows.append([*row, *[f"{fmean(differences[seed]):+.2f}" for seed in seeds]])
+    folds = sorted({a.fold for a, _ in pairs})
+    title = (
+        f"{corpora}, in %: mean ± standard deviation over {len(pairs)} pair(s), folds "
+        f"{folds}, seeds {seeds}"
+    )
+    header = ["", "A", "B", "B minus A", *[f"seed {seed}" for seed in seeds]]
+    return (
+        format_table(title, header, rows)
+        + "\nFolds have training data in common, so these pairs are not independent.\n"
+        "Believe a sign that several seeds agree on.\n"
+    )
+
+
+def describe_tests(corpora: str, pairs: list[Pair]) -> str:
+    """Format McNemar's test and the bootstrap, on one pair for each fold."""
+    first = {}  # by fold
+    for a, b in pairs:
+        first.setdefault(a.fold, (a, b))
+
+    only_a = 0
+    only_b = 0
+    guesses = defaultdict(list)  # by dialogue: (truth, guess of A, guess of B)
+    for a, b in first.values():
+        for row_a, row_b in zip(a.predictions, b.predictions, strict=True):
+            labels = (row_a["label"], row_a["prediction"], row_b["prediction"])
+            truth, guess_a, guess_b = [CLASSES.index(label) for label in labels]
+            only_a += guess_a == truth != guess_b
+            only_b += guess_b == truth != guess_a
+            dialog = row_a["utterance"].rpartition("_")[0]
+            guesses[dialog].append((truth, guess_a, guess_b))
+    n = sum(len(rows) for rows in guesses.values())
+    seeds = sorted({a.seed for a, _ in first.values()})
+    p = mcnemar(only_a, only_b)
+    text = (
+        f"{corpora}: one pair for each of {len(first)} fold(s), seeds {seeds}: "
+        f"{n} predictions in {len(guesses)} dialogues\n"
+        f"{corpora}: only A is right in {only_a}, only B in {only_b}. "
+        f"McNemar's exact test: p = {p:.3g}\n"
+    )
+
+    counts_a = []
+    counts_b = []
+    for rows in guesses.values():
+        truth, guess_a, guess_b = zip(*rows, strict=True)
+        counts_a.append(confusion_matrix(truth, guess_a))
+        counts_b.append(confusion_matrix(truth, guess_b))
+    differences = accuracies(sum(counts_b)) - accuracies(sum(counts_a))  # (2,)
+    if len(guesses) < 2:
+        for metric, points in zip(METRICS, 100 * differences, strict=True):
+            text += f"{corpora}: {metric.upper()} of B minus A: {points:+.2f} points\n"
+        return text + "There is no interval, because there is one dialogue.\n"
+
+    low, high = bootstrap(np.array(counts_a), np.array(counts_b))
+    for k, metric in enumerate(METRICS):
+        text += (
+            f"{corpora}: {metric.upper()} of B minus A: "
+            f"{100 * differences[k]:+.2f} points, "
+            f"95 % interval {100 * low[k]:+.2f} to {100 * high[k]:+.2f}"
+        )
+        if low[k] <= 0 <= high[k]:
+            text += " (contains 0: no difference is shown)"
+        text += "\n"
+    few = len(guesses) < ENOUGH_DIALOGUES
+    if few:
+        text += f"With {len(guesses)} dialogues, the intervals cannot be trusted.\n"
+    # Both McNemar's test and the first interval are about WA.
+    shown_by_interval = not low[0] <= 0 <= high[0]
+    if (p < 0.05) != shown_by_interval:
+        belief = "believe neither" if few else "believe the interval"
+        text += (
+            "They disagree about WA: McNemar's test assumes that utterances are "
+            "independent,\nand the interval only that dialogues are. The turns of a "
+            f"dialogue are alike, so {belief}.\n"
+        )
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Compare two systems.")
+    parser.add_argument("a", type=Path, metavar="FOLDER_A", help="runs of one system")
+    parser.add_argument("b", type=Path, metavar="FOLDER_B", help="runs of another")
+    args = parser.parse_args(arguments)
+    runs_a, damaged_a = find_runs(args.a)
+    runs_b, damaged_b = find_runs(args.b)
+    print(compare(runs_a, runs_b))
+    if damaged_a + damaged_b:
+        raise InputError("\n".join(damaged_a + damaged_b))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,75 @@
+"""What does it add to select the epoch on the test session? Never do this in a paper.
+
+    python -m tests.studies.select_on_test --system 17 --fold all --seed 0 1 2
+
+Takes the flags of train.py. The test session takes the place of the development
+speaker, so it decides when fine-tuning starts and when training stops. The log then has
+the result on the test session after every epoch. The command prints that of the last
+epoch, which is not selected, beside that of two selected epochs: the one of the lowest
+loss, and the one of the highest UA.
+
+No test utterance is trained on, so the gain comes from the selection alone. The name of
+the corpus says SELECTED-ON-TEST, and so does every report on these runs.
+"""
+
+import sys
+from pathlib import Path
+from statistics import fmean
+from unittest import mock
+
+import data
+import train
+from evaluate import format_table
+from tests.studies.curves import read_log
+
+MARK = "SELECTED-ON-TEST"
+honest_split = data.split
+honest_read_corpus = train.read_corpus
+
+
+def split_with_test_as_dev(
+    corpus: list[data.Utterance], fold: int, seed: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Split as data.split does, but with the test session in place of the dev speaker.
+
+    The development speaker stays out of training, so the training data is the same.
+    """
+    train_rows, _, test_rows = honest_split(corpus, fold, seed)
+    return train_rows, test_rows, test_rows
+
+
+def read_marked_corpus(args) -> tuple[str, list[data.Utterance]]:
+    name, corpus = honest_read_corpus(args)
+    return f"{name}-{MARK}", corpus
+
+
+def describe_selection(folders: list[Path], corpus: str) -> str:
+    """Format the UA of the last epoch beside the UA of two selected ones, in %."""
+    rows = []
+    for folder in folders:
+        log = read_log(folder / "log.jsonl")
+        lowest_loss = min(log, key=lambda row: row["dev_loss"])
+        highest_ua = max(log, key=lambda row: row["dev_ua"])
+        uas = [100 * row["dev_ua"] for row in (log[-1], lowest_loss, highest_ua)]
+        rows.append((f"{folder.parent.name}, {folder.name}", *uas))
+    columns = list(zip(*rows, strict=True))[1:]
+    rows.append(("mean", *[fmean(column) for column in columns]))
+    header = ["run", "last epoch", "lowest test loss", "highest test UA"]
+    cells = [[name, *[f"{ua:.2f}" for ua in uas]] for name, *uas in rows]
+    return format_table(f"{corpus}: UA on the test session, in %", header, cells)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with (
+        mock.patch.object(data, "split", split_with_test_as_dev),
+        mock.patch.object(train, "read_corpus", read_marked_corpus),
+    ):
+        train.main(arguments)
+    out = train.parse_args(arguments).out
+    for corpus in sorted(out.glob(f"*-{MARK}")):
+        print(describe_selection(sorted(corpus.glob("*/fold*-seed*")), corpus.name))
+
+
+if __name__ == "__main__":
+    data.run_command(main)
