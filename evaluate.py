@@ -122,17 +122,29 @@ TABLE_2 = {
 }
 
 
-def table(name: str, runs: list["FinishedRun"], published: dict) -> str:
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, as read from the files of its folder."""
+
+    folder: Path
+    config: dict
+    result: dict
+    predictions: list[dict[str, str]]  # one row per test utterance
+
+
+Runs = list[FinishedRun]
+
+
+def table(name: str, runs: Runs, published: dict) -> str:
     """Format WA and UA in %: mean ± standard deviation over the folds, a row per system.
 
     runs        of one title, at least one. The seeds of a fold are averaged first.
     published   TABLE_1 or TABLE_2, set beside ours on IEMOCAP
     """
-    header = ["Sys.", "model", "folds", "runs", "WA", "UA"]
+    rows = [["Sys.", "model", "folds", "runs", "WA", "UA"]]
     on_iemocap = runs[0].config["corpus"] == "iemocap"
     if on_iemocap:
-        header += ["paper's WA", "paper's UA"]
-    rows = []
+        rows[0] += ["paper's WA", "paper's UA"]
     for system, group in grouped(runs, "system").items():
         model, *papers = published[system]
         folds = grouped(group, "fold")
@@ -150,10 +162,10 @@ def table(name: str, runs: list["FinishedRun"], published: dict) -> str:
             row += [f"{number:.2f}" for number in papers]
         rows.append(row)
     title = runs[0].config["title"]
-    return format_table(f"{name}, {title}, in %: mean ± sd over folds", header, rows)
+    return format_table(f"{name}, {title}, in %: mean ± sd over folds", rows)
 
 
-def grouped(runs: list["FinishedRun"], key: str) -> dict:
+def grouped(runs: Runs, key: str) -> dict:
     """Group runs by their "title", "system" or "fold", in order."""
     groups = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.config[key]):
@@ -161,21 +173,20 @@ def grouped(runs: list["FinishedRun"], key: str) -> dict:
     return groups
 
 
-def format_table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """Format rows of strings as an aligned Markdown table below its title."""
-    widths = [len(cell) for cell in header]
-    for row in rows:
-        for column, cell in enumerate(row):
-            widths[column] = max(widths[column], len(cell))
+def format_table(title: str, rows: list[list[str]]) -> str:
+    """Format rows of strings, the header first, as an aligned Markdown table."""
+    widths = []
+    for column in zip(*rows, strict=True):
+        widths.append(max(len(cell) for cell in column))
     rule = ["-" * width for width in widths]
     text = f"{title}\n\n"
-    for row in [header, rule, *rows]:
+    for row in [rows[0], rule, *rows[1:]]:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         text += "| " + " | ".join(cells) + " |\n"
     return text
 
 
-def print_tables(runs: list["FinishedRun"]) -> None:
+def print_tables(runs: Runs) -> None:
     """Print Table 1 for each corpus and each choice of settings, and Table 2 on IEMOCAP."""
     for group in grouped(runs, "title").values():
         print(table("Table 1", group, TABLE_1))
@@ -186,30 +197,10 @@ def print_tables(runs: list["FinishedRun"]) -> None:
                 print(table("Table 2, Session 5", chosen, TABLE_2))
 
 
-def describe(result: dict) -> str:
-    """Format the test of one run: WA, UA and the confusion matrix."""
-    corpus = result["corpus"]
-    counts = np.array(result["confusion"])  # (4, 4)
-    size = counts.sum(axis=1)  # (4,)
-    # Without any learning, a system can always answer the largest class.
-    chance = size.max() / size.sum()
-    text = (
-        f"{corpus}: WA {result['wa']:.2%}, UA {result['ua']:.2%} on {result['n_test']} "
-        f"test utterances of session {result['fold']}, after {result['epochs']} epochs\n"
-        f"{corpus}: the largest class alone has a WA of {chance:.2%}\n\n"
-    )
-    rows = []
-    for name, row, n in zip(CLASSES, counts, size, strict=True):
-        fractions = [f"{fraction:.2f}" for fraction in row / max(n, 1)]
-        rows.append([name, *fractions, str(n)])
-    title = f"{corpus}: fraction of each class (row) that is predicted as (column)"
-    return text + format_table(title, ["class", *CLASSES, "n"], rows)
-
-
 # --- Fig. 4 (§4.2) --------------------------------------------------------------------
 
 
-def draw_confusions(runs: list["FinishedRun"], path: Path) -> None:
+def draw_confusions(runs: Runs, path: Path) -> None:
     """Draw Fig. 4: one confusion matrix per run, each row divided by its sum."""
     try:
         from matplotlib.figure import Figure
@@ -220,40 +211,39 @@ def draw_confusions(runs: list["FinishedRun"], path: Path) -> None:
     axes = figure.subplots(1, len(runs), squeeze=False)[0]
     for ax, run in zip(axes, runs, strict=True):
         counts = np.array(run.result["confusion"])  # (4, 4)
-        size = counts.sum(axis=1, keepdims=True)  # (4, 1)
-        fractions = counts / size.clip(min=1)
+        size = counts.sum(axis=1)  # (4,)
+        fractions = counts / size.clip(min=1).reshape(4, 1)
         ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
         for (row, column), fraction in np.ndenumerate(fractions):
             colour = "white" if fraction > 0.5 else "black"
             ax.text(column, row, f"{fraction:.2f}", color=colour, ha="center")
         system = run.config["system"]
-        ax.set_title(
-            f"Sys. {system} (UA: {run.result['ua']:.2%})\n{TABLE_1[system][0]}, "
-            f"fold {run.config['fold']}, seed {run.config['seed']}"
+        ax.set(
+            title=f"Sys. {system} (UA: {run.result['ua']:.2%})\n{TABLE_1[system][0]}, "
+            f"fold {run.config['fold']}, seed {run.config['seed']}",
+            xticks=range(4),
+            xticklabels=CLASSES,
+            xlabel="Predictions",
+            yticks=range(4),
+            yticklabels=[
+                f"{name}\nn = {n}" for name, n in zip(CLASSES, size, strict=True)
+            ],
+            ylabel="Groundtruth",
         )
-        labels = [
-            f"{name}\nn = {n}" for name, n in zip(CLASSES, size.flat, strict=True)
-        ]
-        ax.set_xticks(range(4), CLASSES)
-        ax.set_yticks(range(4), labels)
-        ax.set_xlabel("Predictions")
-        ax.set_ylabel("Groundtruth")
     figure.savefig(path)
 
 
-def draw(runs: list["FinishedRun"], folder: Path) -> None:
+def draw(runs: Runs, folder: Path) -> None:
     """Draw a picture for each corpus and each choice of settings, and print its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (title, group) in enumerate(grouped(runs, "title").items(), 1):
+    for title, group in grouped(runs, "title").items():
         # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. Without them, draw the first
         # four.
         session_5 = grouped(grouped(group, "fold")[5], "system")
-        panels = [
-            session_5[system][0] for system in (4, 8, 18, 7) if system in session_5
-        ]
-        path = folder / f"confusions-{number}.png"
+        panels = [session_5[n][0] for n in (4, 8, 18, 7) if n in session_5]
+        path = folder / f"{title}.png"
         draw_confusions(panels or group[:4], path)
-        print(f"{path}: {title}")
+        print(path)
 
 
 # --- An utterance of your own ---------------------------------------------------------
@@ -273,9 +263,7 @@ class Recognizer:
     def __init__(self, folder: str | Path):
         self.run = read_run(Path(folder))
         config = self.run.config
-        state = load_checkpoint(
-            self.run.folder / "checkpoint.pt", {key: config[key] for key in RUN_KEYS}
-        )
+        state = load_checkpoint(self.run.folder / "checkpoint.pt", config)
         self.model = EmotionRecognizer(Config(**config["model"])).eval()
         self.model.load_state_dict(state["model"])
         self.upstreams = {}
@@ -283,10 +271,8 @@ class Recognizer:
             upstream = load_upstream(name, modality, config["settings"]["precision"])
             if upstream.checksum != config["weights"][modality]:
                 raise InputError(f"{name}: it has changed since {folder} was trained")
-            # strict=False: the checkpoint has only the weights that fine-tuning
-            # changed.
-            weights = state["upstreams"][modality]
-            upstream.model.load_state_dict(weights, strict=False)
+            # The checkpoint has only the weights that fine-tuning has changed.
+            upstream.load_state_dict(state["upstreams"][modality], strict=False)
             self.upstreams[modality] = upstream
 
     @torch.no_grad()
@@ -310,85 +296,49 @@ class Recognizer:
         probabilities = self.model(**inputs)[0].softmax(dim=0)
         return dict(zip(CLASSES, probabilities.tolist(), strict=True))
 
-    def inputs(
-        self,
-        wav: str | Path | None,
-        text: str | None,
-        before: Sequence,
-        after: Sequence,
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Make the arguments of the model from one utterance, as in training."""
-        given = {"audio": wav, "text": text}
-        if {m for m in given if given[m] is not None} != self.upstreams.keys():
-            used = " and ".join(self.upstreams)
+    def inputs(self, wav, text, before, after) -> dict:
+        """Make the arguments of the model, as for an utterance of a corpus in training."""
+        hears = "audio" in self.upstreams
+        reads = "text" in self.upstreams
+        if (wav is not None) != hears or (text is not None) != reads:
             raise InputError(
-                f"{self.run.folder} uses {used}: give --wav or --text for that"
+                f"{self.run.folder}: --wav and --text must be what this system uses: "
+                f"{' and '.join(self.upstreams)}"
             )
-        inputs = {}
-        if wav is not None:
-            waveform = data.clip(data.load_wav(wav))
-            inputs["audio"] = self.gather("audio", [waveform], torch.tensor([0]))
-        if text is not None:
-            # The window has the target in the middle, and None where there is no turn.
-            size = self.model.config.n_context
-            edge = [None] * (size // 2)
-            turns = [*edge, *before, text, *after, *edge]
-            window = turns[len(before) : len(before) + size]
-            exists = torch.tensor([turn is not None for turn in window])
-            rows = torch.where(exists, torch.arange(size), -1)
-            inputs["text"] = self.gather("text", window, rows.unsqueeze(0))
-        return inputs
 
-    def gather(self, modality: str, raw: list, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute states and mask of clips or texts, as data.gather does in training."""
-        upstream = self.upstreams[modality]
+        def hear(rows: list[int]) -> list[Tensor]:
+            upstream = self.upstreams["audio"]
+            return upstream([upstream.prepare(data.clip(data.load_wav(wav)))])
 
-        def source(rows: list[int]) -> list[Tensor]:
-            return upstream([upstream.prepare(raw[row]) for row in rows])
+        def read(rows: list[int]) -> list[Tensor]:
+            upstream = self.upstreams["text"]
+            return upstream([upstream.prepare(turns[row]) for row in rows])
 
-        return data.gather(source, rows, "cpu")
+        # The turns are a dialogue. What is heard and read of it depends on the system.
+        turns = [*before, text, *after]
+        dialog = [Utterance("", 1, "", "", 0.0, 0.0, turn, "", None) for turn in turns]
+        windows = data.context_windows(dialog, self.model.config.n_context)
+        sources = {}
+        if hears:
+            sources["audio"] = hear
+        if reads:
+            sources["text"] = read
+        return data.batch(torch.tensor([len(before)]), windows, sources, "cpu")
 
 
-def load_upstream(
-    name: str, modality: str, precision: str, device: str = "cpu"
-) -> Upstream:
+def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     """Load an upstream. Raises InputError if it cannot be loaded, or is not known."""
     try:
-        return Upstream(name, modality, precision).to(device)
+        return Upstream(name, modality, precision)
     except (OSError, ValueError) as problem:
-        flag = {"audio": "--wavlm", "text": "--bert"}[modality]
         reason = " ".join(str(problem).split())
         raise InputError(
-            f"{flag} {name}: {reason:.300}. Give the folder of a whole {modality} encoder, "
-            "or its name on the Hugging Face hub"
+            f"{modality} encoder {name}: {reason:.300}. Give --wavlm or --bert the name or "
+            "the folder of a whole encoder"
         ) from problem
 
 
-def print_answer(recognizer: Recognizer, args: argparse.Namespace) -> None:
-    """Print the classes by probability."""
-    answer = recognizer.recognize(args.wav, args.text, args.before, args.after)
-    ranked = sorted(answer, key=answer.get, reverse=True)
-    title = recognizer.run.config["title"]
-    print(f"{title}: " + ", ".join(f"{name} {answer[name]:.1%}" for name in ranked))
-    if recognizer.run.config["corpus"] == "toy":
-        print(f"{title}: this model learned from tones. It is useless for real speech")
-
-
 # --- The files of a run ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run, as read from the files of its folder."""
-
-    folder: Path
-    config: dict
-    result: dict
-    predictions: list[dict[str, str]]  # one row per test utterance
-
-
-# These tell a run from the others, in config.json, result.json and checkpoint.pt.
-RUN_KEYS = ("corpus", "fusion", "frozen", "fold", "seed")
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -399,45 +349,35 @@ def read_run(folder: Path) -> FinishedRun:
     truth = [CLASSES.index(row["label"]) for row in predictions]
     guesses = [CLASSES.index(row["prediction"]) for row in predictions]
     expected = metrics(truth, guesses)
-    expected["n_test"] = len(predictions)
-    for key in RUN_KEYS:
-        expected[key] = config.get(key)
+    for key in ("corpus", "fusion", "frozen", "fold", "seed"):
+        expected[key] = config[key]
     for key, value in expected.items():
-        if value is None or result.get(key) != value:
-            raise InputError(
-                f"{folder}: damaged, {key} is {result.get(key)} in result.json and {value} "
-                "in its other files"
-            )
+        if result[key] != value:
+            raise InputError(f"{folder}: damaged, its files disagree about {key}")
     return FinishedRun(folder, config, result, predictions)
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON file of a run. Raises InputError if it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as problem:
         raise InputError(f"{path}: damaged, {problem}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged, expected an object")
-    return content
 
 
 def write_predictions(
     path: Path, utterances: list[Utterance], log_probs: Tensor
 ) -> None:
     """Write predictions.csv: one row per test utterance, with log_probs (n, 4)."""
-    # Careful: the prediction comes before exp and rounding, which can make two numbers
-    # equal.
-    guesses = log_probs.argmax(dim=1).tolist()
-    probabilities = log_probs.exp().tolist()
+    rows = [["utterance", "speaker", "label", "prediction", *CLASSES]]
+    for u, row in zip(utterances, log_probs, strict=True):
+        # Careful: exp and rounding can make the two largest numbers equal.
+        prediction = CLASSES[row.argmax()]
+        probabilities = [f"{p:.6f}" for p in row.exp().tolist()]
+        rows.append([u.id, u.speaker, CLASSES[u.label], prediction, *probabilities])
     with data.write_whole(path) as part:
         with part.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["utterance", "speaker", "label", "prediction", *CLASSES])
-            for u, guess, row in zip(utterances, guesses, probabilities, strict=True):
-                rounded = [f"{p:.6f}" for p in row]
-                answers = [CLASSES[u.label], CLASSES[guess]]
-                table.writerow([u.id, u.speaker, *answers, *rounded])
+            csv.writer(file).writerows(rows)
 
 
 def read_predictions(path: Path) -> list[dict[str, str]]:
@@ -454,7 +394,10 @@ def read_predictions(path: Path) -> list[dict[str, str]]:
 
 
 def load_checkpoint(path: Path, run: dict) -> dict:
-    """Load checkpoint.pt on the CPU. Raises InputError if it is damaged or of another run."""
+    """Load checkpoint.pt on the CPU. Raises InputError if it is damaged or of another run.
+
+    run   corpus, fusion, frozen, fold and seed, for example from config.json
+    """
     try:
         # Careful: torch.load does not look at the checksums in the file.
         with zipfile.ZipFile(path) as archive:
@@ -463,42 +406,41 @@ def load_checkpoint(path: Path, run: dict) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
         problem = error
-    if problem is None and state.get("run") != run:
-        problem = f"it is of the run {state.get('run')}"
+    if problem is None and not state["run"].items() <= run.items():
+        problem = f"it is of the run {state['run']}"
     if problem is not None:
         raise InputError(
-            f"{path} is damaged: {problem}. Restore it from a copy, or move it elsewhere to "
+            f"{path}: damaged, {problem}. Restore it from a copy, or move it elsewhere to "
             "start this run again"
         )
     return state
 
 
-def find_runs(root: Path) -> tuple[list[FinishedRun], list[str]]:
-    """Find the runs in a folder. Returns the finished ones, and a line for each damaged one.
+def find_runs(root: Path) -> tuple[Runs, list[str]]:
+    """Find the runs in a folder: the finished ones, and a line for each that is left out.
 
     Prints a line for each run that is not finished. Raises InputError if there is no run.
     """
-    folders = [root, *sorted(root.rglob("fold*-seed*"))]
-    folders = [folder for folder in folders if (folder / "config.json").exists()]
-    if not folders:
-        raise InputError(f"{root}: no run in it. train.py --out names where runs are")
     runs = {}
-    damaged = []
-    for folder in folders:
+    problems = []
+    folders = {path.parent for path in root.rglob("log.jsonl")}
+    folders |= {path.parent for path in root.rglob("result.json")}
+    for folder in sorted(folders):
         if not (folder / "result.json").exists():
             print(f"{folder}: not finished. The same train.py command goes on")
             continue
         try:
             run = read_run(folder)
         except (InputError, OSError) as problem:
-            damaged.append(str(problem))
+            problems.append(str(problem))
             continue
         key = tuple(run.config[name] for name in ("title", "system", "fold", "seed"))
-        if key in runs:
-            damaged.append(f"{folder}: left out, a duplicate of {runs[key].folder}")
-        else:
-            runs[key] = run
-    return list(runs.values()), damaged
+        first = runs.setdefault(key, run)
+        if first is not run:
+            problems.append(f"{folder}: left out, a duplicate of {first.folder}")
+    if not folders:
+        raise InputError(f"{root}: no run in it. train.py has the flag --out")
+    return list(runs.values()), problems
 
 
 # --- The commands ---------------------------------------------------------------------
@@ -521,15 +463,21 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     if args.command == "recognize":
-        print_answer(Recognizer(args.run), args)
+        recognizer = Recognizer(args.run)
+        answer = recognizer.recognize(args.wav, args.text, args.before, args.after)
+        title = recognizer.run.config["title"]
+        for name, probability in answer.items():
+            print(f"{title}: {name} {probability:.1%}")
+        if recognizer.run.config["corpus"] == "toy":
+            print("toy: this model has learned from tones, and knows nothing of speech")
         return
-    runs, damaged = find_runs(args.runs)
+    runs, problems = find_runs(args.runs)
     if args.command == "tables":
         print_tables(runs)
     else:
         draw(runs, args.dir)
-    if damaged:
-        raise InputError("\n".join(damaged))
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 if __name__ == "__main__":

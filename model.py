@@ -424,6 +424,7 @@ class Upstream(nn.Module):
 
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
         super().__init__()
+        self.name = name
         self.modality = modality
         self.precision = precision
         self.preprocessor, self.model = load_pretrained(name, modality)
@@ -445,9 +446,6 @@ class Upstream(nn.Module):
             # §3.2: 512 tokens.
             # PAPER-ERROR [E9]: §3.2 says "512 words" too. BERT's limit is in tokens.
             self.max_tokens = min(512, room)
-        self.name = name
-        if Path(name).is_dir():
-            self.name = str(Path(name).resolve())
         self.checksum = self.compute_checksum()
 
     def train(self, mode: bool = True) -> "Upstream":
@@ -684,51 +682,40 @@ def main() -> None:
     argparse.ArgumentParser(description=main.__doc__).parse_args()
     import transformers
 
-    wavlm_config = transformers.WavLMConfig(**WAVLM_LARGE)
+    def show(name: str, module: nn.Module, shape: str = "") -> None:
+        count = sum(parameter.numel() for parameter in module.parameters())
+        if count > 0:
+            print(f"{name:45} {shape:18} {count:>11,}")
+
+    print(f"{'block':45} {'output':18} {'parameters':>11}")
     # The device "meta" has shapes and no memory, so nothing is downloaded or computed.
     with torch.device("meta"):
-        wavlm = transformers.WavLMModel(wavlm_config)
+        wavlm = transformers.WavLMModel(transformers.WavLMConfig(**WAVLM_LARGE))
         bert = transformers.BertModel(transformers.BertConfig())
-    print(f"{'upstream':48} {'parameters':>11}")
-    for title, module in [
-        ("WavLM-Large", wavlm),
-        ("  CNN encoder: opened by fine-tuning", wavlm.feature_extractor),
-        ("BERT-base", bert),
-        ("  input embeddings: opened by fine-tuning", bert.embeddings),
-    ]:
-        print(f"{title:48} {count_parameters(module):>11,}")
+    show("WavLM-Large", wavlm)
+    show("  of it, opened by fine-tuning", wavlm.feature_extractor)
+    show("BERT-base", bert)
+    show("  of it, opened by fine-tuning", bert.embeddings)
 
-    # A batch of two utterances: two clips of 5 s, and two windows of nine texts of 20
-    # tokens.
-    frames = frame_count(5 * 16000, wavlm_config)
-    audio_mask = torch.ones(2, frames, dtype=torch.bool)
-    audio = torch.zeros(2 * frames, 25, 1024)
-    text_mask = torch.ones(2, 9, 20, dtype=torch.bool)
-    text = torch.zeros(2 * 9 * 20, 13, 768)
-
-    # Each module notes the shape of its output when it is called.
     recognizer = EmotionRecognizer(Config())
-    shapes = {}
+    names = {module: name for name, module in recognizer.named_modules()}
 
-    def note_shape(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
         if isinstance(output, tuple):
-            output = output[0]  # the textual extractor returns a mask, too
-        shapes[module] = str(tuple(output.shape))
+            output = output[0]  # X_T comes with its mask
+        show(names[module] or "EmotionRecognizer", module, str(tuple(output.shape)))
 
-    for module in recognizer.modules():
-        module.register_forward_hook(note_shape)
+    # Every block prints its line when it is called, so the lines are in the order of
+    # the data. The batch has two clips of 5 s, and two windows of nine texts of 20
+    # tokens.
+    for module in names:
+        module.register_forward_hook(hook)
+    frames = frame_count(5 * 16000, wavlm.config)
+    audio_mask = torch.ones(2, frames, dtype=torch.bool)
+    text_mask = torch.ones(2, 9, 20, dtype=torch.bool)
+    audio = torch.zeros(2 * frames, 25, 1024)
+    text = torch.zeros(2 * 9 * 20, 13, 768)
     recognizer((audio, audio_mask), (text, text_mask))
-
-    print(f"\n{'block of MMT':48} {'output':18} {'parameters':>11}")
-    for name, module in recognizer.named_modules():
-        count = count_parameters(module)
-        if count > 0:
-            title = "  " * name.count(".") + (name or "EmotionRecognizer")
-            print(f"{title:48} {shapes.get(module, ''):18} {count:>11,}")
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 if __name__ == "__main__":

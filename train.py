@@ -38,8 +38,10 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from data import InputError, Source, Utterance
+from data import Corpus, InputError, Source
 from model import FUSIONS, Config, EmotionRecognizer, make_tiny_upstreams
+
+Sources = dict[str, Source]  # by modality: "audio", "text"
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,7 @@ def measure(model: nn.Module, batch: Callable, rows: Tensor, args: Namespace) ->
     return {"loss": loss, "log_probs": log_probs, **metrics}
 
 
-def start_finetuning(
-    model: nn.Module, sources: dict[str, Source], args: Namespace
-) -> AdamW:
+def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> AdamW:
     """Open the bottom of the upstreams (§2.4). Returns the optimizer of the second phase."""
     parameters = list(model.parameters())
     for source in sources.values():
@@ -165,9 +165,7 @@ def start_finetuning(
     return AdamW(parameters, args.lr_finetune, weight_decay=args.weight_decay)
 
 
-def train(
-    args: Namespace, run: Run, corpus: list[Utterance], sources: dict[str, Source]
-) -> None:
+def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     """Train one system on one fold with one seed, and test it.
 
     args      what the user asks for
@@ -176,8 +174,7 @@ def train(
     If the run's folder has a checkpoint, training goes on after it. Raises InputError if the
     folder is of another run, or if a loss is not finite.
     """
-    folder = args.out / run.corpus / system_name(args, run)
-    folder = folder / f"fold{run.fold}-seed{run.seed}"
+    folder = run_folder(args, run)
     config = describe_run(args, run, corpus, sources)
     claim(folder, config)
     if (folder / "result.json").exists():
@@ -188,10 +185,10 @@ def train(
     parts = data.split(corpus, run.fold, run.seed)
     train_rows, dev_rows, test_rows = [torch.tensor(part) for part in parts]
     dev_speaker = corpus[dev_rows[0]].speaker
-    print(f"\n{run.corpus}: {folder}")
     print(
-        f"{run.corpus}: {len(train_rows)} utterances to train on, {len(dev_rows)} of "
-        f"{dev_speaker} to develop, {len(test_rows)} of session {run.fold} to test"
+        f"\n{run.corpus}: {folder}\n{run.corpus}: train on {len(train_rows)} utterances, "
+        f"develop on {len(dev_rows)} of {dev_speaker}, test on {len(test_rows)} of session "
+        f"{run.fold}"
     )
     labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])
     windows = data.context_windows(corpus, args.context)
@@ -263,7 +260,14 @@ def train(
             "seconds": time.perf_counter() - started,
         }
         log.append(row)
-        save(folder, run, log, model, sources, optimizer)
+        state = {
+            "run": asdict(run),
+            "log": log,
+            "model": model.state_dict(),
+            "upstreams": {m: source.state_dict() for m, source in sources.items()},
+            "optimizer": optimizer.state_dict(),
+        }
+        save(folder, state)
         print_epoch(run.corpus, row, args)
 
     # "The last model is selected and then evaluated" (§3.2). This is the first time
@@ -287,7 +291,10 @@ def train(
         "seconds": sum(row["seconds"] for row in log),
     }
     write_json(folder / "result.json", result)
-    print(evaluate.describe(result))
+    print(
+        f"{run.corpus}: WA {test['wa']:.2%}, UA {test['ua']:.2%} on {len(test_rows)} "
+        f"utterances of session {run.fold}, after {len(log)} epochs"
+    )
     for source in sources.values():
         source.close()
 
@@ -325,26 +332,28 @@ def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
 # --- The files of a run ---------------------------------------------------------------
 
 
-def system_name(args: Namespace, run: Run) -> str:
-    """Name a system, with the settings that differ from the defaults of its corpus."""
+def run_folder(args: Namespace, run: Run) -> Path:
+    """Name the folder of a run, by its system and all settings that are not defaults."""
     phases = "frozen" if run.frozen else "finetuned"
-    return "-".join([run.fusion, phases, *args.changed])
+    system = "-".join([run.fusion, phases, *args.changed])
+    return args.out / run.corpus / system / f"fold{run.fold}-seed{run.seed}"
 
 
-def describe_run(
-    args: Namespace, run: Run, corpus: list[Utterance], sources: dict[str, Source]
-) -> dict:
+def describe_run(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> dict:
     """Collect all that tells this run from another, for config.json."""
-    upstreams = {modality: source.upstream for modality, source in sources.items()}
     model = {
         "fusion": run.fusion,
         "n_context": args.context,
         "dropout": args.dropout,
         "cma_residual": args.cma_residual,
     }
-    for modality, upstream in upstreams.items():
-        model[f"{modality}_layers"] = upstream.n_layers
-        model[f"{modality}_dim"] = upstream.dim
+    upstreams = {}
+    weights = {}
+    for modality, source in sources.items():
+        model[f"{modality}_layers"] = source.upstream.n_layers
+        model[f"{modality}_dim"] = source.upstream.dim
+        upstreams[modality] = source.upstream.name
+        weights[modality] = source.upstream.checksum
     return {
         **asdict(run),
         "system": SYSTEMS.index((run.fusion, run.frozen)) + 1,
@@ -352,8 +361,8 @@ def describe_run(
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "model": model,
         "utterances": data.checksum(corpus),
-        "weights": {m: upstream.checksum for m, upstream in upstreams.items()},
-        "upstreams": {m: upstream.name for m, upstream in upstreams.items()},
+        "weights": weights,
+        "upstreams": upstreams,
     }
 
 
@@ -372,29 +381,15 @@ def claim(folder: Path, config: dict) -> None:
             )
 
 
-def save(
-    folder: Path,
-    run: Run,
-    log: list[dict],
-    model: nn.Module,
-    sources: dict[str, Source],
-    optimizer: AdamW,
-) -> None:
+def save(folder: Path, state: dict) -> None:
     """Write checkpoint.pt, and log.jsonl for people."""
-    state = {
-        "run": asdict(run),
-        "log": log,
-        "model": model.state_dict(),
-        "upstreams": {m: source.state_dict() for m, source in sources.items()},
-        "optimizer": optimizer.state_dict(),
-    }
     # Into memory first: so a full disk is an OSError, and leaves no torn file.
     content = io.BytesIO()
     torch.save(state, content)
     with data.write_whole(folder / "checkpoint.pt") as part:
         part.write_bytes(content.getvalue())
     with data.write_whole(folder / "log.jsonl") as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in log))
+        part.write_text("".join(json.dumps(row) + "\n" for row in state["log"]))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -521,8 +516,6 @@ def parse_args(arguments: list[str] | None) -> Namespace:
     args = parser.parse_args(arguments)
     if args.iemocap and args.corpus:
         parser.error("--corpus: give either --iemocap or --corpus")
-    if args.partial and not args.iemocap:
-        parser.error("--partial: add --iemocap DIR")
     if args.frozen and args.system:
         parser.error("--frozen: leave it out, the odd numbers of --system are frozen")
     if args.context % 2 == 0:
@@ -546,7 +539,7 @@ def parse_args(arguments: list[str] | None) -> Namespace:
     return args
 
 
-def read_corpus(args: Namespace) -> tuple[str, list[Utterance]]:
+def read_corpus(args: Namespace) -> tuple[str, Corpus]:
     """Read the corpus: its name in reports, and its utterances.
 
     Raises InputError with every problem of it.
@@ -588,7 +581,7 @@ def chosen_systems(args: Namespace) -> list[tuple[str, bool]]:
     return [SYSTEMS[int(number) - 1] for number in args.system]
 
 
-def chosen_folds(args: Namespace, corpus: list[Utterance]) -> list[int]:
+def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
     """List the folds to train on. Raises InputError for a fold that cannot be split."""
     folds = args.fold
     if "all" in folds:
@@ -598,7 +591,7 @@ def chosen_folds(args: Namespace, corpus: list[Utterance]) -> list[int]:
     return folds
 
 
-def load_sources(args: Namespace, corpus: list[Utterance]) -> dict[str, Source]:
+def load_sources(args: Namespace, corpus: Corpus) -> Sources:
     """Load the upstreams that the chosen systems use, and fill the cache: by modality."""
     # Careful: otherwise a GPU computes WavLM's convolutions with 10 bits instead of 23.
     torch.backends.cudnn.allow_tf32 = False
@@ -610,6 +603,7 @@ def load_sources(args: Namespace, corpus: list[Utterance]) -> dict[str, Source]:
         if not folder.exists():
             with data.write_whole(folder) as part:
                 make_tiny_upstreams(part, [u.text for u in corpus])
+        folder = folder.resolve()
         names = {"audio": str(folder / "audio"), "text": str(folder / "text")}
 
     used = set()
@@ -640,6 +634,7 @@ def main(arguments: list[str] | None = None) -> None:
             for seed in args.seed:
                 run = Run(name, fusion, frozen, fold, seed)
                 train(args, run, corpus, used)
+    print(f"For tables of all runs: python evaluate.py tables {args.out}")
 
 
 if __name__ == "__main__":

@@ -100,17 +100,15 @@ def test_lines_and_files_that_are_no_utterances_are_skipped(tmp_path):
     assert [u.text for u in read(tmp_path)] == ["words [LAUGHTER] here"]
 
 
-@pytest.mark.parametrize("name", ["session1", "SESSION1", "Session1"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_dress_of_files_and_folders_does_not_matter(name, end, mark, tmp_path):
+def test_line_ends_and_byte_order_marks_do_not_matter(end, mark, tmp_path):
     turns = [("F000", 0, 0.1, "neu", "hm"), ("M000", 1, 1.1, "sad", "so \t  it is")]
     session = write_dialog(tmp_path, "Ses01F_impro01", turns)
     for folder in ("EmoEvaluation", "transcriptions"):
         path = session / "dialog" / folder / "Ses01F_impro01.txt"
         change(path, b"\n", end)
         path.write_bytes(mark + path.read_bytes())
-    session.rename(tmp_path / name)
     found = [(u.session, u.text, u.emotion) for u in read(tmp_path)]
     assert found == [(1, "hm", "neu"), (1, "so it is", "sad")]
 

@@ -63,10 +63,10 @@ def test_masked_mean_is_the_mean_of_the_real_steps():
 
 
 def test_equation_1_by_hand():
-    # One target step and d_k = 4, so sqrt(d_k) = 2. The query is x_t W_Q = (2, 0, 0, 0),
-    # the keys are (ln 9, 0, 0, 0) and 0, and the scores 2 ln 9 / 2 = ln 9 and 0. The
-    # softmax gives 9/10 and 1/10, the values are 10 and 20, so the output is 9 + 2 = 11.
-    # A third step has by far the highest score, and is padding.
+    # One target step and d_k = 4, so sqrt(d_k) = 2. The query x_t W_Q is (2, 0, 0, 0).
+    # The keys are (ln 9, 0, 0, 0) and 0, so the scores are 2 ln 9 / 2 = ln 9 and 0. The
+    # softmax gives 9/10 and 1/10. The values are 10 and 20, so the output is 9 + 2. A
+    # third step has by far the highest score, and is padding.
     x_t = torch.tensor([[[1.0]]])
     x_s = torch.tensor([[[1.0, 10.0], [0.0, 20.0], [9.0, 99.0]]])
     w_q = torch.tensor([[2.0, 0, 0, 0]])
@@ -261,13 +261,9 @@ def test_cmt_passes_its_target_on_only_with_the_residual(fusion, cma_residual): 
     assert found.keys() == blocks.keys()
     # A source of one step gives every query the same output. So what the steps of the
     # target differ in comes through the residual.
-    x_t, x_s, mask = (
-        torch.randn(1, 3, 16),
-        torch.randn(1, 1, 16),
-        torch.ones(1, 1).bool(),
-    )
+    x_t, x_s = torch.randn(1, 3, 16), torch.randn(1, 1, 16)
     for name, vanilla in blocks.items():
-        spread = found[name](x_t, x_s, mask).std(dim=1).max()
+        spread = found[name](x_t, x_s, torch.tensor([[True]])).std(dim=1).max()
         assert (spread > 0.01) == (vanilla or cma_residual)
 
 
@@ -275,53 +271,42 @@ def test_cmt_passes_its_target_on_only_with_the_residual(fusion, cma_residual): 
 
 
 def test_defaults_are_the_papers():
-    assert dataclasses.asdict(Config()) == {
-        "fusion": "mmt",
+    upstreams = {
         "audio_layers": 25,
         "audio_dim": 1024,
         "text_layers": 13,
         "text_dim": 768,
-        "dim": 16,
-        "n_classes": 4,
-        "n_context": 9,
-        "dropout": 0.5,
-        "cma_residual": False,
     }
+    ours = {"dim": 16, "n_classes": 4, "n_context": 9, "dropout": 0.5}
+    choices = {"fusion": "mmt", "cma_residual": False}
+    assert dataclasses.asdict(Config()) == upstreams | ours | choices
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_dropout_of_one_half_is_between_the_modules(fusion):  # A16
-    modalities = [m for m in MODALITIES if m in small(fusion).config.modalities]
-    assert modalities == {"audio": ["audio"], "text": ["text"]}.get(
-        fusion.split("-")[0], MODALITIES
-    )
-    recognizer = EmotionRecognizer(Config(fusion, 3, 8, 3, 8, n_context=3))
-    before, behind = {}, {}  # what a module gives, and what the next one gets
-    for m in modalities:
-        recognizer.extractor[m].register_forward_hook(
-            lambda _, args, out, m=m: before.update(
-                {m: out if m == "audio" else out[0]}
-            )
-        )
-    recognizer.fusion.register_forward_pre_hook(lambda _, args: behind.update(args[0]))
-    recognizer.fusion.register_forward_hook(
-        lambda _, args, out: before.update(fused=out)
-    )
-    recognizer.classifier.register_forward_pre_hook(
-        lambda _, args: behind.update(fused=args[0])
-    )
+    class Probe(nn.Module):  # in the place of the fusion
+        def forward(self, x, mask):
+            self.received = x
+            return torch.ones(4, 32)
+
+    recognizer = small(fusion)
+    recognizer.fusion = Probe()
+    recognizer.classifier = nn.Identity()
+    # A unimodal system has no fusion, so there is no dropout behind it.
+    multimodal = fusion in ("cmt-a2t", "cmt-t2a", "ef", "lf", "mmt")
+    modalities = MODALITIES if multimodal else [fusion.partition("-")[0]]
     for training in (True, False):
-        recognizer.train(training)(*batch())
-        assert before.keys() == {*modalities, "fused"} == behind.keys()
-        for name, x in before.items():
-            # A unimodal system has no fusion, so it has one dropout.
-            if training and (name != "fused" or len(modalities) == 2):
-                kept = behind[name][x != 0] != 0
-                assert 0.25 < kept.float().mean() < 0.75
-                expected = torch.where(behind[name] != 0, 2 * x, 0.0)
-            else:
-                expected = x
-            torch.testing.assert_close(behind[name], expected)
+        fused = recognizer.train(training)(*batch())
+        x, _ = recognizer.features(*batch())
+        assert list(x) == modalities
+        places = [(x[m], recognizer.fusion.received[m], training) for m in modalities]
+        places.append((torch.ones(4, 32), fused, training and multimodal))
+        for before, behind, active in places:
+            if active:
+                kept = behind != 0
+                assert 0.25 < kept[before != 0].float().mean() < 0.75
+                before = torch.where(kept, 2 * before, 0.0)
+            torch.testing.assert_close(behind, before)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -342,30 +327,30 @@ def test_logits_do_not_depend_on_the_batch_or_the_places_of_real_steps(fusion):
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_gradients_reach_every_parameter_and_the_states_of_the_own_modalities(fusion):
+def test_gradients_reach_every_parameter_and_every_step_of_what_is_used(fusion):
     recognizer = small(fusion)
-    (audio, audio_mask), (text, text_mask) = batch()
-    states = {"audio": audio.requires_grad_(), "text": text.requires_grad_()}
-    given = {"audio": (audio, audio_mask), "text": (text, text_mask)}
-    needed = {m: given[m] for m in recognizer.config.modalities}
+    given = dict(zip(MODALITIES, batch(), strict=True))
+    for states, _ in given.values():
+        states.requires_grad_()
     logits = recognizer(**given)
-    assert torch.equal(recognizer(**needed), logits)  # the other one may be left out
     (logits * torch.randn(4, 4)).sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in recognizer.parameters())
-    for m, x in states.items():
-        if m in needed:
-            assert x.grad.flatten(1).any(dim=1).all()
+    assert all(p.grad.any() for p in recognizer.parameters())
+    used = {}
+    for modality, (states, mask) in given.items():
+        if modality in recognizer.config.modalities:
+            used[modality] = states, mask
+            assert states.grad.flatten(1).any(dim=1).all()
         else:
-            assert x.grad is None
+            assert states.grad is None
+    assert torch.equal(recognizer(**used), logits)  # the other may be left out
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_recognizer_makes_no_tensor_on_a_device_of_its_own(fusion):
     """A tensor without a device lands on "meta" here, and does not fit the others."""
-    recognizer = small(fusion)
-    audio, text = batch()
+    recognizer, arguments = small(fusion), batch()
     with torch.device("meta"):
-        logits = recognizer(audio, text)
+        logits = recognizer(*arguments)
         logits.sum().backward()
     assert logits.device.type == "cpu"
 
@@ -389,23 +374,22 @@ def test_the_first_loss_is_near_chance_and_a_batch_can_be_learnt_by_heart(fusion
 def test_python_model_py_prints_every_block_at_full_size(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["model.py"])
     model.main()
-    lines = capsys.readouterr().out.splitlines()
-    expected = [  # block, shape, parameters
+    printed = capsys.readouterr().out
+    for title, shape, parameters in [
         ("WavLM-Large", "", 315_453_120),
-        ("CNN encoder", "", 4_206_592),
+        ("fine-tuning", "", 4_206_592),  # its CNN encoder
         ("BERT-base", "", 109_482_240),
-        ("input embeddings", "", 23_837_184),
-        ("extractor.audio ", "(2, 249, 16)", 76 + 16_432),
-        ("extractor.text.each_text ", "(18, 20, 16)", 40 + 12_336),
-        ("extractor.text.conv ", "(2, 1, 20, 16)", 82),
-        ("audio-to-text ", "(2, 20, 16)", 2_960),
-        ("text-to-audio ", "(2, 249, 16)", 2_960),
-        ("classifier ", "(2, 4)", 596),
-        ("EmotionRecognizer ", "(2, 4)", 35_482),
-    ]
-    for title, shape, parameters in expected:
-        (line,) = [line for line in lines if title in line]
-        assert shape in line and line.endswith(f" {parameters:,}")
+        ("fine-tuning", "", 23_837_184),  # its input embeddings
+        ("extractor.audio", "(2, 249, 16)", 76 + 16_432),
+        ("extractor.text.each_text", "(18, 20, 16)", 40 + 12_336),
+        ("extractor.text.conv", "(2, 1, 20, 16)", 82),
+        ("audio-to-text", "(2, 20, 16)", 2_960),
+        ("text-to-audio", "(2, 249, 16)", 2_960),
+        ("classifier", "(2, 4)", 596),
+        ("EmotionRecognizer", "(2, 4)", 35_482),
+    ]:
+        line = f"{re.escape(title)} +{re.escape(shape)} +{parameters:,}$"
+        assert re.search(line, printed, re.MULTILINE), line
 
 
 # --- Upstreams ------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
     python -m tests.course.figures DIR     needs matplotlib
 
-The shapes are those of a real forward pass with clips of 5 s and texts of 20 tokens, at the
-size of WavLM-Large and BERT-base. B is the number of utterances, N that of real time steps.
+The shapes are those of a real forward pass with clips of 5 s and texts of 20 tokens, at
+the size of WavLM-Large and BERT-base. B is the number of utterances, and N is the
+number of their real time steps.
 """
 
 import argparse
@@ -23,7 +24,7 @@ TENSOR = {"boxstyle": "square,pad=0.35", "facecolor": "#f4f0e4", "edgecolor": "#
 
 
 def new_figure(width: float, height: float, title: str):
-    """Create an empty matplotlib figure, in inches. Raises InputError without matplotlib."""
+    """Create an empty figure, in inches. Raises InputError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as problem:
@@ -34,7 +35,7 @@ def new_figure(width: float, height: float, title: str):
 
 
 def find_shapes() -> dict[str, str]:
-    """Run MMT at full size on two utterances: the shape of each module's output, by name."""
+    """Run MMT at full size: the shape of each module's output, by its name."""
     net = EmotionRecognizer(Config()).eval()
     names = {module: name for name, module in net.named_modules()}
     shapes = {}
@@ -70,9 +71,7 @@ def draw(ax, boxes: dict[str, tuple], arrows: list[str]) -> None:
             "patchA": start.get_bbox_patch(),
             "patchB": end.get_bbox_patch(),
         }
-        ax.annotate(
-            "", end.get_position(), start.get_position(), arrowprops=properties
-        )
+        ax.annotate("", end.get_position(), start.get_position(), arrowprops=properties)
     ax.set(xlim=(-0.9, 6.9), ylim=(-0.8, 1.8))
     ax.axis("off")
 
@@ -141,7 +140,9 @@ def draw_figure_2(shapes: dict[str, str], path: Path) -> None:
 
 def draw_figure_3(shapes: dict[str, str], path: Path) -> None:
     """Draw Fig. 3: the paths of the nine systems, from FUSIONS."""
-    title = "Fig. 3: a system is a list of paths; their averages over time are concatenated"
+    title = (
+        "Fig. 3: a system is a list of paths; their averages over time are concatenated"
+    )
     figure = new_figure(12, 5.5, title)
     symbols = {"audio": "X_A", "text": "X_T"}
     axes = figure.subplots(3, 3).flat

@@ -4,8 +4,8 @@
 
 This script does what train.py does in one step, without dropout, and prints a line for
 each tensor. The blocks are those of model.py. Read §2.1 to §2.3 of the paper beside it.
-The states are random numbers, so no WavLM or BERT is needed. Everything is small: 3 layers
-of width 8, d = 4, and a context of 3 texts.
+The states are random numbers, so no WavLM or BERT is needed. Everything is small: 3
+layers of width 8, d = 4, and a context of 3 texts.
 """
 
 import torch
@@ -28,8 +28,8 @@ def main() -> None:
     print(f"{'tensor':12} {'shape':12} {'its first numbers':28} what it is")
 
     print("\n--- 1. What the upstreams leave behind (§2.1)")
-    # Three turns of a dialogue: B = 3. Their clips have 6, 4 and 5 frames, their texts 5, 2
-    # and 3 tokens. The mask picks the real time steps, so no padding is left.
+    # Three turns of a dialogue: B = 3. Their clips have 6, 4 and 5 frames, their texts
+    # 5, 2 and 3 tokens. The mask picks the real time steps, so no padding is left.
     audio_mask = torch.arange(6) < torch.tensor([[6], [4], [5]])
     audio = torch.randn(3, 6, 3, 8)[audio_mask]  # (N, L, D)
     token_mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
@@ -44,11 +44,10 @@ def main() -> None:
     show("audio_mask", audio_mask, "True where a turn has a frame")
     show("windows", windows, "the turns before, at and after each turn; -1: none")
     show("text", text, "BERT's states: N = (5 + 2) + (5 + 2 + 3) + (2 + 3) tokens")
-    show("text_mask", text_mask, "True where a text of a window has a token; no text before turn 0")
+    show("text_mask", text_mask, "True where a text has a token; none before turn 0")
 
-    net = EmotionRecognizer(
-        Config("mmt", 3, 8, 3, 8, dim=4, n_context=3, dropout=0.0)
-    ).eval()
+    config = Config("mmt", 3, 8, 3, 8, dim=4, n_context=3)
+    net = EmotionRecognizer(config).eval()
     acoustic = net.extractor["audio"]
     textual = net.extractor["text"]
 
@@ -64,9 +63,9 @@ def main() -> None:
     x_a = acoustic(audio, audio_mask)
     each = textual.each_text(text, text_mask.flatten(0, 1)).unflatten(0, (3, 3))
     show("turn", turn, "which turn each of the 15 frames belongs to")
-    show("condensed", condensed, "the sum of the layers, scaled by the gates of the turn")
+    show("condensed", condensed, "the layers, scaled by the turn's gates and summed")
     show("X_A", x_a, "the acoustic features: a sequence of frames for each turn")
-    show("each", each, "the same for each text of each window; zeros where it is missing")
+    show("each", each, "the same for each text of each window; zeros if it is missing")
 
     print("\n--- 4. The context: three texts become one feature map (§2.1, Fig. 2b)")
     x_t, x_t_mask = textual(text, text_mask)
@@ -100,7 +99,8 @@ def main() -> None:
     show("by hand", by_hand, "the same")
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-3)
     loss.backward()
-    show("gradient", acoustic.se.reduce.weight.grad, "it reaches the first weights of S&E")
+    gradient = acoustic.se.reduce.weight.grad
+    show("gradient", gradient, "it reaches the first weights of S&E")
     before = acoustic.se.expand.bias.detach().clone()
     optimizer.step()
     change = acoustic.se.expand.bias - before
@@ -109,7 +109,8 @@ def main() -> None:
     show("loss after", after, "the loss after this step, on the same three turns")
     gradients = torch.cat([p.grad.flatten() for p in net.parameters()])
     zeros = (gradients == 0).sum()
-    print(f"\n{zeros} of {len(gradients)} weights have a gradient of 0. Which, and why?")
+    n = len(gradients)
+    print(f"\n{zeros} of {n} weights have a gradient of 0. Which, and why?")
     print("At full size, MMT has 35,482 weights (python model.py).")
     print("Now read model.py from the top to EmotionRecognizer: you know every block.")
 

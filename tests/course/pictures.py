@@ -32,7 +32,9 @@ def describe(run: dict) -> str:
 
 def draw_gates(recognizer: Recognizer, inputs: dict, path: Path) -> None:
     """Draw the gates of one utterance over the layers, one line for each modality."""
-    title = "How much does each layer of the upstreams count? S&E gates of one utterance"
+    title = (
+        "How much does each layer of the upstreams count? S&E gates of one utterance"
+    )
     figure = new_figure(8, 4.5, f"{title}\n{describe(recognizer.run.config)}")
     ax = figure.add_subplot(
         xlabel="layer (0: the input of the first Transformer layer)",
@@ -45,7 +47,7 @@ def draw_gates(recognizer: Recognizer, inputs: dict, path: Path) -> None:
             se = recognizer.model.extractor["audio"].se
             gates = se(states, mask)[0]  # (L,)
         else:
-            # The texts of the window have gates of their own. The target is in its middle.
+            # Each text of the window has gates of its own. The target is in the middle.
             se = recognizer.model.extractor["text"].each_text.se
             gates = se(states, mask.flatten(0, 1))[mask.shape[1] // 2]  # (L,)
         ax.plot(gates.numpy(), "o-", label=modality)
@@ -74,9 +76,9 @@ def draw_attention(
         weights: Tensor = block.attend(x[target], x[source], mask[source])[1][0]
         equal = 1 / weights.shape[1]
         if target == "text":
-            title = "CMT(A→T): in each row, a token spreads a weight of 1 over the frames"
+            title = "CMT(A→T): the weights of each token (row) sum to 1"
         else:
-            title = "CMT(T→A): in each column, a frame spreads a weight of 1 over the tokens"
+            title = "CMT(T→A): the weights of each frame (column) sum to 1"
             weights = weights.T  # both panels are (T_T, T_A)
         image = ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0)
         figure.colorbar(image, ax=ax, label=f"weight (all equal: {equal:.3f})")

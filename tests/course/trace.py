@@ -1,9 +1,10 @@
-"""Print one utterance on its way through every block of MMT, in numbers to check by hand.
+"""Print one utterance on its way through MMT, in numbers to check by hand.
 
     python -m tests.course.trace
 
-Read it beside Figures 1 to 3. It has d = 3, two layers of width 2, and one text of context
-on each side. The weights are ones and simple fractions. The blocks are those of model.py.
+Read it beside Figures 1 to 3. It has d = 3, two layers of width 2, and one text of
+context on each side. The weights are ones and simple fractions. The blocks are those of
+model.py.
 """
 
 import math
@@ -67,12 +68,12 @@ def main() -> None:
     """Print every intermediate result, from the layer states to the four classes."""
     net = make_model()
 
-    # The clip has two frames. The mask has a third place, as if another clip of the batch
-    # were longer.
+    # The clip has two frames. The mask has a third place, as if another clip of the
+    # batch were longer.
     frames = torch.tensor([[[1.0, 3], [0, 2]], [[3, 1], [2, 4]]])  # (N, L, D)
     audio_mask = torch.tensor([[True, True, False]])  # (B, T)
-    # The window has the text before, the target and the text after. The last text has one
-    # token, the others have two.
+    # The window has the text before, the target and the text after. The last text has
+    # one token, the others have two.
     tokens = torch.tensor(
         [
             [[1.0, 1], [0, 2]],

@@ -1,7 +1,7 @@
-"""Bad and damaged corpora and tables: each is an error that names the place, or harmless.
+"""Bad corpora and tables: each is an error that names the place, or harmless.
 
-The reader of IEMOCAP leaves a damaged dialogue out, with one line about it. The reader of
-tables refuses the table, with one line for each bad row.
+The reader of IEMOCAP leaves a damaged dialogue out, with one line about it. The reader
+of tables refuses the table, with one line for each bad row.
 """
 
 import os
@@ -67,8 +67,9 @@ REFUSED = {
     "one byte": riff(fmt(), chunk(b"data", b"x")),
     "cut in the header": riff(fmt(), SAMPLES)[:30],
     "cut in the samples": riff(fmt(), SAMPLES)[:5000],
-    "a size left open": riff(fmt(), chunk(b"data", bytes(32000), 0xFFFFFFFF)),
-    "a prime rate": riff(fmt(rate=16001), SAMPLES),
+    "RIFF size left open": riff(fmt(), SAMPLES, size=0),
+    "data size left open": riff(fmt(), chunk(b"data", bytes(32000), 0xFFFFFFFF)),
+    "a chunk too long": riff(chunk(b"LIST", b"", 40000), fmt(), SAMPLES),
 }
 
 
@@ -89,36 +90,36 @@ def assert_left_out(root, *words):
     corpus, problems = data.read_iemocap(root)
     assert [u.id for u in corpus] == ["Ses02F_impro01_F000", "Ses02F_impro01_M000"]
     (problem,) = problems
-    assert problem.startswith("Session1, dialogue Ses01F_impro01: ")
+    assert "Ses01F_impro01" in problem
     assert "\n" not in problem
     for word in words:
         assert str(word) in problem
 
 
 @pytest.mark.parametrize(
-    "file, old, new, words",
+    "file, old, new, turn, words",
     [
-        ("labels", b"\tneu\t", b"\tjoy\t", "F000 has unknown emotion joy"),
-        ("labels", b"\tneu\t[2.5000, 2.5000, 2.5000]", b"\tne", "F000"),
-        ("labels", b"\tneu", b"\tNEU", "F000"),
-        ("labels", b"[0.0000 - 1.0", b"[0.0000 1.0", "F000"),
-        ("labels", b"[0.0000 - 1.0", b"[2.0000 - 1.0", "F000 has other times"),
-        ("labels", b"[0.0000 - 1.0", b"[nan - 1.0", "F000"),
-        ("labels", b"impro01_F000", b"impro01_F009", "F009"),
-        ("labels", b"impro01_F000", b"impro01/../../x_F000", "F000"),
-        ("labels", b"01_M000", b"01_F000", "F000 is a duplicate"),
-        ("words", b"001.0000]", b"001.5000]", "F000 has other times"),
-        ("words", b"impro01_F000", b"impro01_FXX0", "F000"),
-        ("words", b"]: hm", b"] hm", "F000"),
-        ("words", b"hm\n", b"hm", "F000"),
-        ("words", b"01_M000", b"01_F000", "F000 is a duplicate"),
+        ("labels", b"\tneu\t", b"\tjoy\t", "F000", "emotion joy"),
+        ("labels", b"\tneu\t[2.5000, 2.5000, 2.5000]", b"\tne", "F000", ""),
+        ("labels", b"\tneu", b"\tNEU", "F000", ""),
+        ("labels", b"[0.0000 - 1.0", b"[0.0000 1.0", "F000", ""),
+        ("labels", b"[0.0000 - 1.0", b"[2.0000 - 1.0", "F000", "other times"),
+        ("labels", b"[0.0000 - 1.0", b"[nan - 1.0", "F000", ""),
+        ("labels", b"impro01_F000", b"impro01_F009", "F009", ""),
+        ("labels", b"impro01_F000", b"impro01/../../x_F000", "F000", ""),
+        ("labels", b"01_M000", b"01_F000", "F000", "duplicate"),
+        ("words", b"001.0000]", b"001.5000]", "F000", "other times"),
+        ("words", b"impro01_F000", b"impro01_FXX0", "F000", ""),
+        ("words", b"]: hm", b"] hm", "F000", ""),
+        ("words", b"hm\n", b"hm", "M000", ""),
+        ("words", b"01_M000", b"01_F000", "F000", "duplicate"),
     ],
 )
 def test_a_damaged_line_leaves_the_dialogue_out(
-    file, old, new, words, dialog, tmp_path
+    file, old, new, turn, words, dialog, tmp_path
 ):
     change(dialog[file], old, new)
-    assert_left_out(tmp_path, dialog[file], f"Ses01F_impro01_{words[:4]}", words)
+    assert_left_out(tmp_path, dialog[file], f"Ses01F_impro01_{turn}", words)
 
 
 @pytest.mark.parametrize("name", ["Ses01F_impro02", "Ses02F_impro01"])
@@ -148,7 +149,7 @@ def test_recordings_that_are_not_read_come_with_the_command(content, dialog, tmp
     assert_left_out(tmp_path, dialog["wav"], "ffmpeg -i OLD.wav -ac 1 -ar 16000")
 
 
-@pytest.mark.parametrize("rate", [0, 11024, 2**31 + 16000])
+@pytest.mark.parametrize("rate", [0, 11024, 16001, 2**30 + 16000])
 def test_a_rate_that_nobody_records_with_is_refused(rate, tmp_path, monkeypatch):
     (tmp_path / "a.wav").write_bytes(riff(fmt(rate=rate), SAMPLES))
 
@@ -165,7 +166,7 @@ def test_a_recording_of_another_length_leaves_the_dialogue_out(
     seconds, dialog, tmp_path
 ):
     write_wav(dialog["wav"], [0.1] * int(seconds * 16000))
-    assert_left_out(tmp_path, dialog["wav"], f"lasts {seconds:.2f} s", "label 1.00 s")
+    assert_left_out(tmp_path, dialog["wav"], f"{seconds:.2f} s")
 
 
 @pytest.mark.parametrize("file", ["labels", "words", "wav"])
@@ -208,11 +209,9 @@ def test_each_damaged_dialogue_has_a_line(tmp_path):
 
 def test_a_wrong_root_is_an_error(dialog, tmp_path):
     inner = tmp_path / "Session1"
-    (inner / "Session2.txt").write_text("")
-    with pytest.raises(InputError, match="no Session1 to Session5 in it"):
-        data.read_iemocap(inner)
-    for wrong in (tmp_path / "nowhere", inner / "Session2.txt"):
-        with pytest.raises(OSError, match=wrong.name):
+    (inner / "file").write_text("")
+    for wrong in (inner, inner / "file", tmp_path / "nowhere"):
+        with pytest.raises((InputError, OSError), match=wrong.name):
             data.read_iemocap(wrong)
 
 
@@ -230,7 +229,6 @@ READ = {
         SAMPLES,
         chunk(b"x", b""),
     ),
-    "size left open": riff(fmt(), SAMPLES, size=0),
 }
 
 
@@ -338,42 +336,51 @@ GOOD = "hm,sad,1,a,x\n"
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ("", "line 1 has the columns .*Expected"),
-        (GOOD, "line 1 has the columns"),
-        (f"words,emotion,session,dialog,speaker\n{GOOD}", "line 1 has the columns"),
-        (f"text,emotion,session,dialog\n{GOOD}", "line 1 has the columns"),
-        (f"{HEADER},age\nhm,sad,1,a,x,30", "line 1 has the columns"),
-        (f"{HEADER},text\nhm,sad,1,a,x,oh", "line 1 has the columns"),
-        (f"{HEADER},\nhm,sad,1,a,x,", "line 1 has the columns"),
-        ("<!DOCTYPE html><html></html>", "line 1 has the columns"),
-        ("version https://git-lfs.github.com/spec/v1\noid", "line 1 has the columns"),
-        (HEADER, "no rows"),
-        (f"{HEADER}\n{GOOD}\n\nhm,,1,a,x", "line 5: its emotion is empty"),
-        (f"{HEADER}\nhm,sad,1, ,x", "line 2: its dialog is empty"),
-        (f"{HEADER}\nhm,sad,1,a,", "line 2: its speaker is empty"),
-        (f"{HEADER}\nhm,sad,,a,x", "line 2: its session is empty"),
-        (f"{HEADER}\nhm,sad,0,a,x", "line 2: session 0 is not"),
-        (f"{HEADER}\nhm,sad,-1,a,x", "line 2: session -1 is not"),
-        (f"{HEADER}\nhm,sad,01,a,x", "line 2: session 01 is not"),
-        (f"{HEADER}\nhm,sad,1.5,a,x", "line 2: session 1.5 is not"),
-        (f"{HEADER}\nhm,sad,one,a,x", "line 2: session one is not"),
-        (f"{HEADER}\nhm,sad,1,a", "line 2: another number of cells"),
-        (f"{HEADER}\noh, no,sad,1,a,x", "line 2: another number of cells"),
-        (f"{HEADER},start\nhm,sad,1,a,x,nan", "line 2: start nan is not"),
-        (f"{HEADER},start\nhm,sad,1,a,x,-1", "line 2: start -1 is not"),
-        (f"{HEADER},start\nhm,sad,1,a,x,1:30", "line 2: start 1:30 is not"),
-        (f"{HEADER},wav\nhm,sad,1,a,x,no.wav", "line 2: .*no.wav does not exist"),
-        (f"{HEADER},wav\nhm,sad,1,a,x,.", "line 2: .* does not exist"),
-        (f'{HEADER}\n"two\nlines",sad,1,a,x\n', "line 3: a cell with a line break"),
+        ("", "line 1 .*columns"),
+        (GOOD, "line 1 .*columns"),
+        (f"words,emotion,session,dialog,speaker\n{GOOD}", "line 1 .*columns"),
+        (f"text,emotion,session,dialog\n{GOOD}", "line 1 .*columns"),
+        (f"{HEADER},age\nhm,sad,1,a,x,30", "line 1 .*columns"),
+        (f"{HEADER},text\nhm,sad,1,a,x,oh", "line 1 .*columns"),
+        (f"{HEADER},\nhm,sad,1,a,x,", "line 1 .*columns"),
+        ("<!DOCTYPE html><html></html>", "line 1 .*columns"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "line 1 .*columns"),
+        (HEADER, "no utterance"),
+        (f"{HEADER}\n{GOOD}\n\nhm,,1,a,x", "line 5: .*emotion"),
+        (f"{HEADER}\nhm,sad,1, ,x", "line 2: .*dialog"),
+        (f"{HEADER}\nhm,sad,1,a,", "line 2: .*speaker"),
+        (f"{HEADER}\nhm,sad,,a,x", "line 2: .*session"),
+        (f"{HEADER}\nhm,sad,0,a,x", "line 2: .*session 0 "),
+        (f"{HEADER}\nhm,sad,-1,a,x", "line 2: .*session -1 "),
+        (f"{HEADER}\nhm,sad,01,a,x", "line 2: .*session 01 "),
+        (f"{HEADER}\nhm,sad,1.5,a,x", "line 2: .*session 1.5 "),
+        (f"{HEADER}\nhm,sad,one,a,x", "line 2: .*session one "),
+        (f"{HEADER}\nhm,sad,1,a", "line 2: .*cells"),
+        (f"{HEADER}\noh, no,sad,1,a,x", "line 2: .*cells"),
+        (f"{HEADER},start\nhm,sad,1,a,x,nan", "line 2: .*start nan "),
+        (f"{HEADER},start\nhm,sad,1,a,x,-1", "line 2: .*start -1 "),
+        (f"{HEADER},start\nhm,sad,1,a,x,1:30", "line 2: .*start 1:30 "),
+        (f"{HEADER},wav\nhm,sad,1,a,x,no.wav", "line 2: .*no.wav"),
+        (f"{HEADER},wav\nhm,sad,1,a,x,.", "line 2: "),
+        (f'{HEADER}\n"two\nlines",sad,1,a,x\n', "line 3: .*line break"),
         (f'{HEADER}\n"hm,sad,1,a,x\n{GOOD}', "line 3: unexpected end"),
         (f'{HEADER}\n"hm"s,sad,1,a,x', "line 2: .*expected after"),
-        (f"{HEADER},id\nhm,sad,1,a,x,a_7\noh,sad,1,a,x,7", "id a_7: 2 rows"),
-        (f"{HEADER},id\nhm,sad,1,a,x,1_2\noh,sad,1,a,x,1-2", "id a_1-2: 2 rows"),
-        (f"{HEADER}\n{GOOD}hm,sad,2,b,x", r"speaker x is in sessions \[1, 2\]"),
-        (f"{HEADER}\n{GOOD}hm,sad,2,a,y", r"dialogue a is in sessions \[1, 2\]"),
-        (f"{HEADER}\n{GOOD}".encode("utf-16"), "not in UTF-8"),
-        (f"{HEADER}\nné,sad,1,a,x".encode("latin-1"), "not in UTF-8"),
-        (bytes(range(256)), "not in UTF-8"),
+        (f"{HEADER},id\nhm,sad,1,a,x,a_7\noh,sad,1,a,x,7", "line 3: .*a_7"),
+        (
+            f"{HEADER},id\nhm,sad,1,a,x,1_2\noh,sad,1,a,x,1-2",
+            "line 3: .*a_1-2",
+        ),
+        (
+            f"{HEADER}\n{GOOD}hm,sad,2,b,x",
+            "line 3: .*speaker x",
+        ),
+        (
+            f"{HEADER}\n{GOOD}hm,sad,2,a,y",
+            "line 3: .*dialogue a",
+        ),
+        (f"{HEADER}\n{GOOD}".encode("utf-16"), "UTF-8"),
+        (f"{HEADER}\nné,sad,1,a,x".encode("latin-1"), "UTF-8"),
+        (bytes(range(256)), "UTF-8"),
     ],
 )
 def test_a_bad_table_is_an_error_with_the_line(content, expected, tmp_path):
@@ -389,11 +396,8 @@ def test_all_problems_of_a_table_come_at_once(tmp_path):
     path.write_text(f"{HEADER}\nhm,,1,a,x\n{GOOD}hm,sad,0,a,x\nhm,sad,2,a,y\nhm,sad\n")
     with pytest.raises(InputError) as problem:
         data.read_csv(path)
-    *lines, last = str(problem.value).split("\n")
-    places = [f"{path}, line {n}: " for n in (2, 4, 6)] + ["dialogue a is in "]
-    for line, place in zip(lines, places, strict=True):
-        assert line.startswith(place)
-    assert last == f"{path}: 4 problem(s)"
+    for line, number in zip(str(problem.value).split("\n"), (2, 4, 5, 6), strict=True):
+        assert line.startswith(f"{path}, line {number}: ")
 
 
 def test_a_table_that_is_missing_is_named(tmp_path):

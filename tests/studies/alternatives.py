@@ -11,8 +11,10 @@ runs go to runs-A5,A9 in the current folder, unless you name another --out. They
 same cache as the four files. Where a patch changes what an upstream reads, the layer
 states get other names there.
 
-Every run is marked: the name of its folder and its title have alternative=A5,A9. Compare
-it with a run of the four files: python -m tests.studies.compare FOLDER_A FOLDER_B
+Every run is marked: the name of its folder and its title have alternative=A5,A9. To
+compare it with a run of the four files:
+
+    python -m tests.studies.compare FOLDER_A FOLDER_B
 """
 
 import argparse
@@ -29,8 +31,8 @@ from data import InputError, run_command
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("model.py", "data.py", "train.py", "evaluate.py")
 
-# In a patch, the lines after "+" replace the lines after "-" above them, which are in the
-# file exactly once. All lines are indented like the place where they go.
+# In a patch, the lines after "+" replace the lines after "-" above them, which the file
+# has exactly once. All lines are indented like the place where they go.
 PATCHES = r"""
 [A1] The layers are laid side by side, so the projector has L * D inputs.
 model.py
@@ -115,26 +117,27 @@ train.py
 - import argparse
 + import argparse
 + import copy
-- log = []
-+ best = {}
-+ log = []
-- log = state["log"]
-+ log = state["log"]
-+ best = state["best"]
-- state = {
+- model.load_state_dict(state["model"])
++ model.load_state_dict(state["model"])
++ model.best = state["best"]
+- event = patience.step(dev["loss"])
++ event = patience.step(dev["loss"])
 + if dev["loss"] == patience.best:
 +     opened = {m: source.state_dict() for m, source in sources.items()}
-+     best = copy.deepcopy({"model": model.state_dict(), "upstreams": opened})
-+ state = {
-+     "best": best,
++     model.best = copy.deepcopy([model.state_dict(), opened])
+- "model": model.state_dict(),
++ "model": model.state_dict(),
++ "best": model.best,
 - test = measure(model, batch, test_rows, args)
-+ model.load_state_dict(best["model"])
++ weights, opened = model.best
++ model.load_state_dict(weights)
 + for modality, source in sources.items():
-+     if best["upstreams"][modality]:
-+         source.load_state_dict(best["upstreams"][modality])
++     if opened[modality]:
++         source.load_state_dict(opened[modality])
 +     else:
 +         source.close()  # in the best epoch it was frozen
-+ save(folder, state | best)  # for evaluate.py recognize
++ # For evaluate.py recognize.
++ save(folder, run, log, model, sources, optimizer)
 + test = measure(model, batch, test_rows, args)
 
 [A11] While fine-tuning, all that is trained from scratch keeps its rate of 1e-3.
@@ -142,10 +145,9 @@ train.py
 - parameters = list(model.parameters())
 + scratch = {"params": list(model.parameters()), "lr": args.lr_frozen}
 + parameters = []
-- parameters, lr=args.lr_finetune, weight_decay=args.weight_decay
-+ [{"params": parameters}, scratch],
-+ lr=args.lr_finetune,
-+ weight_decay=args.weight_decay,
+- return AdamW(parameters,
++ parameters = [{"params": parameters}, scratch]
++ return AdamW(parameters,
 
 [A12] The upstreams' dropout is on while fine-tuning, without layerdrop and SpecAugment.
 data.py

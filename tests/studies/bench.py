@@ -186,7 +186,7 @@ def make_raw(modality: str, n: int) -> list:
 def finetuning_step(
     modality: str, before: tuple, n: int, folder: Path
 ) -> list[Callable]:
-    """Prepare one step on a batch, with the bottom of the upstream open: [now, before]."""
+    """Prepare a step, with the bottom of the upstream open: [now, before]."""
     size = min(n, BATCH if CUDA else 8)
     corpus = make_corpus(size if modality == "audio" else 16 * size)
     raw = make_raw(modality, len(corpus))
@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}\n"
         f"{args.n} utterances, before: {args.before}, median of {args.repeats} repeats\n"
-        f"{'':40} {'now':>9} {'before':>9} {'ratio':>6}   peak memory now, before"
+        f"{'':40} {'now':>9} {'before':>9} {'ratio':>6}   peak memory"
     )
     for row in range(ROWS):
         with tempfile.TemporaryDirectory() as folder:

@@ -97,7 +97,12 @@ Pair = tuple[FinishedRun, FinishedRun]
 
 
 def name(run: FinishedRun) -> str:
-    return f"Sys. {run.system} ({TABLE_1[run.system][0]}), {run.title}"
+    system = run.config["system"]
+    return f"Sys. {system} ({TABLE_1[system][0]}), {run.config['title']}"
+
+
+def fold_and_seed(run: FinishedRun) -> tuple[int, int]:
+    return run.config["fold"], run.config["seed"]
 
 
 def find_pairs(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> list[Pair]:
@@ -112,10 +117,10 @@ def find_pairs(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> list[Pai
             raise InputError(
                 f"{letter} needs the finished runs of one system, and has {names}"
             )
-    partners = {(run.fold, run.seed): run for run in runs_b}
+    partners = {fold_and_seed(run): run for run in runs_b}
     pairs = []
-    for a in sorted(runs_a, key=lambda run: (run.fold, run.seed)):
-        b = partners.get((a.fold, a.seed))
+    for a in sorted(runs_a, key=fold_and_seed):
+        b = partners.get(fold_and_seed(a))
         if b is None:
             continue
         if tested_on(a) != tested_on(b):
@@ -137,7 +142,7 @@ def compare(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> str:
     """Compare two systems. Raises InputError if they cannot be compared."""
     pairs = find_pairs(runs_a, runs_b)
     a, b = pairs[0]
-    corpora = " and ".join(sorted({a.corpus, b.corpus}))
+    corpora = " and ".join(sorted({a.config["corpus"], b.config["corpus"]}))
     return "\n".join(
         [
             f"A: {name(a)}",
@@ -150,13 +155,13 @@ def compare(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> str:
 
 def describe_differences(corpora: str, pairs: list[Pair]) -> str:
     """Format how much the pairs differ, over all of them and for each seed."""
-    seeds = sorted({a.seed for a, _ in pairs})
-    rows = []
+    seeds = sorted({a.config["seed"] for a, _ in pairs})
+    rows = [["", "A", "B", "B minus A", *[f"seed {seed}" for seed in seeds]]]
     for metric in METRICS:
         differences = defaultdict(list)  # by seed
         for a, b in pairs:
             points = 100 * (b.result[metric] - a.result[metric])
-            differences[a.seed].append(points)
+            differences[a.config["seed"]].append(points)
         every = [points for seed in seeds for points in differences[seed]]
         cell = f"{fmean(every):+.2f}"
         if len(every) > 1:
@@ -165,14 +170,13 @@ def describe_differences(corpora: str, pairs: list[Pair]) -> str:
         mean_b = 100 * fmean(b.result[metric] for _, b in pairs)
         row = [metric.upper(), f"{mean_a:.2f}", f"{mean_b:.2f}", cell]
         rows.append([*row, *[f"{fmean(differences[seed]):+.2f}" for seed in seeds]])
-    folds = sorted({a.fold for a, _ in pairs})
+    folds = sorted({a.config["fold"] for a, _ in pairs})
     title = (
         f"{corpora}, in %: mean ± standard deviation over {len(pairs)} pair(s), folds "
         f"{folds}, seeds {seeds}"
     )
-    header = ["", "A", "B", "B minus A", *[f"seed {seed}" for seed in seeds]]
     return (
-        format_table(title, header, rows)
+        format_table(title, rows)
         + "\nFolds have training data in common, so these pairs are not independent.\n"
         "Believe a sign that several seeds agree on.\n"
     )
@@ -182,7 +186,7 @@ def describe_tests(corpora: str, pairs: list[Pair]) -> str:
     """Format McNemar's test and the bootstrap, on one pair for each fold."""
     first = {}  # by fold
     for a, b in pairs:
-        first.setdefault(a.fold, (a, b))
+        first.setdefault(a.config["fold"], (a, b))
 
     only_a = 0
     only_b = 0
@@ -196,7 +200,7 @@ def describe_tests(corpora: str, pairs: list[Pair]) -> str:
             dialog = row_a["utterance"].rpartition("_")[0]
             guesses[dialog].append((truth, guess_a, guess_b))
     n = sum(len(rows) for rows in guesses.values())
-    seeds = sorted({a.seed for a, _ in first.values()})
+    seeds = sorted({a.config["seed"] for a, _ in first.values()})
     p = mcnemar(only_a, only_b)
     text = (
         f"{corpora}: one pair for each of {len(first)} fold(s), seeds {seeds}: "

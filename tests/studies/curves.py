@@ -8,11 +8,10 @@ colour is a run. A triangle marks the last epoch before fine-tuning.
 
 import argparse
 import json
-from collections import defaultdict
 from pathlib import Path
 
 from data import InputError, run_command
-from evaluate import TABLE_1, FinishedRun, find_runs
+from evaluate import TABLE_1, FinishedRun, find_runs, grouped
 
 
 def read_log(path: Path) -> list[dict]:
@@ -46,7 +45,7 @@ def draw_curves(runs: list[FinishedRun]):
         train_loss = [row["train_loss"] for row in log]
         dev_ua = [100 * row["dev_ua"] for row in log]
         colour = f"C{number}"
-        label = f"fold {run.fold}, seed {run.seed}"
+        label = f"fold {run.config['fold']}, seed {run.config['seed']}"
         loss.plot(epochs, dev_loss, colour, label=label, **style)
         loss.plot(epochs, train_loss, colour, linestyle="dotted", **style)
         ua.plot(epochs, dev_ua, colour, **style)
@@ -62,10 +61,10 @@ def draw_curves(runs: list[FinishedRun]):
     ua.set_ylabel("UA on the development speaker, in %")
     ua.set_xlabel("epoch")
     ua.xaxis.set_major_locator(MaxNLocator(integer=True))
-    name = TABLE_1[runs[0].system][0]
+    system = runs[0].config["system"]
     figure.suptitle(
-        f"Emotion recognition: training of {name} (Sys. {runs[0].system})\n"
-        f"corpus and settings: {runs[0].title}",
+        f"Emotion recognition: training of {TABLE_1[system][0]} (Sys. {system})\n"
+        f"corpus and settings: {runs[0].config['title']}",
         parse_math=False,
     )
     return figure
@@ -77,14 +76,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("dir", type=Path, metavar="DIR", help="for the pictures")
     args = parser.parse_args(arguments)
     runs, damaged = find_runs(args.runs)
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.title, run.system].append(run)
     args.dir.mkdir(parents=True, exist_ok=True)
-    for number, (title, system) in enumerate(sorted(groups), 1):
-        path = args.dir / f"curves-{number}.png"
-        draw_curves(groups[title, system]).savefig(path)
-        print(f"{path}: {title}, Sys. {system}")
+    number = 0
+    for title, group in grouped(runs, "title").items():
+        for system, members in grouped(group, "system").items():
+            number += 1
+            path = args.dir / f"curves-{number}.png"
+            draw_curves(members).savefig(path)
+            print(f"{path}: {title}, Sys. {system}")
     if damaged:
         raise InputError("\n".join(damaged))
 

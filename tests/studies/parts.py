@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from data import CLASSES, InputError, Utterance, read_iemocap, run_command
-from evaluate import FinishedRun, find_runs, format_table, metrics
+from evaluate import FinishedRun, find_runs, format_table, grouped, metrics
 
 
 def seen_elsewhere(corpus: list[Utterance]) -> dict[str, bool]:
@@ -59,20 +59,19 @@ def parts_of(
 
 def describe_parts(runs: list[FinishedRun], seen: dict[str, bool]) -> str:
     """Format one table for the runs of one title, a row for each system and part."""
-    systems = defaultdict(list)
-    for run in runs:
-        systems[run.system] += run.predictions
-    table = []
-    for system in sorted(systems):
-        for part, rows in parts_of(systems[system], seen).items():
+    table = [["Sys.", "part", "predictions", "WA", "UA"]]
+    for system, group in grouped(runs, "system").items():
+        predictions = [row for run in group for row in run.predictions]
+        for part, rows in parts_of(predictions, seen).items():
             truth = [CLASSES.index(row["label"]) for row in rows]
             guesses = [CLASSES.index(row["prediction"]) for row in rows]
             scores = metrics(truth, guesses)
             wa = f"{100 * scores['wa']:.2f}"
             ua = f"{100 * scores['ua']:.2f}"
             table.append([str(system), part, str(len(rows)), wa, ua])
-    title = f"Parts of the test data, {runs[0].title}, in %, all runs pooled"
-    return format_table(title, ["Sys.", "part", "predictions", "WA", "UA"], table)
+    title = runs[0].config["title"]
+    title = f"Parts of the test data, {title}, in %, all runs pooled"
+    return format_table(title, table)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,11 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
                         f"{run.folder}: {row['utterance']} is not in {args.iemocap}. "
                         "Name the corpus of these runs"
                     )
-    titles = defaultdict(list)
-    for run in runs:
-        titles[run.title].append(run)
-    for title in sorted(titles):
-        print(describe_parts(titles[title], seen))
+    for group in grouped(runs, "title").values():
+        print(describe_parts(group, seen))
     if damaged:
         raise InputError("\n".join(damaged))
 

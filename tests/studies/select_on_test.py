@@ -54,9 +54,10 @@ def describe_selection(folders: list[Path], corpus: str) -> str:
         rows.append((f"{folder.parent.name}, {folder.name}", *uas))
     columns = list(zip(*rows, strict=True))[1:]
     rows.append(("mean", *[fmean(column) for column in columns]))
-    header = ["run", "last epoch", "lowest test loss", "highest test UA"]
-    cells = [[name, *[f"{ua:.2f}" for ua in uas]] for name, *uas in rows]
-    return format_table(f"{corpus}: UA on the test session, in %", header, cells)
+    cells = [["run", "last epoch", "lowest test loss", "highest test UA"]]
+    for name, *uas in rows:
+        cells.append([name, *[f"{ua:.2f}" for ua in uas]])
+    return format_table(f"{corpus}: UA on the test session, in %", cells)
 
 
 def main(arguments: list[str] | None = None) -> None:
