@@ -84,7 +84,7 @@ class Utterance:
 
     @property
     def label(self) -> int | None:
-        """The index into CLASSES. None: the utterance is context for others, no more."""
+        """The index into CLASSES, or None if the utterance is only context for others."""
         return LABELS.get(self.emotion)
 
 
@@ -94,9 +94,9 @@ Corpus = list[Utterance]
 def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     """Read the corpus in `root`, the folder that holds Session1 to Session5.
 
-    Returns the utterances, dialogue by dialogue in the order of time, and the problems. A
-    dialogue with a problem is left out, and has one line in the problems. Raises InputError
-    if there is no session, and OSError if there is no folder.
+    Returns the utterances, dialogue by dialogue in the order of time, and the problems.
+    A dialogue with a problem is left out, and has one line in the problems. Raises
+    InputError if there is no session, and OSError if there is no folder.
     """
     corpus = []
     problems = []
@@ -130,7 +130,7 @@ WORDS_LINE = re.compile(
 
 
 def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
-    """Read one dialogue, in the order of time. Raises InputError at its first problem."""
+    """Read one dialogue in the order of time. Raises InputError at its first problem."""
     dialog = labels.stem
     number = int(session.name[-1])
     labelled = read_lines(labels, LABEL_LINE)
@@ -165,8 +165,8 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
 def read_lines(path: Path, pattern: re.Pattern) -> dict[str, tuple[float, float, str]]:
     """Read the lines of utterances: {id: (start, end, emotion or words)}.
 
-    Lines of another form are skipped: headings, single raters, ids with XX. If a line of
-    an utterance is damaged, the other file of the dialogue has an id too many.
+    Lines of another form are skipped: headings, single raters, ids with XX. If a line
+    of an utterance is damaged, the other file of the dialogue has an id too many.
     """
     lines = {}
     for line in path.read_text(encoding="utf-8-sig").split("\n"):
@@ -186,8 +186,8 @@ def read_lines(path: Path, pattern: re.Pattern) -> dict[str, tuple[float, float,
 def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     """Leave one session out (§3.1): the rows of the corpus for train, dev and test.
 
-    All of them are rows of the four classes. Test is session `fold`. Dev is one speaker of
-    the other sessions, drawn by fold and seed (§3.2). Train is all others. Raises
+    All of them are rows of the four classes. Test is session `fold`. Dev is one speaker
+    of the other sessions, drawn by fold and seed (§3.2). Train is all others. Raises
     InputError if one of the three would be empty.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
@@ -197,8 +197,8 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     if not test or len(speakers) < 2:
         sessions = sorted({corpus[row].session for row in targets})
         raise InputError(
-            f"--fold {fold} needs utterances of the four classes in session {fold}, and two "
-            f"speakers in other sessions. The corpus has sessions {sessions}"
+            f"--fold {fold}: of the four classes, there must be utterances in session {fold} "
+            f"and two speakers in others. There are sessions {sessions}"
         )
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
     # The seed draws it. Another reading: another --seed. Its partner in the dialogues
@@ -213,8 +213,8 @@ def context_windows(corpus: Corpus, size: int = 9) -> Tensor:
     """Find the neighbours of each utterance (§3.2): rows of the corpus (n, size).
 
     Column size // 2 is the utterance itself, and -1 means none. Neighbours are of both
-    speakers and of every emotion, and always of the same dialogue. A dialogue of three in
-    rows 0 to 2 with size 3 gives [[-1, 0, 1], [0, 1, 2], [1, 2, -1]].
+    speakers and of every emotion, and always of the same dialogue. A dialogue of three
+    in rows 0 to 2 with size 3 gives [[-1, 0, 1], [0, 1, 2], [1, 2, -1]].
     """
     half = size // 2
     windows = []
@@ -239,8 +239,8 @@ WINDOW = 400  # samples, 25 ms: the first frame of WavLM needs as many
 def load_wav(path: str | Path) -> Tensor:
     """Load a WAV file of one channel and 16 bits: (n,) float32 at 16 kHz, in [-1, 1].
 
-    Other rates are resampled. Raises InputError if the file has another format, with the
-    command that converts it, and OSError if it cannot be read.
+    Other rates are resampled. Raises InputError if the file has another format, with
+    the command that converts it, and OSError if it cannot be read.
     """
     advice = "Convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"
     try:
@@ -249,27 +249,26 @@ def load_wav(path: str | Path) -> Tensor:
             samples = file.readframes(n)
     except (wave.Error, EOFError) as problem:
         raise InputError(f"{path}: {problem!r}. {advice}") from None
-    if channels != 1 or width != 2:
-        raise InputError(f"{path}: {channels} channel(s) of {width} bytes. {advice}")
-    if len(samples) != 2 * n or n == 0:
-        raise InputError(f"{path}: fewer samples than its header says. {advice}")
+    if (channels, width) != (1, 2) or len(samples) != 2 * n or n == 0:
+        found = f"{channels} channel(s), {8 * width} bits, {len(samples)} bytes for {n}"
+        raise InputError(f"{path}: {found} samples. {advice}")
     # Resampling from a rate that has little in common with 16 kHz takes minutes.
     if math.gcd(rate, SAMPLE_RATE) < 25:
         raise InputError(f"{path}: an unusual rate of {rate} Hz. {advice}")
 
     x = torch.from_numpy(np.frombuffer(samples, "<i2") / np.float32(32768))
     if rate != SAMPLE_RATE:
-        import torchaudio  # torchaudio's own reader needs FFmpeg, this function does not
+        import torchaudio
 
         x = torchaudio.functional.resample(x, rate, SAMPLE_RATE)
     return x
 
 
 def clip(x: Tensor) -> Tensor:
-    """Keep five seconds from the first sound on (§3.2): (n,) -> (m,), 400 <= m <= 80,000.
+    """Keep five seconds from the first sound on (§3.2): (n,) -> (m,), m >= 400.
 
-    "Audios are clipped into 5 seconds ... by trimming or padding". Short clips are padded
-    in a batch, behind a mask, so to pad them to 5 s here has no effect.
+    "Audios are clipped into 5 seconds ... by trimming or padding". Short clips are
+    padded in a batch, behind a mask, so to pad them to 5 s here has no effect.
     """
     # UNSPECIFIED [A13]: "we trim the voiced 5 seconds of audio ... at the beginning".
     # We remove what comes before the first sound. A window of 25 ms is silent if its
@@ -286,11 +285,11 @@ def clip(x: Tensor) -> Tensor:
 
 
 def load_clip(utterance: Utterance) -> Tensor:
-    """Load what WavLM hears of an utterance: (m,). Raises InputError if it has no wav."""
+    """Load what WavLM hears of an utterance (m,). Raises InputError without a wav."""
     if utterance.wav is None:
         raise InputError(
-            f"{utterance.id} has no wav. Fill the column wav, or train a system that uses "
-            "text alone: --fusion text-fc or text-te"
+            f"{utterance.id} has no wav. Fill the column wav, or choose a system that does "
+            "not hear: --fusion text-fc or text-te"
         )
     return clip(load_wav(utterance.wav))
 
@@ -359,8 +358,8 @@ class Source:
                 states = self.upstream([self.inputs[row]])[0].half()  # (T, L, D)
             if not states.isfinite().all():
                 raise InputError(
-                    f"{self.files[row].name}: a layer state is not finite, or too large for "
-                    "16 bits. Is the input or the upstream damaged? Try --precision fp32"
+                    f"{self.files[row].stem}: a state is not finite, or too large for 16 "
+                    "bits. Look at the recording and the upstream, or try --precision fp32"
                 )
             with write_whole(self.files[row]) as part, part.open("wb") as file:
                 np.save(file, states.cpu().numpy())
@@ -381,7 +380,7 @@ class Source:
         return [states[row] for row in rows]
 
     def read(self, row: int) -> Tensor:
-        """Read the states of one utterance (T, L, D), and keep them if there is room."""
+        """Read the states of one utterance (T, L, D). Keep them if there is room."""
         if row in self.kept:
             return self.kept[row]
         states = torch.from_numpy(np.load(self.files[row])).to(self.device)
@@ -424,9 +423,9 @@ class Source:
 def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Tensor]:
     """Prepare the inputs whose states are needed, by row of the corpus.
 
-    For audio these are the clips of the four classes. For text they are the texts in the
-    windows around them. Raises InputError if a wav is missing, or if the encoder does not
-    know most of the words.
+    For audio these are the clips of the four classes. For text they are the texts in
+    the windows around them. Raises InputError if a wav is missing, or if the encoder
+    does not know most of the words.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
     if upstream.modality == "audio":
@@ -438,8 +437,8 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     unknown = tokens[tokens == upstream.preprocessor.unk_token_id]
     if len(unknown) > len(tokens) / 2:
         raise InputError(
-            f"--bert {upstream.name}: it knows less than half of the tokens of this corpus. "
-            "Choose an encoder for its language and script"
+            f"--bert {upstream.name}: most tokens of this corpus are unknown to it. Choose "
+            "an encoder for its language and script"
         )
     return inputs
 
@@ -448,9 +447,9 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
 def gather(source: Callable, rows: Tensor, device: str) -> tuple[Tensor, Tensor]:
     """Collect the states of some utterances, one after another.
 
-    rows     rows of the corpus, of any shape: (B,), or windows (B, C). -1 means none.
-    returns  the N real steps of all of them (N, L, D), and the mask that tells where each
-             belongs, (B, T) or (B, C, T)
+    rows      rows of the corpus: (B,), or windows (B, C) with -1 for none
+    returns   the N real steps of all of them (N, L, D), and the mask that tells where
+              each belongs, (B, T) or (B, C, T)
     """
     exists = rows >= 0
     states = source(rows[exists].tolist())  # a list of (T_i, L, D)
@@ -488,7 +487,6 @@ PLAIN_NAMES = {
     "happiness": "hap",
     "joy": "hap",
     "excited": "exc",
-    "excitement": "exc",
     "angry": "ang",
     "anger": "ang",
     "sadness": "sad",
@@ -498,8 +496,8 @@ PLAIN_NAMES = {
 def read_csv(path: str | Path) -> Corpus:
     """Read a corpus from a CSV file in UTF-8, separated by commas, semicolons or tabs.
 
-    The columns wav, start and id are optional. Raises InputError with one line for each row
-    that has a problem.
+    The columns wav, start and id are optional. Raises InputError with one line for each
+    row that has a problem.
     """
     path = Path(path)
     try:
@@ -515,8 +513,8 @@ def read_csv(path: str | Path) -> Corpus:
         header = [name.strip().lower() for name in table.fieldnames or []]
         if not REQUIRED <= set(header) <= REQUIRED | OPTIONAL:
             raise InputError(
-                f"{path}: line 1 has the columns {header}. Expected {sorted(REQUIRED)}, and "
-                f"{sorted(OPTIONAL)} if you have them"
+                f"{path}: line 1 has the columns {header}. Expected {sorted(REQUIRED)} and "
+                f"perhaps {sorted(OPTIONAL)}"
             )
         table.fieldnames = header
         for row in table:
@@ -581,8 +579,8 @@ def require_one_session(utterance: Utterance, sessions: dict[str, int]) -> None:
         first = sessions.setdefault(name, utterance.session)
         if first != utterance.session:
             raise InputError(
-                f"{name} is in session {utterance.session}, but in {first} above. What is "
-                "tested on must not be trained on"
+                f"{name} is in session {utterance.session}, and in {first} above. Sessions "
+                "are tested apart, so they must not share speakers or dialogues"
             )
 
 
@@ -605,7 +603,7 @@ FILLERS = ["well", "you", "know", "i", "think", "that", "it", "was"]
 
 
 def write_toy(root: Path) -> None:
-    """Write the toy corpus: 5 sessions of 10 dialogues of 24 turns. `root` must be new."""
+    """Write the toy corpus, 5 sessions of 10 dialogues of 24 turns, to a new folder."""
     rng = np.random.default_rng(9)
     with write_whole(root) as part:
         for session in range(1, 6):
@@ -689,15 +687,14 @@ def reference_problems(corpus: Corpus) -> list[str]:
         for name, count in zip(COUNTED, counts, strict=True):
             if found[name] != count:
                 problems.append(
-                    f"session {session} of the full release has {count} {name}, and this "
-                    f"one has {found[name]}"
+                    f"session {session}: {found[name]} {name}, in the full release {count}"
                 )
     return problems
 
 
 def checksum(corpus: Corpus) -> str:
-    """Compute a checksum of all that training reads of a corpus, except the audio."""
-    rows = [(u.id, u.session, u.dialog, u.speaker, u.text, u.label) for u in corpus]
+    """Compute a checksum of the ids, texts, labels and speakers of a corpus."""
+    rows = [(u.id, u.text, u.label, u.speaker) for u in corpus]
     return f"{zlib.crc32(repr(rows).encode()):08x}"
 
 
@@ -709,7 +706,7 @@ def describe(name: str, corpus: Corpus) -> str:
     classes = [f"{emotion} {labels[label]}" for label, emotion in enumerate(CLASSES)]
     others = Counter(u.emotion for u in corpus if u.label is None)
     return (
-        f"{name}: {len(corpus)} utterances in {len(dialogs)} dialogues of {len(speakers)} "
+        f"{name}: {len(corpus)} utterances, {len(dialogs)} dialogues, {len(speakers)} "
         f"speakers\n{name}: the four classes: {', '.join(classes)}\n"
         f"{name}: other emotions, which are only context: {dict(others)}"
     )
@@ -719,15 +716,16 @@ def describe(name: str, corpus: Corpus) -> str:
 
 
 class InputError(Exception):
-    """Something about the user's input is wrong. One line per problem, with what to do."""
+    """Something about the user's input is wrong: one line per problem."""
 
 
 @contextlib.contextmanager
 def write_whole(path: Path):
     """Write a file or a folder so that it is complete or absent.
 
-    Use it as `with write_whole(path) as part`, and write to `part`. At the end, `part` gets
-    its final name. If the process is killed meanwhile, a file *.part is left behind.
+    Use it as `with write_whole(path) as part`, and write to `part`. At the end, `part`
+    gets its final name. If the process is killed meanwhile, a file *.part is left
+    behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A random name: jobs on different machines may write the same file at the same
@@ -749,7 +747,7 @@ def write_whole(path: Path):
 
 
 def run_command(main: Callable) -> None:
-    """Run the command of a file. Wrong input is a sentence and exit 1; a bug is a traceback."""
+    """Run a command. Wrong input gets a sentence and exit 1, a bug gets a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace", line_buffering=True)
     try:

@@ -1,6 +1,6 @@
-"""Results as in §3.3 and §4: WA and UA, Tables 1 and 2, Fig. 4, and one use of a model.
+"""Results (§3.3, §4): WA and UA, Tables 1 and 2, Fig. 4, and the use of a model.
 
-    python evaluate.py tables RUNS       Tables 1 and 2, on IEMOCAP beside the paper's numbers
+    python evaluate.py tables RUNS       Tables 1 and 2, beside the paper's numbers
     python evaluate.py draw RUNS DIR     Fig. 4 (needs matplotlib)
     python evaluate.py recognize RUN --wav x.wav --text "I never said that."
         --before "Did you say that?"     the emotion of an utterance of your own
@@ -60,8 +60,8 @@ def weighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
 def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
     """Compute UA: the mean of the recalls of the classes.
 
-    y_true and y_pred are lists, arrays or tensors of n class indices. A class without an
-    utterance in y_true does not count.
+    y_true and y_pred are lists, arrays or tensors of n class indices. A class without
+    an utterance in y_true does not count.
 
     >>> round(unweighted_accuracy([0, 0, 0, 1], [0, 0, 2, 1]), 4)  # (2/3 + 1/1) / 2
     0.8333
@@ -255,9 +255,9 @@ class Recognizer:
     Raises InputError if the run is not finished, or its upstreams have changed. In a
     notebook:
 
-        from evaluate import Recognizer
-        recognizer = Recognizer("runs/toy/mmt-finetuned/fold5-seed0")
-        recognizer.recognize("x.wav", "I never said that.", before=["Did you say that?"])
+        from evaluate import Recognizer recognizer =
+        Recognizer("runs/toy/mmt-finetuned/fold5-seed0") recognizer.recognize("x.wav",
+        "I never said that.", before=["Did you say that?"])
     """
 
     def __init__(self, folder: str | Path):
@@ -419,7 +419,8 @@ def load_checkpoint(path: Path, run: dict) -> dict:
 def find_runs(root: Path) -> tuple[Runs, list[str]]:
     """Find the runs in a folder: the finished ones, and a line for each that is left out.
 
-    Prints a line for each run that is not finished. Raises InputError if there is no run.
+    Prints a line for each run that is not finished. Raises InputError if there is no
+    run.
     """
     runs = {}
     problems = []

@@ -1,10 +1,10 @@
-"""The model of "Context-aware Multimodal Fusion for Emotion Recognition" (Li et al., 2022).
+"""The model of "Context-aware Multimodal Fusion for Emotion Recognition".
 
     python model.py     print every block of the main system with shapes and parameters
 
-Read this file with §2 of the paper and its Figures 1 to 3 open. It goes in the order of
-the paper: the equations, the feature extractors (Fig. 2), the fusion (Fig. 3), the whole
-recognizer (Fig. 1), and at the end the two pre-trained encoders that feed it.
+Read this file with §2 of the paper and its Figures 1 to 3 open. It begins with the
+equations. The feature extractors (Fig. 2), the fusion (Fig. 3) and the whole recognizer
+(Fig. 1) follow. The two pre-trained encoders that feed it come last.
 
 Symbol      meaning                                              in the paper
 ------      --------------------------------------------------   ---------------------
@@ -19,11 +19,10 @@ C           texts in a context: 4 before, the target, 4 after    9 (§3.2)
 X_A, X_T    acoustic and textual features, (B, T, d)             Fig. 2
 x_t, x_s    target (gives queries), source (keys and values)     X_t, X_s in Eq. (1)
 
-Masks are bool: True is a real time step, False is padding.
-
-Layer states are large, so they are never padded. A batch of them is (N, L, D): the real
-steps of all its utterances, one after another. The mask tells where each step belongs. Here
-is the data flow of the main system, MMT, for one batch:
+Masks are bool: True is a real time step, False is padding. Layer states are large, so
+they are never padded. A batch of them is (N, L, D): the real steps of all its
+utterances, one after another. The mask tells where each step belongs. This is the data
+flow of the main system, MMT, for one batch:
 
   waveforms ---- WavLM ---> (N, 25, 1024) -- S&E, project --> X_A (B, T_A, 16)
   9 texts each -- BERT ---> (N, 13, 768) --- S&E, project --> (B, 9, T_T, 16)
@@ -34,14 +33,15 @@ is the data flow of the main system, MMT, for one batch:
                                                                                      |
                                           logits (B, 4) <--- MLP --- (B, 32) <-------+
 
-"The author's other code" in the comments is JinchaoLove/AffectiveVocalBurstRecognition on
-GitHub, the first author's code for a related task. This paper's code is not public.
+"The author's other code" below is JinchaoLove/AffectiveVocalBurstRecognition on GitHub,
+the first author's code for a related task. The code of this paper is not public.
 """
 
 import argparse
 import json
 import math
 import re
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +50,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-# Fig. 3 and Table 1. A system is a list of paths (target, source), and the outputs of
-# its paths are concatenated. Without a source, a path passes the features of the target
-# on. With the target itself as source it is a vanilla Transformer block. With the other
-# modality as source it is a cross-modal Transformer, CMT (source -> target). Table 1
-# has two systems of each kind: frozen (odd number) and fine-tuned (even number).
+# Fig. 3 and Table 1. A fusion is a list of paths (target, source) whose outputs are
+# concatenated. Without a source, a path passes on the features of the target. With the
+# target itself as source it is a vanilla Transformer block. With the other modality as
+# source it is a cross-modal Transformer, CMT (source -> target). Table 1 has two
+# systems of each fusion: frozen (odd numbers) and fine-tuned (even numbers).
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
@@ -70,7 +70,7 @@ FUSIONS = {
 
 @dataclass
 class Config:
-    """Describe the trained part. The defaults are the paper's main system at full size."""
+    """Describe the trained part. The defaults are the main system of the paper."""
 
     fusion: str = "mmt"
     audio_layers: int = 25  # L of WavLM-Large
@@ -101,9 +101,9 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
     x (B, T, F), mask (B, T) -> (B, F)
 
-    For example, x = [[1], [3], [9]] with mask = [True, True, False] gives [2]. Padding is
-    never read, so it may contain anything, even NaN. An utterance without a real step
-    gives zeros.
+    For example, [[1], [3], [9]] with the mask [True, True, False] gives [2]. Padding is
+    never read, so it may contain anything, even NaN. Without a real step, the result is
+    0.
     """
     total = x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)  # (B, F)
     # Careful: without the clamp, an utterance without a real step is 0 / 0 = NaN.
@@ -121,9 +121,10 @@ def cross_modal_attention(
     w_q (d_t, d_k), w_k (d_s, d_k), w_v (d_s, d_v)
     returns  out (B, T_t, d_v) and weights (B, T_t, T_s)
 
-    Each step of the target takes a weighted mean of the source's values. Each row of the
-    weights sums to 1 over the real steps of the source. A source without a real step gives
-    zeros. Padding of the source may contain any finite number.
+    Each step of the target takes a weighted mean of the values of the source. The
+    weights of a step (a row) sum to 1 over the real steps of the source. A source
+    without a real step gives zeros. The padding of the source may contain any finite
+    number.
     """
     q = x_t @ w_q  # (B, T_t, d_k)
     k = x_s @ w_k  # (B, T_s, d_k)
@@ -156,7 +157,7 @@ def unpack(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class SqueezeExcitation(nn.Module):
-    """Squeeze-and-Excitation (S&E) over the layers of an upstream: §2.1, reference [27].
+    """Squeeze-and-Excitation (S&E) over the layers of an upstream (§2.1, [27]).
 
     states (N, L, D), mask (B, T) -> gates (B, L), each between 0 and 1
 
@@ -173,15 +174,14 @@ class SqueezeExcitation(nn.Module):
         self.reduce = nn.Linear(n_layers, 1)  # W_1, b_1
         self.expand = nn.Linear(1, n_layers)  # W_2, b_2
         # DEVIATION [D2]: b_1 starts at 1, the paper names no initial value. Why: if the
-        # ReLU gives 0 for every utterance, it passes no gradient, and all utterances
-        # have equal gates for ever. Started at 1, it is above 0. train.py warns if it
-        # dies.
+        # ReLU gives 0 for all utterances, it passes no gradient, and their gates stay
+        # equal. This start is above 0. train.py warns if the unit dies later.
         nn.init.ones_(self.reduce.bias)
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         # Squeeze: one number per layer, the mean over its features and its real steps.
-        # The mask is the arrow "padding mask" of Fig. 2a.
+        # The mask is the arrow "padding mask" in Fig. 2a.
         layer_means = states.mean(dim=-1)  # (N, L)
         z = masked_mean(unpack(layer_means, mask), mask)  # (B, L)
         # Excitation: each gate depends on all layers, through a bottleneck of one unit.
@@ -190,7 +190,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """Fig. 2a without the upstream: calibrate the layers, condense them, project and norm.
+    """Fig. 2a without the upstream: calibrate, condense, "Project & Norm".
 
     states (N, L, D), mask (B, T) -> X_A (B, T, d), zeros where the mask is False
     """
@@ -206,23 +206,22 @@ class FeatureExtractor(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        # The cache holds 16-bit numbers [D1], the weights have 32 bits.
-        states = states.float()
+        states = states.float()  # 16 bits in the cache [D1]
         gates = self.se(states, mask)  # (B, L)
-        # The first column of nonzero() says to which utterance each of the N steps
-        # belongs.
+        # To which utterance does each of the N steps belong?
         utterance = mask.nonzero()[:, 0]  # (N,)
-        # UNSPECIFIED [A1]: how L layers become one vector. The features are "calibrated
-        # and condensed" (§1). We sum the layers, scaled by their gates, as the author's
-        # other code does. Another reading: lay them side by side (tests/studies). This
-        # is one product. To scale first and sum then copies all the states once more.
+        # UNSPECIFIED [A1]: how L layers become one vector. They are "calibrated and
+        # condensed" (§1). We sum the layers, scaled by their gates, as the author's
+        # other code does. Another reading: lay them side by side (tests/studies). We
+        # scale and sum in one product, because scaled states would be one more copy of
+        # all states.
         x = torch.einsum("nl,nld->nd", gates[utterance], states)  # (N, D)
         x = self.norm(self.linear(x))  # (N, d)
         return unpack(x, mask)  # (B, T, d)
 
 
 class TextFeatureExtractor(nn.Module):
-    """Fig. 2b without BERT: the same for each of C texts, then one map of all of them.
+    """Fig. 2b without BERT: the same for each of C texts, then one map for all of them.
 
     states (N, L, D), mask (B, C, T) -> X_T (B, T, d), mask (B, T)
 
@@ -236,8 +235,8 @@ class TextFeatureExtractor(nn.Module):
         # convolutional layer with the stride of 1 and kernel size of 3". We take the
         # texts as channels and convolve over (token, feature), so X_T is a sequence
         # again. That makes 9 * 3 * 3 + 1 = 82 parameters. Another reading: two layers
-        # with a norm (tests/studies). Careful: tokens of different texts meet because
-        # they have the same position.
+        # with a norm (tests/studies). Careful: it mixes tokens of different texts
+        # because they have the same position, whatever they mean.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
 
     # EXERCISE 4 (25 min): delete the body, write it again; pytest -m ex4
@@ -263,8 +262,8 @@ class TransformerBlock(nn.Module):
 
     x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) -> (B, T_t, d)
 
-    With the target itself as source, and `residual`, this is the vanilla encoder block of
-    reference [31]. With the other modality as source it is CMT (§2.2).
+    With the target itself as source, and `residual`, this is the vanilla encoder block
+    of reference [31]. With the other modality as source it is CMT (§2.2).
     """
 
     def __init__(self, dim: int, residual: bool):
@@ -289,7 +288,7 @@ class TransformerBlock(nn.Module):
         self.residual = residual
 
     def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute Eq. (1) with the matrices of this block: its output and its weights."""
+        """Compute Eq. (1) with the matrices of this block."""
         return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
 
     # EXERCISE 5 (35 min): delete the body, write it again; pytest -m ex5
@@ -337,10 +336,10 @@ class Fusion(nn.Module):
 
 
 class EmotionRecognizer(nn.Module):
-    """Fig. 1: everything that is trained from scratch, from layer states to logits (B, 4).
+    """Fig. 1: all that is trained from scratch, from layer states to logits (B, 4).
 
-    audio  states (N, L, D) and mask (B, T); None for the systems that use text alone
-    text   states (N, L, D) and mask (B, C, T); None for those that use audio alone
+    audio   states (N, L, D) and mask (B, T), or None if the fusion uses text alone
+    text    states (N, L, D) and mask (B, C, T), or None if it uses audio alone
 
     The classes are in the order of Fig. 4: neutral, happy, angry, sad.
     """
@@ -365,8 +364,9 @@ class EmotionRecognizer(nn.Module):
         # classifier. A unimodal system has no fusion, so it has one dropout. Another
         # reading: before the projector, as in the author's other code (tests/studies).
         self.dropout = nn.Dropout(config.dropout)
-        multimodal = len(config.modalities) == 2
-        self.fusion_dropout = nn.Dropout(config.dropout if multimodal else 0.0)
+        self.fusion_dropout = nn.Identity()
+        if len(config.modalities) == 2:
+            self.fusion_dropout = nn.Dropout(config.dropout)
 
         # PAPER-ERROR [E10]: the classifier is "a simple MLP" in §2.3, but "a
         # fully-connected (FC) layer" in §2.2.
@@ -380,8 +380,8 @@ class EmotionRecognizer(nn.Module):
 
     def features(
         self, audio: tuple | None = None, text: tuple | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compute X_A and X_T (Fig. 2). Returns dicts by modality: x (B, T, d), mask (B, T)."""
+    ) -> tuple[dict, dict]:
+        """Compute X_A and X_T (Fig. 2): x (B, T, d) and mask (B, T), by modality."""
         x = {}
         mask = {}
         if "audio" in self.extractor:
@@ -409,17 +409,16 @@ KNOWN_TYPES = {
 
 
 class Upstream(nn.Module):
-    """A pre-trained encoder: a waveform or a text in, all of its layer states out.
+    """A pre-trained encoder: clips or texts in, all of its layer states out.
 
-    name       a name on the Hugging Face hub, or a folder with the same files
-    modality   "audio" (WavLM and its relatives) or "text" (BERT and its relatives)
-    precision  "fp32", or "bf16" for matrix products in 16 bits
+    name        a name on the Hugging Face hub, or a folder with the same files
+    modality    "audio" (WavLM and its relatives) or "text" (BERT and its relatives)
+    precision   "fp32", or "bf16" for matrix products in 16 bits
 
-    It takes two calls. `prepare` turns one input into the numbers that the encoder reads,
-    which never change. The upstream itself turns a list of those into a list of states.
-
-    Raises OSError or ValueError if the encoder cannot be loaded, is not of a known type, or
-    has parts missing.
+    `prepare` turns one input into the numbers that the encoder reads. These never
+    change. A call turns a list of prepared inputs into a list of states. Raises OSError
+    or ValueError if the encoder cannot be loaded, is of an unknown type, or lacks a
+    part.
     """
 
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
@@ -433,68 +432,55 @@ class Upstream(nn.Module):
         config = self.model.config
         self.n_layers = config.num_hidden_layers + 1  # L
         self.dim = config.hidden_size  # D
-        # Models with group norm average over the padding too, so they get one clip at a
+        # A group norm averages over the padding too, so such a model gets one clip a
         # time.
         self.one_by_one = getattr(config, "feat_extract_norm", "") == "group"
         if modality == "text":
-            # Careful: RoBERTa counts its positions from padding_idx + 1, so it has room
-            # for two tokens less than it has positions.
-            first = getattr(self.model.embeddings, "padding_idx", None)
-            room = config.max_position_embeddings
-            if first is not None:
-                room -= first + 1
             # §3.2: 512 tokens.
             # PAPER-ERROR [E9]: §3.2 says "512 words" too. BERT's limit is in tokens.
-            self.max_tokens = min(512, room)
+            # Careful: RoBERTa counts its positions from padding_idx + 1.
+            unused = getattr(self.model.embeddings, "padding_idx", -1) + 1
+            self.max_tokens = min(512, config.max_position_embeddings - unused)
         self.checksum = self.compute_checksum()
 
     def train(self, mode: bool = True) -> "Upstream":
         """Stay in evaluation mode, whatever the mode of the module around this one."""
-        # UNSPECIFIED [A12]: the upstreams' own dropout. The cache needs it switched
-        # off. We leave it off while fine-tuning, too. Another reading: switch it on
-        # then, as in the author's other code (tests/studies).
+        # UNSPECIFIED [A12]: the upstreams' own dropout. The cache needs it off. We
+        # leave it off while fine-tuning. Another reading: switch it on then, as in the
+        # author's other code (tests/studies).
         return super().train(False)
 
     def prepare(self, raw: Tensor | str) -> Tensor:
         """Turn a clip (m,) at 16 kHz, or a text, into what the encoder reads: (n,).
 
-        These are normalised samples (mean 0 and variance 1 for WavLM-Large), or the numbers
-        of at most 512 tokens.
+        These are samples (for WavLM-Large of mean 0 and variance 1), or token numbers.
         """
         if self.modality == "audio":
-            prepared = self.preprocessor(
-                raw.numpy(), sampling_rate=16000, return_tensors="pt"
-            )
-            return prepared["input_values"][0]
+            prepared = self.preprocessor(raw.numpy(), sampling_rate=16000)
+            return torch.from_numpy(prepared["input_values"][0])
         # UNSPECIFIED [A19]: tags such as [LAUGHTER]. We leave them in the text. Another
         # reading: remove them (tests/studies).
         prepared = self.preprocessor(raw, truncation=True, max_length=self.max_tokens)
         return torch.tensor(prepared["input_ids"])
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Compute all layer states (§2.1): prepared inputs (n_i,) -> states (T_i, L, D)."""
+        """Compute all states (§2.1): prepared inputs (n_i,) -> states (T_i, L, D)."""
         if self.one_by_one and len(inputs) > 1:
             return [self([one])[0] for one in inputs]
 
         # Pad the inputs to the longest, and mask the padding.
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(one) for one in inputs])  # (B,)
-        padded = pad_sequence(inputs, batch_first=True)  # (B, n)
-        mask = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)  # (B, n)
-
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        ):
-            output = self.model(
-                padded.to(device),
-                attention_mask=mask.long().to(device),
-                output_hidden_states=True,
-            )
-        # We take all L states. PAPER-ERROR [E4]: the reason that §2.1 gives,
-        # "information leakage", is meant to be information loss. State 0 is the input
-        # of the first Transformer layer. Careful: the last of `hidden_states` comes
-        # before the final LayerNorm in some versions of the library, so we take
-        # last_hidden_state.
+        padded = pad_sequence(inputs, batch_first=True).to(device)  # (B, n)
+        mask = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
+        mask = mask.long().to(device)  # (B, n)
+        bf16 = self.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = self.model(padded, attention_mask=mask, output_hidden_states=True)
+        # PAPER-ERROR [E4]: the reason for all states that §2.1 gives, "information
+        # leakage", should be information loss. State 0 is the input of the first
+        # Transformer layer. Careful: the last of `hidden_states` may come before the
+        # final LayerNorm, so we take last_hidden_state.
         layers = [*output.hidden_states[:-1], output.last_hidden_state]
         states = torch.stack(layers, dim=2)  # (B, T, L, D)
         if self.modality == "audio":
@@ -502,7 +488,7 @@ class Upstream(nn.Module):
         return [x[:n] for x, n in zip(states, lengths.tolist(), strict=True)]
 
     def open(self, what: str) -> list[nn.Parameter]:
-        """Make "nothing", the "bottom" or "all" of the encoder trainable: its parameters."""
+        """Make "nothing", the "bottom" or "all" trainable. Returns these parameters."""
         # §2.4: "we only fine-tune the feature extractor part, i.e., CNN encoders in
         # WavLM and input embeddings in BERT".
         # UNSPECIFIED [A21]: whether the LayerNorm of BERT's embeddings belongs to the
@@ -516,11 +502,7 @@ class Upstream(nn.Module):
         return opened
 
     def compute_checksum(self) -> str:
-        """Compute a checksum of all that turns a prepared input into states.
-
-        It covers the weights and the configuration, except where the files lie and which
-        version of the library wrote them.
-        """
+        """Compute a checksum of the weights and the configuration."""
         config = self.model.config.to_dict()
         config.pop("_name_or_path", None)
         config.pop("transformers_version", None)
@@ -541,65 +523,59 @@ def frame_count(samples: Tensor | int, config) -> Tensor | int:
     return samples
 
 
-def load_pretrained(name: str, modality: str):
-    """Load (preprocessor, model) from a folder, the download cache or the hub.
-
-    Raises OSError or ValueError if that fails, or if the result is not the whole encoder.
-    """
+def import_transformers():
+    """Import the library where it is needed, because that takes seconds."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # PyTorch warns about the masks in WavLM's attention. They are right.
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+    return transformers
 
-    # Careful: without trust_remote_code=False, the library offers to run code of the
-    # folder.
+
+def load_pretrained(name: str, modality: str):
+    """Load (preprocessor, model). Raises OSError or ValueError if a part is missing."""
+    transformers = import_transformers()
+    # Careful: otherwise the library offers to run code that comes with the weights.
     safe = {"trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(name, **safe)
     known = KNOWN_TYPES[modality]
     if config.model_type not in known:
         raise ValueError(
-            f"it is a model of type {config.model_type}, and the {modality} encoders that "
-            f"this project knows are {', '.join(known)}"
+            f"it is of type {config.model_type}. The types for {modality} that the tests "
+            f"have tried are {', '.join(known)}"
         )
-    model, info = transformers.AutoModel.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, **safe
-    )
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = transformers.AutoModel.from_pretrained(name, **options, **safe)
     # Careful: a weight that fails to load stays random without any error. The pooler
-    # and the embedding of masked frames are not used here, so they may be missing.
+    # and the embedding of masked frames may be missing, because nothing here uses them.
     for key in info["missing_keys"]:
         if "pooler" not in key and "masked_spec_embed" not in key:
             raise ValueError(f"it has no weights for {key}")
-    # Weights of a layer that the configuration does not have would be left out.
+    # Careful: a layer that config.json does not count is left out without any error.
     for key in info["unexpected_keys"]:
         if re.search(r"encoder\.layers?\.\d", key):
-            raise ValueError(f"its config.json has no layer for {key}")
+            raise ValueError(f"its config.json has no room for {key}")
 
     if modality == "audio":
-        loader = transformers.AutoFeatureExtractor
-    else:
-        loader = transformers.AutoTokenizer
-    preprocessor = loader.from_pretrained(name, **safe)
-    if modality == "audio" and preprocessor.sampling_rate != 16000:
-        raise ValueError(
-            f"it wants {preprocessor.sampling_rate} Hz instead of 16000 Hz"
-        )
-    if modality == "text":
-        # Long texts keep their beginning (§3.2), whatever the configuration says.
-        preprocessor.truncation_side = "right"
-        # Careful: without its files, a tokenizer loads silently with five entries.
-        entries = len(preprocessor)
-        rows = model.get_input_embeddings().num_embeddings
-        if entries > rows or entries < rows / 2:
-            raise ValueError(
-                f"its tokenizer has {entries} entries, but its embedding has {rows} rows"
-            )
-    return preprocessor, model
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **safe)
+        if extractor.sampling_rate != 16000:
+            raise ValueError(f"it wants {extractor.sampling_rate} Hz, not 16000 Hz")
+        return extractor, model
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
+    # Long texts keep their beginning (§3.2), whatever the configuration says.
+    tokenizer.truncation_side = "right"
+    # Careful: without its files, a tokenizer loads silently with five entries.
+    rows = model.get_input_embeddings().num_embeddings
+    if not rows / 2 < len(tokenizer) <= rows:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} entries for {rows} rows")
+    return tokenizer, model
 
 
 # --- Tiny upstreams, for the toy corpus and for dry runs ------------------------------
 
-# The configuration of microsoft/wavlm-large, where it differs from the library's
-# defaults.
+# The configuration of microsoft/wavlm-large, where it is not the library's default.
 WAVLM_LARGE = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -626,12 +602,12 @@ TINY_CNN = {
 
 
 def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
-    """Write a WavLM and a BERT of one layer with random weights, as the hub stores them.
+    """Write a WavLM and a BERT of one layer with random weights, in the hub's format.
 
-    They are in folder/audio and folder/text. The vocabulary has every word of `texts`, and
-    letters for all other words.
+    They are in folder/audio and folder/text. The vocabulary has every word of `texts`,
+    and letters for all other words.
     """
-    import transformers
+    transformers = import_transformers()
 
     words = set(re.findall(r"\w+|[^\w\s]", " ".join(texts).lower()))
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -649,8 +625,8 @@ def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
     bert_config = transformers.BertConfig(vocab_size=len(vocabulary), **TINY)
     bert = transformers.BertModel(bert_config)
     draw_weights(bert)
-    # Each word draws its own vector, so no vector depends on which other words there
-    # are: a word of the test session changes nothing in training.
+    # Each word draws its own vector. So a word of the test session does not change the
+    # vectors of other words.
     for row, word in enumerate(vocabulary):
         generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
         bert.embeddings.word_embeddings.weight.data[row].normal_(generator=generator)
@@ -661,11 +637,11 @@ def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
 
 
 def draw_weights(model: nn.Module) -> None:
-    """Draw random weights by the name of each parameter, the same with every library."""
+    """Draw random weights that do not depend on the version of the library."""
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if parameter.ndim > 1:
-            # The variance of an output is then about the mean square of its inputs.
+            # Keep the variance: an output sums over fan_in inputs.
             fan_in = parameter[0].numel()
             parameter.data.normal_(0.0, fan_in**-0.5, generator=generator)
         elif name.endswith("bias"):
@@ -680,7 +656,7 @@ def draw_weights(model: nn.Module) -> None:
 def main() -> None:
     """Print every block of the main system (MMT) at the size of the paper."""
     argparse.ArgumentParser(description=main.__doc__).parse_args()
-    import transformers
+    transformers = import_transformers()
 
     def show(name: str, module: nn.Module, shape: str = "") -> None:
         count = sum(parameter.numel() for parameter in module.parameters())
@@ -705,9 +681,8 @@ def main() -> None:
             output = output[0]  # X_T comes with its mask
         show(names[module] or "EmotionRecognizer", module, str(tuple(output.shape)))
 
-    # Every block prints its line when it is called, so the lines are in the order of
-    # the data. The batch has two clips of 5 s, and two windows of nine texts of 20
-    # tokens.
+    # Each block prints its line when it has been called, so the order is that of the
+    # data. The batch has two clips of 5 s, and two windows of nine texts of 20 tokens.
     for module in names:
         module.register_forward_hook(hook)
     frames = frame_count(5 * 16000, wavlm.config)

@@ -1,7 +1,7 @@
-"""Training as in §2.4 and §3.2: frozen upstreams first, then fine-tuning, then the test.
+"""Training (§2.4, §3.2): first with frozen upstreams, then fine-tuning, then the test.
 
     python train.py --fusion mmt --fold 5                    the toy corpus
-    python train.py --iemocap DIR --fusion mmt --fold 5      the paper's Sys. 18, Session 5
+    python train.py --iemocap DIR --fusion mmt --fold 5      Sys. 18 on Session 5
     python train.py --iemocap DIR --system all --fold all    Table 1
     python train.py --corpus FILE.csv --fold all             a corpus of your own
 
@@ -58,15 +58,15 @@ class Run:
 class Patience:
     """The two triggers of §3.2. Call step() with the development loss after each epoch.
 
-    "If the loss has not decreased for 5 epochs, the fine-tuning process starts; if the loss
-    has not decreased for 10 epochs, the training stops." A frozen system has no
-    fine-tuning: finetune_after is None. With finetune_after = 2 and stop_after = 4, these
-    losses give these answers:
+    "If the loss has not decreased for 5 epochs, the fine-tuning process starts; if the
+    loss has not decreased for 10 epochs, the training stops." A frozen system only stops:
+    its finetune_after is None. With finetune_after = 2 and stop_after = 4, these losses
+    give these answers:
 
-        1.0  0.8   "continue"  "continue"      a lower loss each time
-        0.9  0.8   "continue"  "finetune"      2 epochs without one (equal is not lower)
-        0.7        "continue"                  lower, so the counter is 0; fine-tuning goes on
-        0.8 x 4    "continue" x 3  "stop"      4 epochs without a lower loss
+        1.0  0.8   "continue"  "continue"    a lower loss each time
+        0.9  0.8   "continue"  "finetune"    2 epochs without one (equal is not lower)
+        0.7        "continue"                a lower loss: the counter is 0 again
+        0.8 x 4    "continue" x 3  "stop"    4 epochs without a lower loss
     """
 
     def __init__(self, finetune_after: int | None = 5, stop_after: int = 10):
@@ -109,7 +109,7 @@ class Patience:
 def train_epoch(
     model: nn.Module, optimizer: AdamW, batch: Callable, rows: Tensor, args: Namespace
 ) -> float:
-    """Train on all utterances once, in shuffled batches of 32 (§3.2). Returns the mean loss.
+    """Train on all utterances once, in shuffled batches (§3.2). Returns the mean loss.
 
     batch   a function that turns rows of the corpus into (inputs of the model, labels)
     rows    the utterances to train on (n,)
@@ -138,7 +138,7 @@ def train_epoch(
 
 @torch.no_grad()
 def measure(model: nn.Module, batch: Callable, rows: Tensor, args: Namespace) -> dict:
-    """Compute "loss", "wa", "ua", "confusion" and "log_probs" (n, 4), without dropout."""
+    """Compute loss, WA, UA, confusion matrix and log_probs (n, 4), without dropout."""
     model.eval()
     all_logits = []
     all_labels = []
@@ -154,7 +154,7 @@ def measure(model: nn.Module, batch: Callable, rows: Tensor, args: Namespace) ->
 
 
 def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> AdamW:
-    """Open the bottom of the upstreams (§2.4). Returns the optimizer of the second phase."""
+    """Open the bottom of the upstreams (§2.4). Returns the optimizer for that."""
     parameters = list(model.parameters())
     for source in sources.values():
         parameters += source.open(args.open)
@@ -171,8 +171,8 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     args      what the user asks for
     sources   the layer states of the modalities that the system uses
 
-    If the run's folder has a checkpoint, training goes on after it. Raises InputError if the
-    folder is of another run, or if a loss is not finite.
+    If the run's folder has a checkpoint, training goes on after it. Raises InputError
+    if the folder is of another run, or if a loss is not finite.
     """
     folder = run_folder(args, run)
     config = describe_run(args, run, corpus, sources)
@@ -186,16 +186,15 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     train_rows, dev_rows, test_rows = [torch.tensor(part) for part in parts]
     dev_speaker = corpus[dev_rows[0]].speaker
     print(
-        f"\n{run.corpus}: {folder}\n{run.corpus}: train on {len(train_rows)} utterances, "
-        f"develop on {len(dev_rows)} of {dev_speaker}, test on {len(test_rows)} of session "
-        f"{run.fold}"
+        f"\n{folder}\n{run.corpus}: {len(train_rows)} utterances for training, "
+        f"{len(dev_rows)} of {dev_speaker} for development, {len(test_rows)} for the test"
     )
-    labels = torch.tensor([-1 if u.label is None else u.label for u in corpus])
     windows = data.context_windows(corpus, args.context)
 
     def batch(rows: Tensor) -> tuple[dict, Tensor]:
+        labels = torch.tensor([corpus[row].label for row in rows.tolist()])
         inputs = data.batch(rows, windows, sources, args.device)
-        return inputs, labels[rows].to(args.device)
+        return inputs, labels.to(args.device)
 
     # §3.2: AdamW with a learning rate of 1e-3 and a weight decay of 1e-3. The upstreams
     # are frozen at first (§2.4).
@@ -300,11 +299,11 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
 
 
 def require_finite(loss: float, where: str) -> None:
-    """Raise InputError if a loss is inf or NaN, because a model does not recover from it."""
+    """Raise InputError for inf and NaN, because a model does not recover from them."""
     if not math.isfinite(loss):
         raise InputError(
-            f"the loss is {loss} in {where}. The checkpoint of the epoch before is kept. Try "
-            "--precision fp32, or a lower --lr-frozen or --lr-finetune"
+            f"the loss is {loss} in {where}. The checkpoint before it is kept. Try a lower "
+            "learning rate, or --precision fp32"
         )
 
 
@@ -322,8 +321,8 @@ def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
         since_best = "dev loss improved"
     print(
         f"{corpus} epoch {row['epoch']:2} {row['phase']:8} train loss "
-        f"{row['train_loss']:.4f}  dev loss {row['dev_loss']:.4f} WA {row['dev_wa']:6.2%} "
-        f"UA {row['dev_ua']:6.2%}  {row['seconds']:.1f} s  {since_best}"
+        f"{row['train_loss']:.4f}  dev loss {row['dev_loss']:.4f} WA {row['dev_wa']:.1%} "
+        f"UA {row['dev_ua']:.1%}  {row['seconds']:.1f} s  {since_best}"
     )
     if row["event"] == "finetune":
         print(f"{corpus}: fine-tuning starts, {args.open} of the upstreams")
@@ -333,7 +332,7 @@ def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
 
 
 def run_folder(args: Namespace, run: Run) -> Path:
-    """Name the folder of a run, by its system and all settings that are not defaults."""
+    """Name the folder of a run, with all settings that are not the defaults."""
     phases = "frozen" if run.frozen else "finetuned"
     system = "-".join([run.fusion, phases, *args.changed])
     return args.out / run.corpus / system / f"fold{run.fold}-seed{run.seed}"
@@ -376,7 +375,7 @@ def claim(folder: Path, config: dict) -> None:
     for key in config.keys() - {"title", "upstreams"}:
         if old.get(key) != config[key]:
             raise InputError(
-                f"{folder} has a run with {key} {old.get(key)}, this one has {config[key]}. "
+                f"{folder} is of a run with {key} {old.get(key)}, not {config[key]}. "
                 "Choose another --out"
             )
 
@@ -413,32 +412,22 @@ SETTINGS = (
 
 
 def positive(text: str) -> int:
-    """Read a whole number from 1 on. argparse turns the errors into a message."""
+    """Read a whole number from 1 on, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
 
 
-def fraction(text: str) -> float:
-    """Read a number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
-
-
 def fold(text: str) -> int | str:
-    """Read the number of a session, or "all"."""
-    if text == "all":
-        return text
-    return positive(text)
+    """Read the number of a session, or "all", for argparse."""
+    return text if text == "all" else positive(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Declare the flags. The defaults are those of the paper, or our reading of it."""
     parser = argparse.ArgumentParser(
-        description="Train the systems of Table 1. Without a corpus: on the toy corpus.",
+        description="Train systems of Table 1. Without a corpus: on the toy corpus.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("corpus").add_argument
@@ -488,18 +477,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bert", default="bert-base-uncased", help="the same [A15]")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of upstreams")
     levels = ["nothing", "bottom", "all"]
-    add(
-        "--open", default="bottom", choices=levels, help="what fine-tuning opens (§2.4)"
-    )
+    add("--open", default="bottom", choices=levels, help="by fine-tuning (§2.4)")
 
     add = parser.add_argument_group(
         "constants of §3.2, and one open point"
     ).add_argument
-    add("--lr-frozen", type=fraction, default=1e-3, help="learning rate at first")
-    add("--lr-finetune", type=fraction, default=1e-5, help="learning rate, fine-tuning")
-    add("--weight-decay", type=fraction, default=1e-3, help="of AdamW")
+    add("--lr-frozen", type=float, default=1e-3, help="learning rate at first")
+    add("--lr-finetune", type=float, default=1e-5, help="learning rate, fine-tuning")
+    add("--weight-decay", type=float, default=1e-3, help="of AdamW")
     add("--batch-size", type=positive, default=32, help="utterances")
-    add("--dropout", type=fraction, default=0.5, help="between modules")
+    add("--dropout", type=float, default=0.5, help="between modules")
     add("--context", type=positive, default=9, help="texts, an odd number")
     add("--finetune-after", type=positive, default=5, help="epochs without a decrease")
     add("--stop-after", type=positive, default=10, help="epochs without a decrease")
@@ -520,6 +507,9 @@ def parse_args(arguments: list[str] | None) -> Namespace:
         parser.error("--frozen: leave it out, the odd numbers of --system are frozen")
     if args.context % 2 == 0:
         parser.error("--context: expected an odd number")
+    for name in ("lr_frozen", "lr_finetune", "weight_decay", "dropout"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"{name}: expected a number from 0 to 1")
 
     # The toy has defaults of its own, so that the first command soon ends.
     toy = not args.iemocap and not args.corpus
@@ -592,7 +582,7 @@ def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
 
 
 def load_sources(args: Namespace, corpus: Corpus) -> Sources:
-    """Load the upstreams that the chosen systems use, and fill the cache: by modality."""
+    """Load the upstreams that the chosen systems use, and fill the cache."""
     # Careful: otherwise a GPU computes WavLM's convolutions with 10 bits instead of 23.
     torch.backends.cudnn.allow_tf32 = False
     names = {"audio": args.wavlm, "text": args.bert}

@@ -341,7 +341,7 @@ def test_figure_4_has_the_papers_panels_in_its_order(report, tmp_path, monkeypat
 
 @pytest.fixture
 def own(tiny, tmp_path):
-    """Write a run with random weights. Returns its folder, its model and a wav of 1 s."""
+    """Write a run with random weights: its folder, its model and a wav of 1 s."""
     wav = tmp_path / "x.wav"
     write_wav(wav, [0.3 * math.sin(k / 10) for k in range(16000)])
 
@@ -392,12 +392,14 @@ def test_an_utterance_gets_what_the_model_says(own, tiny):
 def test_of_many_turns_the_nearest_are_read(own):
     recognizer = evaluate.Recognizer(own("text-te").folder)
     alone = evaluate.Recognizer(own("text-fc", context=1).folder)
-    many = (["party"] * 3 + ["b1", "b2", "b3", "b4"], ["a1", "a2", "a3", "a4"] + ["i"])
-    near = (["b1", "b2", "b3", "b4"], ["a1", "a2", "a3", "a4"])
-    answer = recognizer.recognize(None, "oh", *many)
-    assert answer == recognizer.recognize(None, "oh", *near)
-    assert answer != recognizer.recognize(None, "oh", near[0][::-1], near[1])
-    assert alone.recognize(None, "oh", *many) == alone.recognize(None, "oh")
+    before = ["hate", "lovely", "alone", "party"]
+    after = ["so", "again", "it", "and"]
+    answer = recognizer.recognize(None, "oh", before, after)
+    far = recognizer.recognize(None, "oh", ["so"] * 3 + before, [*after, "party"])
+    assert far == answer
+    for other in ([before[::-1], after], [before[1:], after], [before, after[:3]]):
+        assert recognizer.recognize(None, "oh", *other) != answer
+    assert alone.recognize(None, "oh", before, after) == alone.recognize(None, "oh")
 
 
 def test_audio_is_clipped_as_in_training(own, tmp_path):

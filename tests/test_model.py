@@ -436,9 +436,7 @@ def test_every_layer_state_is_transformers_own(modality, tiny):
             library(**tokenizer(x, return_tensors="pt"))
         expected = torch.stack(seen, dim=2)[0]  # (T, L, D)
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-        assert (
-            ours.shape[1:] == (tiny[modality].n_layers, tiny[modality].dim) == (2, 64)
-        )
+    assert (tiny[modality].n_layers, tiny[modality].dim) == ours.shape[1:] == (2, 64)
 
 
 def test_prepared_audio_has_mean_0_and_variance_1(tiny):
@@ -456,45 +454,30 @@ def test_prepared_texts_keep_their_first_512_tokens(tiny):
 
 @pytest.mark.parametrize("what", ["nothing", "bottom", "all"])
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_open_makes_trainable_what_section_2_4_says_and_nothing_else(
-    modality, what, tiny
-):
+def test_open_makes_trainable_what_it_names_and_nothing_else(modality, what, tiny):
     upstream = copy.deepcopy(tiny[modality])
-    assert not any(p.requires_grad for p in upstream.parameters())
-    parameters = dict(upstream.model.named_parameters())
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    if what == "bottom":  # "CNN encoders in WavLM and input embeddings in BERT"
-        module = {"audio": "feature_extractor", "text": "embeddings"}[modality]
-        expected = {id(p) for p in upstream.model.get_submodule(module).parameters()}
-    else:
-        expected = {id(p) for p in parameters.values() if what == "all"}
+    # §2.4: "CNN encoders in WavLM and input embeddings in BERT".
+    bottom = {"audio": "feature_extractor.", "text": "embeddings."}[modality]
+    prefix = {"nothing": "nothing", "bottom": bottom, "all": ""}[what]
+    parameters = dict(upstream.named_parameters())
+    expected = {n for n in parameters if n.startswith(f"model.{prefix}")}
+    assert not any(p.requires_grad for p in parameters.values())
     opened = upstream.open(what)
-    assert {id(p) for p in opened} == expected and len(opened) == len(expected)
-    assert {id(p) for p in parameters.values() if p.requires_grad} == expected
-
-    states = states_of(upstream, modality)
-    if what == "nothing":
-        assert not any(x.requires_grad for x in states)
-        return
-    torch.cat(states).square().sum().backward()
-    torch.optim.SGD(opened, lr=0.01).step()
-    learnt = {
-        name for name, p in parameters.items() if p.grad is not None and p.grad.any()
-    }
-    assert learnt
-    for name, p in parameters.items():
-        assert torch.equal(p, before[name]) == (name not in learnt), name
+    assert {n for n, p in parameters.items() if p.requires_grad} == expected
+    assert sorted(map(id, opened)) == sorted(id(parameters[n]) for n in expected)
+    states = torch.cat(states_of(upstream, modality))
+    assert states.requires_grad == bool(expected)
+    if what == "bottom":  # the gradient passes through the whole encoder
+        states.square().sum().backward()
+        assert all(p.grad.any() for p in opened)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_upstreams_stay_in_evaluation_mode(modality, tiny):  # A12
-    both = nn.ModuleList([tiny[modality]]).train()
-    assert not any(module.training for module in both[0].modules())
-    first, second = (
-        states_of(tiny[modality], modality),
-        states_of(tiny[modality], modality),
-    )
-    assert all(map(torch.equal, first, second))
+    upstream = nn.Sequential(copy.deepcopy(tiny[modality])).train()[0]
+    assert not any(module.training for module in upstream.modules())
+    first, second = (states_of(upstream, modality)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_bf16_states_are_near_those_of_fp32(tiny):
@@ -505,13 +488,10 @@ def test_bf16_states_are_near_those_of_fp32(tiny):
 
 
 def test_tiny_weights_depend_on_nothing_but_their_names(tmp_path):
-    for seed, texts in [
-        (1, ["i hate it"]),
-        (2, ["i hate it"]),
-        (3, ["it is so, hate"]),
-    ]:
-        torch.manual_seed(seed)
-        model.make_tiny_upstreams(tmp_path / str(seed), texts)
+    texts = {"1": "i hate it", "2": "i hate it", "3": "it is so, hate"}
+    for name, text in texts.items():
+        torch.manual_seed(int(name))
+        model.make_tiny_upstreams(tmp_path / name, [text])
     files = [p for p in (tmp_path / "1").rglob("*") if p.is_file()]
     names = {p.name for p in files}
     assert names >= {"model.safetensors", "config.json", "tokenizer.json"}

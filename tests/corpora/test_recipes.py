@@ -17,7 +17,7 @@ import data
 from tests.conftest import write_wav
 
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-PATTERN = r"```python\n(# recipe: (\S+)\nROOT = .+\nOUT = .+\n.*?)```"
+PATTERN = r"```python\n(# recipe: (\S+)\nROOT = [^\n]+\nOUT = .+?)```"
 RECIPES = {name: code for code, name in re.findall(PATTERN, README, re.S)}
 LABELS = {"neutral": 0, "calm": 0, "happy": 1, "happiness": 1, "joy": 1}
 LABELS |= {"angry": 2, "anger": 2, "sad": 3, "sadness": 3}
@@ -144,7 +144,7 @@ WRITERS = {
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """Rows and path of each table, by corpus. It lies in another folder than the files."""
+    """Rows and path of each table, by corpus. Tables and downloads have two folders."""
     home = tmp_path_factory.mktemp("corpora")
     found = {}
     for name, write in WRITERS.items():

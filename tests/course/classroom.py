@@ -1,8 +1,8 @@
 """A student's copy, its checks, and the teacher's key.
 
-    python -m tests.course.classroom student DIR        nine empty bodies, no answers
-    python -m tests.course.classroom check [DIR ...]    a table of verdicts for each copy
-    python -m tests.course.classroom key FILE           all answers, for teachers
+    python -m tests.course.classroom student DIR       nine empty bodies, no answers
+    python -m tests.course.classroom check [DIR ...]   a table of verdicts for each copy
+    python -m tests.course.classroom key FILE          all answers, for teachers
 
 `check` runs the checks of this project on the code in DIR, so a check that was changed
 in DIR has no effect. Without DIR, it checks this project.
@@ -43,7 +43,7 @@ TAG = re.compile(r"\s*# (UNSPECIFIED|DEVIATION|PAPER-ERROR|Eq\. )")
 
 
 def exercises(source: str) -> dict[int, tuple[str, int, int]]:
-    """Find the exercises of a file: {number: (name, first and last line of the body)}."""
+    """Find the exercises of a file: {number: (name, first line of the body, last)}."""
     lines = source.split("\n")
     tree = ast.parse(source)
     functions = [("", node) for node in tree.body]
@@ -67,7 +67,7 @@ def exercises(source: str) -> dict[int, tuple[str, int, int]]:
 
 
 def emptied(source: str) -> str:
-    """Empty the exercises of a file. Comments with a tag say what is decided, and stay."""
+    """Empty the exercises of a file, except for comments with a tag."""
     lines = source.split("\n")
     # From the last to the first, so that the line numbers before stay right.
     for number, (name, first, last) in sorted(

@@ -55,7 +55,7 @@ def hidden(root: Path = ROOT) -> list[str]:
 
 
 def forget(root: Path = ROOT) -> None:
-    """Delete the runs on the toy and the cache: they do not know which code made them."""
+    """Delete the cache and the runs on the toy, which other code has made."""
     for folder in (root / "cache", *root.glob("runs/toy*")):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,36 +17,43 @@ from tests.course import figures, first_hour, pictures, trace
 # --- The first hour -------------------------------------------------------------------
 
 
-def test_the_first_hour_prints_every_tensor_and_its_loss_is_right(capsys):
+def test_the_first_hour_shows_every_tensor_and_its_loss_is_right(monkeypatch, capsys):
+    tensors = {}
+    show = first_hour.show
+
+    def keep(name, x, meaning):
+        tensors[name] = x.detach().clone()
+        show(name, x, meaning)
+
+    monkeypatch.setattr(first_hour, "show", keep)
     first_hour.main()
-    out = capsys.readouterr().out
-    shapes = {}
-    first = {}  # numbers
-    for line in out.splitlines():
-        name = line[:12].strip()
-        shapes[name] = line[13:25].strip()
-        first[name] = line[26:54].split()
-    expected = {
-        "audio": "(15, 3, 8)",
-        "text": "(22, 3, 8)",
-        "text_mask": "(3, 3, 5)",
-        "gates": "(3, 3)",
-        "condensed": "(15, 8)",
-        "X_A": "(3, 6, 4)",
-        "each": "(3, 3, 5, 4)",
-        "X_T": "(3, 5, 4)",
-        "weights": "(3, 5, 6)",
-        "CMT A->T": "(3, 5, 4)",
-        "CMT T->A": "(3, 6, 4)",
-        "pooled": "(3, 8)",
-        "logits": "(3, 4)",
-        "loss": "()",
+    shapes = {
+        "audio": (15, 3, 8),
+        "text": (22, 3, 8),
+        "text_mask": (3, 3, 5),
+        "gates": (3, 3),
+        "condensed": (15, 8),
+        "X_A": (3, 6, 4),
+        "each": (3, 3, 5, 4),
+        "X_T": (3, 5, 4),
+        "weights": (3, 5, 6),
+        "CMT A->T": (3, 5, 4),
+        "CMT T->A": (3, 6, 4),
+        "pooled": (3, 8),
+        "logits": (3, 4),
+        "loss": (),
     }
-    assert {name: shapes[name] for name in expected} == expected
-    assert first["row sums"] == ["1.000"] * 4
-    assert first["in one call"] == first["logits"]
-    assert first["by hand"] == first["loss"]
-    assert float(first["loss after"][0]) < float(first["loss"][0])
+    assert {name: tuple(tensors[name].shape) for name in shapes} == shapes
+    lengths = tensors["text_mask"].sum(dim=2).tolist()
+    assert lengths == [[0, 5, 2], [5, 2, 3], [2, 3, 0]]
+    # The pieces give what the whole model gives.
+    torch.testing.assert_close(tensors["in one call"], tensors["logits"])
+    torch.testing.assert_close(tensors["by hand"], tensors["loss"])
+    assert tensors["loss after"] < tensors["loss"]
+    step = tensors["step"].abs()
+    torch.testing.assert_close(step, torch.full((3,), 1e-3), rtol=0.01, atol=0)
+    out = capsys.readouterr().out
+    assert re.search("^row sums .* 1.000 1.000 1.000 1.000 ", out, re.MULTILINE)
     zeros = re.search(r"\d+ of \d+ weights", out)[0]
     answers = ROOT / "tests" / "course" / "ANSWERS.md"
     assert zeros in answers.read_text(encoding="utf-8")

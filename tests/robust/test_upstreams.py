@@ -54,7 +54,7 @@ def write_text(folder, kind="Bert", tokenizer=None, entries=SPECIAL + WORDS, **c
 
     torch.manual_seed(0)
     numbers = {entry: i for i, entry in enumerate(entries)}
-    if kind in ("Roberta", "GPT2"):  # these know every byte, and merge none
+    if kind in ("Roberta", "GPT2"):
         tokenizer = getattr(transformers, f"{kind}Tokenizer")(vocab=numbers, merges=[])
     else:
         tokenizer = transformers.BertTokenizer(vocab=numbers, **(tokenizer or {}))
@@ -65,6 +65,7 @@ def write_text(folder, kind="Bert", tokenizer=None, entries=SPECIAL + WORDS, **c
 
 
 def write_bytes(folder, kind, special, **config):
+    """Write a RoBERTa or GPT-2, which have a tokenizer of bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     entries = special.split() + sorted(bytes_to_unicode().values())
