@@ -84,7 +84,7 @@ class Utterance:
 
     @property
     def label(self) -> int | None:
-        """The index into CLASSES, or None if the utterance is only context for others."""
+        """The index into CLASSES. None means that the utterance is only context."""
         return LABELS.get(self.emotion)
 
 
@@ -130,9 +130,8 @@ WORDS_LINE = re.compile(
 
 
 def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
-    """Read one dialogue in the order of time. Raises InputError at its first problem."""
+    """Read one dialogue, in order. Raises InputError at its first problem."""
     dialog = labels.stem
-    number = int(session.name[-1])
     labelled = read_lines(labels, LABEL_LINE)
     spoken = read_lines(words, WORDS_LINE)
     unmatched = sorted(labelled.keys() ^ spoken.keys())
@@ -141,7 +140,8 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
     utterances = []
     for utterance_id, (start, end, emotion) in labelled.items():
         owner, _, turn = utterance_id.rpartition("_")  # Ses01F_impro01, F000
-        if owner != dialog or not dialog.startswith(f"Ses{number:02}"):
+        number = session.name[-1]
+        if owner != dialog or dialog[:5] != f"Ses0{number}":
             raise InputError(f"{utterance_id} belongs to another dialogue or session")
         if emotion not in EMOTIONS:
             raise InputError(f"{utterance_id} has the unknown emotion {emotion}")
@@ -152,11 +152,17 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
         seconds = len(load_wav(wav)) / SAMPLE_RATE
         if abs(seconds - (end - start)) > 0.1:
             raise InputError(f"{wav} has {seconds:.2f} s, but not by its label")
-        speaker = f"Ses{number:02}{turn[0]}"
-        text = " ".join(text.split())
         utterances.append(
             Utterance(
-                utterance_id, number, dialog, speaker, start, end, text, emotion, wav
+                id=utterance_id,
+                session=int(number),
+                dialog=dialog,
+                speaker=dialog[:5] + turn[0],
+                start=start,
+                end=end,
+                text=" ".join(text.split()),
+                emotion=emotion,
+                wav=wav,
             )
         )
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
@@ -195,10 +201,9 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     others = [row for row in targets if corpus[row].session != fold]
     speakers = sorted({corpus[row].speaker for row in others})
     if not test or len(speakers) < 2:
-        sessions = sorted({corpus[row].session for row in targets})
         raise InputError(
-            f"--fold {fold}: of the four classes, there must be utterances in session {fold} "
-            f"and two speakers in others. There are sessions {sessions}"
+            f"--fold {fold}: of the four classes, session {fold} needs utterances, and the "
+            "other sessions need two speakers"
         )
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
     # The seed draws it. Another reading: another --seed. Its partner in the dialogues
@@ -288,8 +293,8 @@ def load_clip(utterance: Utterance) -> Tensor:
     """Load what WavLM hears of an utterance (m,). Raises InputError without a wav."""
     if utterance.wav is None:
         raise InputError(
-            f"{utterance.id} has no wav. Fill the column wav, or choose a system that does "
-            "not hear: --fusion text-fc or text-te"
+            f"{utterance.id} has no wav. Fill the column wav, or train on text alone: "
+            "--fusion text-fc or text-te"
         )
     return clip(load_wav(utterance.wav))
 
@@ -354,12 +359,12 @@ class Source:
             )
         for row in tqdm(missing, leave=False, disable=None):
             # One input at a time. So its states do not depend on any other utterance.
-            with torch.no_grad():
+            with torch.inference_mode():
                 states = self.upstream([self.inputs[row]])[0].half()  # (T, L, D)
             if not states.isfinite().all():
                 raise InputError(
-                    f"{self.files[row].stem}: a state is not finite, or too large for 16 "
-                    "bits. Look at the recording and the upstream, or try --precision fp32"
+                    f"{self.files[row].stem}: a state is not finite or too large for 16 "
+                    "bits. Look at its recording, or try --precision fp32"
                 )
             with write_whole(self.files[row]) as part, part.open("wb") as file:
                 np.save(file, states.cpu().numpy())
@@ -437,8 +442,8 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     unknown = tokens[tokens == upstream.preprocessor.unk_token_id]
     if len(unknown) > len(tokens) / 2:
         raise InputError(
-            f"--bert {upstream.name}: most tokens of this corpus are unknown to it. Choose "
-            "an encoder for its language and script"
+            f"--bert {upstream.name}: most words of this corpus are unknown to it. Choose "
+            "an encoder for the language of the corpus"
         )
     return inputs
 
@@ -513,8 +518,8 @@ def read_csv(path: str | Path) -> Corpus:
         header = [name.strip().lower() for name in table.fieldnames or []]
         if not REQUIRED <= set(header) <= REQUIRED | OPTIONAL:
             raise InputError(
-                f"{path}: line 1 has the columns {header}. Expected {sorted(REQUIRED)} and "
-                f"perhaps {sorted(OPTIONAL)}"
+                f"{path}: line 1 has the columns {header}, expected {sorted(REQUIRED)} "
+                f"and perhaps {sorted(OPTIONAL)}"
             )
         table.fieldnames = header
         for row in table:
@@ -579,8 +584,8 @@ def require_one_session(utterance: Utterance, sessions: dict[str, int]) -> None:
         first = sessions.setdefault(name, utterance.session)
         if first != utterance.session:
             raise InputError(
-                f"{name} is in session {utterance.session}, and in {first} above. Sessions "
-                "are tested apart, so they must not share speakers or dialogues"
+                f"{name} is in session {utterance.session} here, and in {first} above. "
+                "Sessions must not share speakers or dialogues"
             )
 
 
@@ -622,9 +627,6 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
     start = 0.5  # seconds
     wavs = folder / "sentences" / "wav" / dialog
     wavs.mkdir(parents=True)
-    texts = folder / "dialog"
-    (texts / "EmoEvaluation").mkdir(parents=True, exist_ok=True)
-    (texts / "transcriptions").mkdir(exist_ok=True)
     for turn in range(24):
         if rng.random() < 0.25:
             mood = str(rng.choice(CLASSES))
@@ -648,8 +650,10 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
         labels += f"[{start:.4f} - {end:.4f}]\t{utterance_id}\t{emotion}\t[2, 2, 2]\n"
         words += f"{utterance_id} [{start:.4f}-{end:.4f}]: {' '.join(text)}\n"
         start = end + 0.5
-    (texts / "EmoEvaluation" / f"{dialog}.txt").write_text(labels)
-    (texts / "transcriptions" / f"{dialog}.txt").write_text(words)
+    for name, content in [("EmoEvaluation", labels), ("transcriptions", words)]:
+        path = folder / "dialog" / name / f"{dialog}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
 
 
 def make_tone(pitch: float, fall: float, rng: np.random.Generator) -> np.ndarray:
@@ -687,7 +691,7 @@ def reference_problems(corpus: Corpus) -> list[str]:
         for name, count in zip(COUNTED, counts, strict=True):
             if found[name] != count:
                 problems.append(
-                    f"session {session}: {found[name]} {name}, in the full release {count}"
+                    f"session {session}: {name} {found[name]}, the full release has {count}"
                 )
     return problems
 

@@ -74,7 +74,7 @@ def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
 
 
 def metrics(y_true: Sequence[int], y_pred: Sequence[int]) -> dict:
-    """Compute {"wa", "ua", "confusion"} of n class indices, as result.json holds them."""
+    """Compute {"wa", "ua", "confusion"} as in result.json."""
     return {
         "wa": weighted_accuracy(y_true, y_pred),
         "ua": unweighted_accuracy(y_true, y_pred),
@@ -136,10 +136,10 @@ Runs = list[FinishedRun]
 
 
 def table(name: str, runs: Runs, published: dict) -> str:
-    """Format WA and UA in %: mean ± standard deviation over the folds, a row per system.
+    """Format one row per system: mean ± standard deviation over the folds, in %.
 
-    runs        of one title, at least one. The seeds of a fold are averaged first.
-    published   TABLE_1 or TABLE_2, set beside ours on IEMOCAP
+    runs        at least one, all of one title. The seeds of a fold are averaged first.
+    published   TABLE_1 or TABLE_2. The paper's numbers stand beside ours on IEMOCAP.
     """
     rows = [["Sys.", "model", "folds", "runs", "WA", "UA"]]
     on_iemocap = runs[0].config["corpus"] == "iemocap"
@@ -187,7 +187,7 @@ def format_table(title: str, rows: list[list[str]]) -> str:
 
 
 def print_tables(runs: Runs) -> None:
-    """Print Table 1 for each corpus and each choice of settings, and Table 2 on IEMOCAP."""
+    """Print Table 1 for each title, and Table 2 if there are runs for it."""
     for group in grouped(runs, "title").values():
         print(table("Table 1", group, TABLE_1))
         if group[0].config["corpus"] == "iemocap":
@@ -234,7 +234,7 @@ def draw_confusions(runs: Runs, path: Path) -> None:
 
 
 def draw(runs: Runs, folder: Path) -> None:
-    """Draw a picture for each corpus and each choice of settings, and print its name."""
+    """Draw one picture for each title, and print its name."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, group in grouped(runs, "title").items():
         # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. Without them, draw the first
@@ -297,7 +297,7 @@ class Recognizer:
         return dict(zip(CLASSES, probabilities.tolist(), strict=True))
 
     def inputs(self, wav, text, before, after) -> dict:
-        """Make the arguments of the model, as for an utterance of a corpus in training."""
+        """Make the arguments of the model for one utterance, as training does."""
         hears = "audio" in self.upstreams
         reads = "text" in self.upstreams
         if (wav is not None) != hears or (text is not None) != reads:
@@ -333,8 +333,8 @@ def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     except (OSError, ValueError) as problem:
         reason = " ".join(str(problem).split())
         raise InputError(
-            f"{modality} encoder {name}: {reason:.300}. Give --wavlm or --bert the name or "
-            "the folder of a whole encoder"
+            f"{modality} encoder {name}: {reason:.300}. Give --wavlm or --bert the name "
+            "or the folder of a whole encoder"
         ) from problem
 
 
@@ -342,7 +342,7 @@ def load_upstream(name: str, modality: str, precision: str) -> Upstream:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read a finished run. Raises InputError if its files are damaged or do not agree."""
+    """Read a finished run. Raises InputError if its files are damaged or disagree."""
     config = read_json(folder / "config.json")
     result = read_json(folder / "result.json")
     predictions = read_predictions(folder / "predictions.csv")
@@ -394,9 +394,11 @@ def read_predictions(path: Path) -> list[dict[str, str]]:
 
 
 def load_checkpoint(path: Path, run: dict) -> dict:
-    """Load checkpoint.pt on the CPU. Raises InputError if it is damaged or of another run.
+    """Load checkpoint.pt on the CPU.
 
     run   corpus, fusion, frozen, fold and seed, for example from config.json
+
+    Raises InputError if the file is damaged, or if its run is another one.
     """
     try:
         # Careful: torch.load does not look at the checksums in the file.
@@ -410,8 +412,8 @@ def load_checkpoint(path: Path, run: dict) -> dict:
         problem = f"it is of the run {state['run']}"
     if problem is not None:
         raise InputError(
-            f"{path}: damaged, {problem}. Restore it from a copy, or move it elsewhere to "
-            "start this run again"
+            f"{path}: damaged, {problem}. Restore it from a copy, or move it elsewhere "
+            "to start this run again"
         )
     return state
 

@@ -543,8 +543,8 @@ def load_pretrained(name: str, modality: str):
     known = KNOWN_TYPES[modality]
     if config.model_type not in known:
         raise ValueError(
-            f"it is of type {config.model_type}. The types for {modality} that the tests "
-            f"have tried are {', '.join(known)}"
+            f"its type is {config.model_type}. The known types for {modality} are "
+            f"{', '.join(known)}"
         )
     options = {"dtype": torch.float32, "output_loading_info": True}
     model, info = transformers.AutoModel.from_pretrained(name, **options, **safe)
@@ -647,7 +647,9 @@ def draw_weights(model: nn.Module) -> None:
         elif name.endswith("bias"):
             parameter.data.zero_()
         else:
-            parameter.data.fill_(1.0)
+            # The weights of a norm. If all were equal, every state would have the same
+            # mean, and S&E nothing to look at.
+            parameter.data.normal_(1.0, 0.2, generator=generator)
 
 
 # --- python model.py ------------------------------------------------------------------

@@ -59,9 +59,9 @@ class Patience:
     """The two triggers of §3.2. Call step() with the development loss after each epoch.
 
     "If the loss has not decreased for 5 epochs, the fine-tuning process starts; if the
-    loss has not decreased for 10 epochs, the training stops." A frozen system only stops:
-    its finetune_after is None. With finetune_after = 2 and stop_after = 4, these losses
-    give these answers:
+    loss has not decreased for 10 epochs, the training stops." A frozen system only
+    stops: its finetune_after is None. With finetune_after = 2 and stop_after = 4, these
+    losses give these answers:
 
         1.0  0.8   "continue"  "continue"    a lower loss each time
         0.9  0.8   "continue"  "finetune"    2 epochs without one (equal is not lower)
@@ -187,7 +187,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     dev_speaker = corpus[dev_rows[0]].speaker
     print(
         f"\n{folder}\n{run.corpus}: {len(train_rows)} utterances for training, "
-        f"{len(dev_rows)} of {dev_speaker} for development, {len(test_rows)} for the test"
+        f"{len(dev_rows)} of {dev_speaker} for development, {len(test_rows)} for test"
     )
     windows = data.context_windows(corpus, args.context)
 
@@ -302,8 +302,8 @@ def require_finite(loss: float, where: str) -> None:
     """Raise InputError for inf and NaN, because a model does not recover from them."""
     if not math.isfinite(loss):
         raise InputError(
-            f"the loss is {loss} in {where}. The checkpoint before it is kept. Try a lower "
-            "learning rate, or --precision fp32"
+            f"the loss is {loss} in {where}. The checkpoint before it is kept. Try a "
+            "lower learning rate, or --precision fp32"
         )
 
 
@@ -320,9 +320,9 @@ def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
     if row["since_best"] == 0:
         since_best = "dev loss improved"
     print(
-        f"{corpus} epoch {row['epoch']:2} {row['phase']:8} train loss "
-        f"{row['train_loss']:.4f}  dev loss {row['dev_loss']:.4f} WA {row['dev_wa']:.1%} "
-        f"UA {row['dev_ua']:.1%}  {row['seconds']:.1f} s  {since_best}"
+        f"{corpus} epoch {row['epoch']:2} {row['phase']:8} "
+        f"train loss {row['train_loss']:.4f}  dev loss {row['dev_loss']:.4f} "
+        f"WA {row['dev_wa']:.1%} UA {row['dev_ua']:.1%}  {row['seconds']:.1f} s  {since_best}"
     )
     if row["event"] == "finetune":
         print(f"{corpus}: fine-tuning starts, {args.open} of the upstreams")

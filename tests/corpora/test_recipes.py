@@ -54,8 +54,8 @@ def write_meld(root):
         "train": [
             "1,also I was,Chandler,neutral,neutral,0,0,8,21",
             '2,"You, he said ""yes"".",The Interviewer,joy,positive,0,1,8,21',
-            "3,No!,Ross,anger,negative,10,1,1,2",
-            "4,“Yes”…,Chandler,sadness,negative,10,0,1,2",
+            "3,No!,Chandler,anger,negative,10,1,1,2",
+            "4,“Yes”…,Ross,sadness,negative,10,0,1,2",
             "5,Third,Ross,surprise,positive,2,0,2,3",
         ],
         "dev": ["1,Oh,Ross,fear,negative,0,0,9,7"],
@@ -227,8 +227,8 @@ def test_meld(tables):
         ("also I was", "neutral", "4", "Chandler (session 4)", "train_dia0_utt0"),
         ('You, he said "yes".', "joy", "4", "others (session 4)", "train_dia0_utt1"),
         ("Third", "surprise", "1", "Ross (session 1)", "train_dia2_utt0"),
-        ("“Yes”…", "sadness", "1", "Chandler (session 1)", "train_dia10_utt0"),
-        ("No!", "anger", "1", "Ross (session 1)", "train_dia10_utt1"),
+        ("“Yes”…", "sadness", "1", "Ross (session 1)", "train_dia10_utt0"),
+        ("No!", "anger", "1", "Chandler (session 1)", "train_dia10_utt1"),
         ("Oh", "fear", "5", "Ross (session 5)", "dev_dia0_utt0"),
         ("Why", "disgust", "3", "Ross (session 3)", "test_dia0_utt0"),
     ]

@@ -401,7 +401,7 @@ def check_5(forward: Callable) -> None:
         compare(forward(cross, target, x_s, mask), expected, question)
 
     # Drop everything: what is left is what the two sublayers are added to. `nn.Dropout`
-    # calls `nn.functional.dropout`, too.
+    # calls one of the two functions, too.
     rates = []
 
     def drop_everything(x, p=0.5, training=True, inplace=False):
@@ -414,7 +414,8 @@ def check_5(forward: Callable) -> None:
     for parameter in block.parameters():
         parameter.copy_(torch.randn(parameter.shape))
     with mock.patch.object(nn.functional, "dropout", drop_everything):
-        x = forward(block, x_t, x_s, all_5)
+        with mock.patch.object(torch, "dropout", drop_everything):
+            x = forward(block, x_t, x_s, all_5)
     assert rates, "where is the dropout?"
     question = "dropout is after each of the two sublayers: x + dropout(sublayer(x))"
     compare(x, block.norm2(block.norm1(x_t)), question)
@@ -498,18 +499,24 @@ def global_random_states() -> tuple:
 def check_7(split: Callable) -> None:
     corpus = small_corpus()
 
+    def parts_of(corpus, fold, seed):
+        parts = split(corpus, fold, seed)
+        assert parts is not None, NOTHING
+        return [list(part) for part in parts]
+
     def dev_speakers(corpus, fold=2, seeds=range(12)):
-        return [corpus[split(corpus, fold, seed)[1][0]].speaker for seed in seeds]
+        return [corpus[parts_of(corpus, fold, seed)[1][0]].speaker for seed in seeds]
 
     for seed in range(12):
-        answer = split(corpus, 2, seed)
-        assert answer is not None, NOTHING
-        rows = [row for part in answer for row in part]
-        assert all(isinstance(row, int) for row in rows), "return rows of the corpus"
+        parts = parts_of(corpus, 2, seed)
+        rows = sum(parts, [])
+        assert all(isinstance(row, (int, np.integer)) for row in rows), (
+            "return rows of the corpus, which are whole numbers"
+        )
         assert not any(corpus[row].label is None for row in rows), (
             "an utterance without a label is in it: take only the four classes"
         )
-        train_set, dev, test = ({corpus[row].speaker for row in p} for p in answer)
+        train_set, dev, test = ({corpus[row].speaker for row in part} for part in parts)
         assert test == {"Ses02F", "Ses02M"}, "test on the whole session, and no other"
         assert not dev & test, "the development speaker is of the test session"
         assert not train_set & test, "speakers of the test session are in training"
@@ -519,13 +526,13 @@ def check_7(split: Callable) -> None:
         assert len(dev) == 1, "develop on all utterances of one speaker"
         assert not train_set & dev, "the development speaker is left in training"
         assert len(rows) == len(set(rows)) == 20, "a row is missing, or is there twice"
-        again = split(corpus, 2, seed)
-        assert list(again) == list(answer), "the same seed gives another split"
+        again = parts_of(corpus, 2, seed)
+        assert again == parts, "the same seed gives another split"
     assert len(set(dev_speakers(corpus))) > 2, (
         "does the seed draw the speaker? Twelve seeds drew one or two"
     )
     before = global_random_states()
-    split(corpus, 2, 0)
+    parts_of(corpus, 2, 0)
     assert before == global_random_states(), (
         "the global random numbers have moved on: draw from random.Random(...)"
     )
@@ -570,7 +577,7 @@ def check_7(split: Callable) -> None:
     for u in corpus:
         is_quiet = u.speaker in ("Ses01F", "Ses03M")
         quiet.append(replace(u, emotion="xxx") if is_quiet else u)
-    assert all(split(quiet, 2, seed)[1] for seed in range(12)), (
+    assert all(parts_of(quiet, 2, seed)[1] for seed in range(12)), (
         "a speaker without an utterance of the four classes was drawn"
     )
     for empty, utterances in {
@@ -579,7 +586,7 @@ def check_7(split: Callable) -> None:
         "dev": [u for u in corpus if u.session == 2],
     }.items():
         try:
-            split(utterances, 2, 0)
+            parts_of(utterances, 2, 0)
             error = "nothing"
         except data.InputError:
             continue
@@ -588,7 +595,7 @@ def check_7(split: Callable) -> None:
         raise AssertionError(f"{empty} is empty: raise InputError, not {error}")
     solo = [replace(u, speaker="solo") if u.session == 1 else u for u in corpus]
     for seed in range(12):
-        train_set, dev, _ = split(solo, 2, seed)
+        train_set, dev, _ = parts_of(solo, 2, seed)
         assert not {solo[k].speaker for k in train_set} & {
             solo[k].speaker for k in dev
         }, "u.speaker tells who speaks, not the id: other corpora have other ids"

@@ -30,7 +30,7 @@ def new_figure(width: float, height: float, title: str):
     except ImportError as problem:
         raise InputError(f"{problem}: pip install matplotlib") from None
     figure = Figure((width, height), dpi=200, layout="constrained")
-    figure.suptitle(title, parse_math=False, wrap=True)
+    figure.suptitle(title, parse_math=False, wrap=True, fontsize=11)
     return figure
 
 

@@ -61,6 +61,7 @@ def forget(root: Path = ROOT) -> None:
 
 
 def hide(number: int | None, root: Path = ROOT) -> None:
+    """Put in one of the bugs, None for any of them, and print what a user reports."""
     if hidden(root):
         sys.exit("There is a bug in the code already. Find it, or reveal it")
     bugs = list(BUGS.values())
@@ -71,6 +72,7 @@ def hide(number: int | None, root: Path = ROOT) -> None:
 
 
 def reveal(root: Path = ROOT) -> None:
+    """Name the bug that is in, and take it out again."""
     faults = hidden(root)
     if not faults:
         sys.exit("None of these bugs is in the code")

@@ -21,10 +21,12 @@ from tests.course.figures import new_figure
 
 
 def describe(run: dict) -> str:
-    """Name the system of a run, and what it was trained on, from its config.json."""
+    """Name the system of a run and what it was trained on, from its config.json."""
     system = run["system"]
-    text = f"Sys. {system} ({TABLE_1[system][0]}), trained on {run['title']}"
-    text += f", fold {run['fold']}, seed {run['seed']}"
+    text = (
+        f"Sys. {system} ({TABLE_1[system][0]}), fold {run['fold']}, seed {run['seed']}"
+    )
+    text += f"\ntrained on {run['title']}"
     if run["corpus"].startswith("toy"):
         text += "\nThe toy corpus has tones and made-up sentences, and no speech"
     return text

@@ -216,7 +216,7 @@ def answer_6(y_true, y_pred):
 
 
 WRONG_6 = [
-    ("NaN", ("np.unique(truth)", "range(4)"), ("max(1, ", "(")),
+    ("NaN", ("np.unique(truth)", "range(4)"), ("max(1, ", "(np.nan if c > 1 else ")),
     ("that is WA", ("np.mean(recalls)", "np.mean(truth == guess)")),
     ("mean precision", ("np.sum(truth == c)", "np.sum(guess == c)")),
     ("count as 0", ("np.unique(truth)", "range(4)")),
@@ -433,6 +433,8 @@ RIGHT = [
     (3, gates_by_index),
     (4, window_by_window),
     (5, changed(answer_5, ("F.dropout(x, 0.1, self.training)", "self.dropout(x)"))),
+    (5, changed(answer_5, ("F.dropout(", "torch.dropout("))),
+    (7, changed(answer_7, ("dev, test\n", "np.array(dev), tuple(test)\n"))),
     (8, counted_up),
     (9, distinct_rows),
 ]

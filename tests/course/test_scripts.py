@@ -252,7 +252,7 @@ def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(
     assert names == ["attention.png", "gates.png"]
     for figure in drawn:
         title = figure.get_suptitle()
-        assert "Sys. 18 (MMT fine-tuned), trained on toy" in title
+        assert "Sys. 18 (MMT fine-tuned), fold 5, seed 0\ntrained on toy" in title
         assert "no speech" in title
     a_to_t, t_to_a = [ax for ax in drawn[1].axes if ax.get_title()]
     labels = [label.get_text() for label in a_to_t.get_yticklabels()]

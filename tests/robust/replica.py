@@ -42,14 +42,14 @@ SESSIONS = {
 }
 OTHERS = {"xxx": 2507, "fru": 1849, "sur": 107, "fea": 40, "oth": 3, "dis": 2}
 
-# Turns of other labels have the voice and the words of one of the four classes, too.
-FELT = {"exc": "hap", "sur": "hap", "fru": "ang", "dis": "ang", "fea": "sad"}
-PITCHES = {"neu": 200, "hap": 800, "ang": 400, "sad": 100}  # Hz
+# An emotion of the four classes has a pitch in Hz, and a word that names it.
+VOICES = {"neu": 200, "hap": 800, "exc": 800, "ang": 400, "sad": 100}
 KEYWORDS = {
-    "neu": ["table", "monday", "street", "paper"],
-    "hap": ["lovely", "wonderful", "laugh", "party"],
-    "ang": ["stupid", "hate", "enough", "shout"],
-    "sad": ["lost", "alone", "cry", "goodbye"],
+    "neu": "table",
+    "hap": "lovely",
+    "exc": "lovely",
+    "ang": "hate",
+    "sad": "lost",
 }
 FILLERS = (
     "well you know i think that it was the one we had there and so he said".split()
@@ -115,7 +115,7 @@ def plan_session(session: int, others: list[str], rng) -> list[tuple[str, list]]
         ("script", targets[improvised:] + rest[cut:]),
     ):
         # Runs of turns of the same emotion, so an emotion tends to stay.
-        turns.sort(key=lambda turn: FELT.get(turn[1], turn[1]))
+        turns.sort(key=lambda turn: turn[1])
         runs = [turns[i : i + 4] for i in range(0, len(turns), 4)]
         turns = [turn for i in rng.permutation(len(runs)) for turn in runs[i]]
         # Dialogues have different lengths, of 24 turns or more.
@@ -137,14 +137,9 @@ def write_dialog(root: Path, number: int, dialog: str, turns, shorten, rng) -> N
     counts = Counter()
     labels = {"F": "", "M": ""}
     words = []
-    felt = "neu"
     start = 0.0
     end = 0.5
     for k, (letter, emotion) in enumerate(turns):
-        # A turn of another label keeps the emotion of the turn before it.
-        emotion_felt = FELT.get(emotion, emotion)
-        if emotion_felt in PITCHES:
-            felt = emotion_felt
         # The median is 3.58 s and the mean 4.55 s, as in the release.
         seconds = np.clip(rng.lognormal(np.log(3.58), 0.69), 0.585, 34.1) * shorten
         n = int(seconds * RATE)
@@ -156,9 +151,9 @@ def write_dialog(root: Path, number: int, dialog: str, turns, shorten, rng) -> N
         counts[letter] += 1
         labels[letter] += f"[{start:.4f} - {end:.4f}]\t{name}\t{emotion}"
         labels[letter] += f"\t[2.5000, 2.5000, 2.5000]\n{RATERS}"
-        text = make_sentence(felt, "script" in dialog, rng)
+        text = make_sentence(emotion, "script" in dialog, rng)
         words.append(f"{name} [{start:08.4f}-{end:08.4f}]: {text}")
-        write_tone(wavs / f"{name}.wav", felt, n, rng)
+        write_tone(wavs / f"{name}.wav", emotion, n, rng)
 
     # 67 transcripts have lines out of order, at 149 places.
     if number < 67:
@@ -183,12 +178,10 @@ def write_dialog(root: Path, number: int, dialog: str, turns, shorten, rng) -> N
         (session / "dialog" / path).write_text(text)
 
 
-def write_tone(path: Path, felt: str, n: int, rng) -> None:
+def write_tone(path: Path, emotion: str, n: int, rng) -> None:
     """Write n samples of a tone. Above 0.2 s it begins with 50 ms of silence."""
-    if rng.random() < 0.2:  # the voice does not show every emotion
-        felt = rng.choice(list(PITCHES))
-    turns = PITCHES[felt] * np.arange(n) / RATE
-    tone = np.sin(2 * np.pi * turns) + 0.5 * np.sin(4 * np.pi * turns)
+    pitch = VOICES.get(emotion, 300)
+    tone = np.sin(2 * np.pi * pitch * np.arange(n) / RATE)
     samples = rng.uniform(1000, 10000) * tone + rng.standard_normal(n)
     if n > 3200:
         samples[:800] = 0
@@ -197,17 +190,17 @@ def write_tone(path: Path, felt: str, n: int, rng) -> None:
         file.writeframes(samples.astype("<i2").tobytes())
 
 
-def make_sentence(felt: str, scripted: bool, rng) -> str:
+def make_sentence(emotion: str, scripted: bool, rng) -> str:
     """Make a sentence: the median is 8 words and the mean 11.5, as in the release."""
     if scripted and rng.random() < 0.25:
         # One of twenty lines that the actors of every session speak.
-        rng = np.random.default_rng([list(PITCHES).index(felt), rng.integers(20)])
-    if rng.random() < 0.006:
+        rng = np.random.default_rng(rng.integers(20))
+    elif rng.random() < 0.006:
         return "[LAUGHTER]"
     n = int(np.clip(rng.lognormal(np.log(8), 0.85), 1, 98))
     words = list(rng.choice(FILLERS, n))
-    if rng.random() < 0.35:  # the words name the emotion
-        words[: n // 2 + 1] = rng.choice(KEYWORDS[felt], n // 2 + 1)
+    if rng.random() < 0.35 and emotion in KEYWORDS:
+        words[n // 2] = KEYWORDS[emotion]
     return " ".join(words).capitalize() + "."
 
 

@@ -168,7 +168,7 @@ def test_a_rate_that_nobody_records_with_is_refused(rate, tmp_path, monkeypatch)
         raise AssertionError(f"resampled from {old} Hz")
 
     monkeypatch.setattr("torchaudio.functional.resample", resample)
-    with pytest.raises(InputError, match=f"rate of {rate} Hz.*ffmpeg"):
+    with pytest.raises(InputError, match=f"{rate}.*ffmpeg"):
         data.load_wav(tmp_path / "a.wav")
 
 

@@ -137,7 +137,7 @@ train.py
 +     else:
 +         source.close()  # in the best epoch it was frozen
 + # For evaluate.py recognize.
-+ save(folder, run, log, model, sources, optimizer)
++ save(folder, state | {"model": weights, "upstreams": opened})
 + test = measure(model, batch, test_rows, args)
 
 [A11] While fine-tuning, all that is trained from scratch keeps its rate of 1e-3.
@@ -189,7 +189,7 @@ model.py
 +         block.linear = nn.Sequential(nn.Dropout(config.dropout), block.linear)
 - self.dropout = nn.Dropout(config.dropout)
 + self.dropout = nn.Dropout(0.0)
-- self.fusion_dropout = nn.Dropout(config.dropout if multimodal else 0.0)
+- self.fusion_dropout = nn.Dropout(config.dropout)
 + self.fusion_dropout = nn.Dropout(0.0)
 
 [A16]-both Dropout stands before the projector and between the modules.

@@ -286,6 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
     before = load_before(args.before)
     if args.peak:
         row, side = args.peak
@@ -297,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     chip = torch.cuda.get_device_name() if CUDA else f"one thread, {platform.machine()}"
     print(
         f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}\n"
-        f"{args.n} utterances, before: {args.before}, median of {args.repeats} repeats\n"
+        f"{args.n} utterances, before: {args.before}, medians of {args.repeats}\n"
         f"{'':40} {'now':>9} {'before':>9} {'ratio':>6}   peak memory"
     )
     for row in range(ROWS):

@@ -43,21 +43,25 @@ def read_marked_corpus(args) -> tuple[str, list[data.Utterance]]:
     return f"{name}-{MARK}", corpus
 
 
-def describe_selection(folders: list[Path], corpus: str) -> str:
-    """Format the UA of the last epoch beside the UA of two selected ones, in %."""
+def describe_selection(system: Path) -> str:
+    """Format the UA of the last epoch beside the UA of two selected ones, in %.
+
+    system   the folder of the runs of one system
+    """
     rows = []
-    for folder in folders:
-        log = read_log(folder / "log.jsonl")
+    for result in sorted(system.glob("fold*-seed*/result.json")):
+        log = read_log(result.with_name("log.jsonl"))
         lowest_loss = min(log, key=lambda row: row["dev_loss"])
         highest_ua = max(log, key=lambda row: row["dev_ua"])
         uas = [100 * row["dev_ua"] for row in (log[-1], lowest_loss, highest_ua)]
-        rows.append((f"{folder.parent.name}, {folder.name}", *uas))
+        rows.append((result.parent.name, *uas))
     columns = list(zip(*rows, strict=True))[1:]
     rows.append(("mean", *[fmean(column) for column in columns]))
     cells = [["run", "last epoch", "lowest test loss", "highest test UA"]]
     for name, *uas in rows:
         cells.append([name, *[f"{ua:.2f}" for ua in uas]])
-    return format_table(f"{corpus}: UA on the test session, in %", cells)
+    title = f"{system.parent.name}, {system.name}: UA on the test session, in %"
+    return format_table(title, cells)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,8 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         train.main(arguments)
     out = train.parse_args(arguments).out
-    for corpus in sorted(out.glob(f"*-{MARK}")):
-        print(describe_selection(sorted(corpus.glob("*/fold*-seed*")), corpus.name))
+    results = out.glob(f"*-{MARK}/*/fold*-seed*/result.json")
+    for system in sorted({result.parent.parent for result in results}):
+        print(describe_selection(system))
 
 
 if __name__ == "__main__":

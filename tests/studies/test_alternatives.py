@@ -88,7 +88,7 @@ def runs(tmp_path_factory, corpus):
 
     def run(modules, flags, name="plain"):
         if (flags, name) not in done or name != "plain":
-            out = home / f"{name}-{len(done)}"
+            out = home / f"{name} {flags}"
             fixed = ["--iemocap", str(corpus), "--partial", "--upstream", "tiny"]
             fixed += ["--device", "cpu", "--cache", str(home / "cache")]
             with pytest.MonkeyPatch.context() as monkeypatch:
@@ -163,6 +163,25 @@ def test_a_changed_model_has_its_parameters_and_keeps_batch_mates_apart(
     together = small((audio, frames), (text, tokens))
     alone = small((audio[:4], frames[:1, :4]), (text[: 8 * 5], tokens[:1, :, :5]))
     torch.testing.assert_close(together[:1], alone)
+
+
+@pytest.mark.parametrize("name", ["A1", "A2"])
+def test_a1_and_a2_condense_the_layers_in_other_ways(name, patched):
+    extractor = patched(name).model.FeatureExtractor(3, 8, 4)
+    states = torch.randn(5, 3, 8)  # five steps of one utterance
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    z = states.mean(dim=(0, 2)) if name == "A1" else states.mean(dim=(0, 1))
+    gates = torch.relu(extractor.se.reduce(z))
+    gates = torch.sigmoid(extractor.se.expand(gates))
+    steps = []
+    for step in states:
+        if name == "A1":
+            scaled = [gate * layer for gate, layer in zip(gates, step, strict=True)]
+            steps.append(torch.cat(scaled))
+        else:
+            steps.append(gates * (step[0] + step[1] + step[2]))
+    expected = extractor.norm(extractor.linear(torch.stack(steps)))
+    torch.testing.assert_close(extractor(states, mask)[0], expected)
 
 
 def test_a5_takes_the_tokens_of_the_target(patched):
@@ -271,9 +290,13 @@ def test_a10_tests_the_best_epoch(rate, patched, runs):
     # A run of the four files that ends there has the same weights.
     *_, shorter = runs(PLAIN, flags.replace("-epochs 4", f"-epochs {best}"))
     assert result["loss"] == shorter["loss"]
-    # evaluate.py recognize reads the checkpoint, so it has these weights, too.
+    # evaluate.py recognize reads the checkpoint, so it has these weights, too. From
+    # there, an interrupted run ends with the same test.
     state = load(folder)
     assert_equal(state["model"], state["best"][0])
+    (folder / "result.json").unlink()
+    *_, resumed = runs(modules, flags, f"A10-{rate}")
+    assert resumed["loss"] == result["loss"]
 
 
 def test_a11_keeps_the_rate_of_what_is_trained_from_scratch(patched, runs):

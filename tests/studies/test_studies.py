@@ -14,7 +14,7 @@ import torch
 import data
 from evaluate import find_runs, metrics
 from tests.conftest import change
-from tests.studies import compare, curves, parts, select_on_test
+from tests.studies import bench, compare, curves, parts, select_on_test
 
 CLASSES = ["neu", "hap", "ang", "sad"]
 
@@ -340,3 +340,9 @@ def test_selecting_on_test_trains_on_no_test_row(
     lines = [line.strip("|").split("|") for line in table.splitlines()]
     rows = [[cell.strip() for cell in line[1:]] for line in lines]
     assert rows.count(cells) == 2  # of the one run, and their mean
+
+
+@pytest.mark.slow
+def test_the_bench_measures_both_codes(capsys):
+    bench.main(["--n", "2", "--repeats", "1"])
+    assert capsys.readouterr().out.count(" MiB, ") == 8
