@@ -140,8 +140,7 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
     utterances = []
     for utterance_id, (start, end, emotion) in labelled.items():
         owner, _, turn = utterance_id.rpartition("_")  # Ses01F_impro01, F000
-        number = session.name[-1]
-        if owner != dialog or dialog[:5] != f"Ses0{number}":
+        if owner != dialog or dialog[:5] != f"Ses0{session.name[-1]}":
             raise InputError(f"{utterance_id} belongs to another dialogue or session")
         if emotion not in EMOTIONS:
             raise InputError(f"{utterance_id} has the unknown emotion {emotion}")
@@ -152,17 +151,12 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
         seconds = len(load_wav(wav)) / SAMPLE_RATE
         if abs(seconds - (end - start)) > 0.1:
             raise InputError(f"{wav} has {seconds:.2f} s, but not by its label")
+        number = int(session.name[-1])
+        speaker = dialog[:5] + turn[0]
+        text = " ".join(text.split())
         utterances.append(
             Utterance(
-                id=utterance_id,
-                session=int(number),
-                dialog=dialog,
-                speaker=dialog[:5] + turn[0],
-                start=start,
-                end=end,
-                text=" ".join(text.split()),
-                emotion=emotion,
-                wav=wav,
+                utterance_id, number, dialog, speaker, start, end, text, emotion, wav
             )
         )
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
@@ -171,8 +165,8 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
 def read_lines(path: Path, pattern: re.Pattern) -> dict[str, tuple[float, float, str]]:
     """Read the lines of utterances: {id: (start, end, emotion or words)}.
 
-    Lines of another form are skipped: headings, single raters, ids with XX. If a line
-    of an utterance is damaged, the other file of the dialogue has an id too many.
+    Lines of another form are skipped: headings, single raters, ids with XX. A damaged
+    line is skipped too. read_dialog notices that, because its id is missing here.
     """
     lines = {}
     for line in path.read_text(encoding="utf-8-sig").split("\n"):
@@ -202,8 +196,8 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     speakers = sorted({corpus[row].speaker for row in others})
     if not test or len(speakers) < 2:
         raise InputError(
-            f"--fold {fold}: of the four classes, session {fold} needs utterances, and the "
-            "other sessions need two speakers"
+            f"--fold {fold}: there are no utterances of the four classes in session "
+            f"{fold}, or fewer than two speakers in the others"
         )
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
     # The seed draws it. Another reading: another --seed. Its partner in the dialogues
@@ -314,11 +308,11 @@ KEEP_ON_CPU = 4 * 2**30  # bytes
 class Source:
     """The layer states of one modality: source(rows) -> a list of states (T_i, L, D).
 
-    upstream   model.Upstream, frozen
-    inputs     what it reads, by row of the corpus: upstream.prepare(clip or text)
-    corpus     its ids name the files
-    folder     where the files are
-    device     where the states are wanted
+    upstream   a frozen model.Upstream
+    inputs     its prepared inputs, by row of the corpus
+    corpus     the ids of its utterances name the files
+    folder     holds the files
+    device     gets the states
     """
 
     def __init__(
@@ -333,16 +327,17 @@ class Source:
         self.inputs = inputs
         self.device = device
         self.folder = folder
-        # An id of your own may have any characters. The checksum makes the name unique,
-        # and it changes with the input, so a file never holds the states of another
-        # input.
+        # Ids from a table may have characters that a file name must not have. The
+        # checksum changes with the input, so no file has the states of another input.
         self.files = {}
         for row, prepared in inputs.items():
             name = re.sub(r"[^A-Za-z0-9.-]", "_", corpus[row].id)
             checksum = zlib.crc32(prepared.numpy().tobytes())
             self.files[row] = folder / f"{name}-{checksum:08x}.npy"
-        self.kept: dict[int, Tensor] = {}
-        self.live: nn.Module | None = None  # the copy that fine-tuning changes
+        self.kept: dict[int, Tensor] = {}  # states in memory
+        self.kept_bytes = 0
+        # The copy of the upstream that is fine-tuned, or None while it is frozen.
+        self.live: nn.Module | None = None
 
     def fill(self) -> None:
         """Compute the states that are not in the cache yet. A file that exists is done.
@@ -363,8 +358,8 @@ class Source:
                 states = self.upstream([self.inputs[row]])[0].half()  # (T, L, D)
             if not states.isfinite().all():
                 raise InputError(
-                    f"{self.files[row].stem}: a state is not finite or too large for 16 "
-                    "bits. Look at its recording, or try --precision fp32"
+                    f"{self.files[row].stem}: a state is not finite, or too large for "
+                    "16 bits. Look at its recording, or try --precision fp32"
                 )
             with write_whole(self.files[row]) as part, part.open("wb") as file:
                 np.save(file, states.cpu().numpy())
@@ -392,19 +387,22 @@ class Source:
         if self.device == "cuda":
             room = torch.cuda.mem_get_info()[0] > GPU_RESERVE
         else:
-            room = len(self.kept) * states.nbytes < KEEP_ON_CPU
+            room = self.kept_bytes < KEEP_ON_CPU
         if room:
             self.kept[row] = states
+            self.kept_bytes += states.nbytes
         return states
 
     def open(self, what: str) -> list[nn.Parameter]:
-        """Start fine-tuning "nothing", the "bottom" or "all" (§2.4) of a copy.
+        """Copy the upstream and open the "bottom" or "all" of the copy (§2.4).
 
         Returns the parameters to train. With "nothing", the cached states stay right.
         """
         if what == "nothing":
             return []
+        # From now on, the states change with every step. The GPU needs their memory.
         self.kept.clear()
+        self.kept_bytes = 0
         self.live = copy.deepcopy(self.upstream)
         return self.live.open(what)
 
@@ -428,9 +426,9 @@ class Source:
 def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Tensor]:
     """Prepare the inputs whose states are needed, by row of the corpus.
 
-    For audio these are the clips of the four classes. For text they are the texts in
-    the windows around them. Raises InputError if a wav is missing, or if the encoder
-    does not know most of the words.
+    For audio these are the clips of utterances of the four classes. For text they are
+    the texts in the windows of these utterances. Raises InputError if a wav is missing,
+    or if the encoder does not know most of the words.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
     if upstream.modality == "audio":
@@ -442,8 +440,8 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     unknown = tokens[tokens == upstream.preprocessor.unk_token_id]
     if len(unknown) > len(tokens) / 2:
         raise InputError(
-            f"--bert {upstream.name}: most words of this corpus are unknown to it. Choose "
-            "an encoder for the language of the corpus"
+            f"--bert {upstream.name}: most words of this corpus are unknown to it. "
+            "Choose an encoder for the language of the corpus"
         )
     return inputs
 
@@ -513,7 +511,7 @@ def read_csv(path: str | Path) -> Corpus:
     table = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
     corpus = {}
     problems = []
-    sessions = {}  # of each speaker and each dialogue
+    sessions = {}  # of the speakers and dialogues so far
     try:
         header = [name.strip().lower() for name in table.fieldnames or []]
         if not REQUIRED <= set(header) <= REQUIRED | OPTIONAL:
@@ -550,7 +548,7 @@ def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
         if name in REQUIRED and name != "text" and not cell:
             raise InputError(f"its {name} is empty")
         if "\n" in cell:
-            raise InputError(f"its {name} has a line break. Close the quote before it")
+            raise InputError(f"its {name} has a line break. Is a quote left open?")
     if not re.fullmatch(r"[1-9]\d*", cells["session"]):
         raise InputError(f"its session {cells['session']} is not a number from 1 on")
     start = cells.get("start") or "0"
@@ -561,20 +559,18 @@ def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
         wav = folder / cells["wav"]
         if not wav.is_file():
             raise InputError(f"there is no file {wav}")
-    # As in IEMOCAP, an id is its dialogue and one part more, without "_".
+    # As in IEMOCAP, an id is <dialogue>_<turn>, and <turn> has no "_".
     dialog = cells["dialog"]
     turn = cells.get("id", "").removeprefix(f"{dialog}_") or f"{number:05}"
+    utterance_id = f"{dialog}_{turn.replace('_', '-')}"
+    session = int(cells["session"])
+    speaker = cells["speaker"]
+    text = " ".join(cells["text"].split())
     emotion = cells["emotion"].lower()
+    emotion = PLAIN_NAMES.get(emotion, emotion)
+    time = float(start)
     return Utterance(
-        id=f"{dialog}_{turn.replace('_', '-')}",
-        session=int(cells["session"]),
-        dialog=dialog,
-        speaker=cells["speaker"],
-        start=float(start),
-        end=float(start),
-        text=" ".join(cells["text"].split()),
-        emotion=PLAIN_NAMES.get(emotion, emotion),
-        wav=wav,
+        utterance_id, session, dialog, speaker, time, time, text, emotion, wav
     )
 
 
@@ -691,7 +687,7 @@ def reference_problems(corpus: Corpus) -> list[str]:
         for name, count in zip(COUNTED, counts, strict=True):
             if found[name] != count:
                 problems.append(
-                    f"session {session}: {name} {found[name]}, the full release has {count}"
+                    f"session {session}: {name} {found[name]}, full release: {count}"
                 )
     return problems
 
@@ -759,11 +755,9 @@ def run_command(main: Callable) -> None:
     except (InputError, OSError) as problem:
         sys.exit(f"error: {problem}")
     except torch.OutOfMemoryError:
-        sys.exit(
-            "error: out of GPU memory. The same command goes on with --micro-batch 8"
-        )
+        sys.exit("error: out of GPU memory. Add --micro-batch 8 to resume")
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command goes on after the last whole epoch.")
+        sys.exit("\nStopped. Run the same command again to resume")
 
 
 def main(arguments: list[str] | None = None) -> None:

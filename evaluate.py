@@ -252,12 +252,11 @@ def draw(runs: Runs, folder: Path) -> None:
 class Recognizer:
     """Recognize the emotion of utterances of your own with a finished run.
 
-    Raises InputError if the run is not finished, or its upstreams have changed. In a
-    notebook:
+    Raises InputError if the run is not finished, or if its upstreams have changed.
 
-        from evaluate import Recognizer recognizer =
-        Recognizer("runs/toy/mmt-finetuned/fold5-seed0") recognizer.recognize("x.wav",
-        "I never said that.", before=["Did you say that?"])
+    >>> recognizer = Recognizer("runs/toy/mmt-finetuned/fold5-seed0")  # doctest: +SKIP
+    >>> recognizer.recognize("x.wav", "I never said that.")  # doctest: +SKIP
+    {"neu": 0.1, "hap": 0.1, "ang": 0.7, "sad": 0.1}
     """
 
     def __init__(self, folder: str | Path):
@@ -269,7 +268,7 @@ class Recognizer:
         self.upstreams = {}
         for modality, name in config["upstreams"].items():
             upstream = load_upstream(name, modality, config["settings"]["precision"])
-            if upstream.checksum != config["weights"][modality]:
+            if upstream.checksum != config["weights_checksums"][modality]:
                 raise InputError(f"{name}: it has changed since {folder} was trained")
             # The checkpoint has only the weights that fine-tuning has changed.
             upstream.load_state_dict(state["upstreams"][modality], strict=False)
@@ -298,31 +297,32 @@ class Recognizer:
 
     def inputs(self, wav, text, before, after) -> dict:
         """Make the arguments of the model for one utterance, as training does."""
-        hears = "audio" in self.upstreams
-        reads = "text" in self.upstreams
-        if (wav is not None) != hears or (text is not None) != reads:
+        uses_audio = "audio" in self.upstreams
+        uses_text = "text" in self.upstreams
+        if (wav is not None) != uses_audio or (text is not None) != uses_text:
             raise InputError(
                 f"{self.run.folder}: --wav and --text must be what this system uses: "
                 f"{' and '.join(self.upstreams)}"
             )
 
-        def hear(rows: list[int]) -> list[Tensor]:
+        def audio_states(rows: list[int]) -> list[Tensor]:
             upstream = self.upstreams["audio"]
             return upstream([upstream.prepare(data.clip(data.load_wav(wav)))])
 
-        def read(rows: list[int]) -> list[Tensor]:
+        def text_states(rows: list[int]) -> list[Tensor]:
             upstream = self.upstreams["text"]
             return upstream([upstream.prepare(turns[row]) for row in rows])
 
-        # The turns are a dialogue. What is heard and read of it depends on the system.
+        # These turns are a dialogue with one utterance to recognize. So its window of
+        # texts and its batch are made as in training.
         turns = [*before, text, *after]
         dialog = [Utterance("", 1, "", "", 0.0, 0.0, turn, "", None) for turn in turns]
         windows = data.context_windows(dialog, self.model.config.n_context)
         sources = {}
-        if hears:
-            sources["audio"] = hear
-        if reads:
-            sources["text"] = read
+        if uses_audio:
+            sources["audio"] = audio_states
+        if uses_text:
+            sources["text"] = text_states
         return data.batch(torch.tensor([len(before)]), windows, sources, "cpu")
 
 
@@ -333,8 +333,8 @@ def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     except (OSError, ValueError) as problem:
         reason = " ".join(str(problem).split())
         raise InputError(
-            f"{modality} encoder {name}: {reason:.300}. Give --wavlm or --bert the name "
-            "or the folder of a whole encoder"
+            f"{modality} encoder {name}: {reason:.300}. Give --wavlm or --bert the "
+            "name or the folder of a whole encoder"
         ) from problem
 
 
@@ -409,20 +409,19 @@ def load_checkpoint(path: Path, run: dict) -> dict:
     except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
         problem = error
     if problem is None and not state["run"].items() <= run.items():
-        problem = f"it is of the run {state['run']}"
+        problem = f"it belongs to the run {state['run']}"
     if problem is not None:
         raise InputError(
-            f"{path}: damaged, {problem}. Restore it from a copy, or move it elsewhere "
-            "to start this run again"
+            f"{path}: {problem}. Restore it from a copy, or move it elsewhere to start "
+            "this run again"
         )
     return state
 
 
 def find_runs(root: Path) -> tuple[Runs, list[str]]:
-    """Find the runs in a folder: the finished ones, and a line for each that is left out.
+    """Find the finished runs in a folder, and the problems, one line per folder.
 
-    Prints a line for each run that is not finished. Raises InputError if there is no
-    run.
+    Prints a line for each run that is not finished. Raises InputError without any run.
     """
     runs = {}
     problems = []
@@ -430,7 +429,7 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
     folders |= {path.parent for path in root.rglob("result.json")}
     for folder in sorted(folders):
         if not (folder / "result.json").exists():
-            print(f"{folder}: not finished. The same train.py command goes on")
+            print(f"{folder}: not finished. Run its train.py command again to resume")
             continue
         try:
             run = read_run(folder)
@@ -442,7 +441,7 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
         if first is not run:
             problems.append(f"{folder}: left out, a duplicate of {first.folder}")
     if not folders:
-        raise InputError(f"{root}: no run in it. train.py has the flag --out")
+        raise InputError(f"{root}: there is no run in it. Name the --out of train.py")
     return list(runs.values()), problems
 
 

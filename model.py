@@ -175,7 +175,7 @@ class SqueezeExcitation(nn.Module):
         self.expand = nn.Linear(1, n_layers)  # W_2, b_2
         # DEVIATION [D2]: b_1 starts at 1, the paper names no initial value. Why: if the
         # ReLU gives 0 for all utterances, it passes no gradient, and their gates stay
-        # equal. This start is above 0. train.py warns if the unit dies later.
+        # equal. With b_1 = 1 it starts above 0. train.py warns if the unit dies later.
         nn.init.ones_(self.reduce.bias)
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
@@ -221,11 +221,12 @@ class FeatureExtractor(nn.Module):
 
 
 class TextFeatureExtractor(nn.Module):
-    """Fig. 2b without BERT: the same for each of C texts, then one map for all of them.
+    """Fig. 2b without BERT: Fig. 2a for each of C texts, then one map for all of them.
 
     states (N, L, D), mask (B, C, T) -> X_T (B, T, d), mask (B, T)
 
-    The target is text number C // 2 of its window, the others are its neighbours.
+    The target is text number C // 2 of its window, the others are its neighbours. N is
+    the number of real steps in all of them.
     """
 
     def __init__(self, n_layers: int, width: int, dim: int, n_context: int):
@@ -247,7 +248,8 @@ class TextFeatureExtractor(nn.Module):
         # step, so its map is zero.
         x = self.each_text(states, mask.flatten(0, 1))  # (B * C, T, d)
         x = x.unflatten(0, (B, C))  # (B, C, T, d)
-        x = self.conv(x).squeeze(1)  # (B, T, d)
+        x = self.conv(x)  # (B, 1, T, d)
+        x = x.squeeze(1)  # (B, T, d)
         # UNSPECIFIED [A5]: which steps of X_T are real. We take every position where
         # any of the texts has a token. Another reading: the target's own tokens
         # (tests/studies).
@@ -263,16 +265,17 @@ class TransformerBlock(nn.Module):
     x_t (B, T_t, d), x_s (B, T_s, d), mask_s (B, T_s) -> (B, T_t, d)
 
     With the target itself as source, and `residual`, this is the vanilla encoder block
-    of reference [31]. With the other modality as source it is CMT (§2.2).
+    of reference [31]. With the other modality as source it is CMT (§2.2). `residual`
+    says whether the queries are added to the output of the attention [A7].
     """
 
     def __init__(self, dim: int, residual: bool):
         super().__init__()
         # UNSPECIFIED [A8]: heads, depth, width, norm and positions. Eq. (1) has one
         # head and no output matrix. "The same backbone as the vanilla Transformer"
-        # (§2.2) means that the norm comes last, the width is 4 d, the activation ReLU
-        # and the dropout 0.1. We use one block. We add no positions, because both
-        # upstreams have added theirs. Another reading: two heads, width 2, dropout 0.5
+        # (§2.2) means post-norm, 4 d hidden units, ReLU and a dropout of 0.1. We use
+        # one block, and add no positions, because both upstreams have added theirs.
+        # Another reading: two heads, two hidden units, a dropout of 0.5
         # (tests/studies).
         self.w_q = nn.Parameter(torch.empty(dim, dim))  # W_Q (d_t, d_k)
         self.w_k = nn.Parameter(torch.empty(dim, dim))  # W_K (d_s, d_k)
@@ -321,8 +324,8 @@ class Fusion(nn.Module):
             # do not add them. Another reading: --cma-residual adds them
             # (tests/studies).
             residual = source == target or config.cma_residual
-            block = TransformerBlock(config.dim, residual)
-            self.blocks[f"{source}-to-{target}"] = block
+            name = f"{source}-to-{target}"
+            self.blocks[name] = TransformerBlock(config.dim, residual)
 
     def forward(self, x: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
         pooled = []
@@ -350,13 +353,11 @@ class EmotionRecognizer(nn.Module):
         dim = config.dim
         self.extractor = nn.ModuleDict()
         if "audio" in config.modalities:
-            self.extractor["audio"] = FeatureExtractor(
-                config.audio_layers, config.audio_dim, dim
-            )
+            sizes = (config.audio_layers, config.audio_dim, dim)
+            self.extractor["audio"] = FeatureExtractor(*sizes)
         if "text" in config.modalities:
-            self.extractor["text"] = TextFeatureExtractor(
-                config.text_layers, config.text_dim, dim, config.n_context
-            )
+            sizes = (config.text_layers, config.text_dim, dim, config.n_context)
+            self.extractor["text"] = TextFeatureExtractor(*sizes)
         self.fusion = Fusion(config)
 
         # UNSPECIFIED [A16]: which modules are meant by "a dropout layer (0.5) between
@@ -432,13 +433,12 @@ class Upstream(nn.Module):
         config = self.model.config
         self.n_layers = config.num_hidden_layers + 1  # L
         self.dim = config.hidden_size  # D
-        # A group norm averages over the padding too, so such a model gets one clip a
-        # time.
+        # A group norm averages over padding too. Such a model gets one clip at a time.
         self.one_by_one = getattr(config, "feat_extract_norm", "") == "group"
         if modality == "text":
             # §3.2: 512 tokens.
             # PAPER-ERROR [E9]: §3.2 says "512 words" too. BERT's limit is in tokens.
-            # Careful: RoBERTa counts its positions from padding_idx + 1.
+            # Careful: RoBERTa does not use its first padding_idx + 1 positions.
             unused = getattr(self.model.embeddings, "padding_idx", -1) + 1
             self.max_tokens = min(512, config.max_position_embeddings - unused)
         self.checksum = self.compute_checksum()
@@ -477,10 +477,10 @@ class Upstream(nn.Module):
         bf16 = self.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = self.model(padded, attention_mask=mask, output_hidden_states=True)
-        # PAPER-ERROR [E4]: the reason for all states that §2.1 gives, "information
-        # leakage", should be information loss. State 0 is the input of the first
-        # Transformer layer. Careful: the last of `hidden_states` may come before the
-        # final LayerNorm, so we take last_hidden_state.
+        # PAPER-ERROR [E4]: §2.1 takes all states to avoid "information leakage". It
+        # must mean information loss. State 0 is the output of the feature encoder, as
+        # the first Transformer layer gets it. Careful: the last of `hidden_states` may
+        # come before the final LayerNorm, so we take last_hidden_state.
         layers = [*output.hidden_states[:-1], output.last_hidden_state]
         states = torch.stack(layers, dim=2)  # (B, T, L, D)
         if self.modality == "audio":
@@ -488,11 +488,11 @@ class Upstream(nn.Module):
         return [x[:n] for x, n in zip(states, lengths.tolist(), strict=True)]
 
     def open(self, what: str) -> list[nn.Parameter]:
-        """Make "nothing", the "bottom" or "all" trainable. Returns these parameters."""
+        """Unfreeze "nothing", the "bottom" or "all". Returns these parameters."""
         # §2.4: "we only fine-tune the feature extractor part, i.e., CNN encoders in
         # WavLM and input embeddings in BERT".
         # UNSPECIFIED [A21]: whether the LayerNorm of BERT's embeddings belongs to the
-        # "input embeddings". We say yes. Another reading: the tables alone
+        # "input embeddings". We say yes. Another reading: only the embedding tables
         # (tests/studies).
         bottom = "feature_extractor." if self.modality == "audio" else "embeddings."
         opened = []
@@ -529,7 +529,7 @@ def import_transformers():
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # PyTorch warns about the masks in WavLM's attention. They are right.
+    # PyTorch warns about the kinds of mask in WavLM's attention. Its result is right.
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     return transformers
 

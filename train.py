@@ -122,8 +122,7 @@ def train_epoch(
     batches = shuffled.split(args.batch_size)
     for batch_rows in tqdm(batches, leave=False, delay=3, disable=None):
         optimizer.zero_grad()
-        # There is one part, unless GPU memory is short. The gradients of the parts add
-        # up.
+        # A batch is one part, unless --micro-batch is given. The gradients add up.
         for part in batch_rows.split(args.micro_batch or args.batch_size):
             inputs, labels = batch(part)
             logits = model(**inputs)  # (B, 4)
@@ -171,7 +170,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     args      what the user asks for
     sources   the layer states of the modalities that the system uses
 
-    If the run's folder has a checkpoint, training goes on after it. Raises InputError
+    If the run's folder has a checkpoint, training resumes from it. Raises InputError
     if the folder is of another run, or if a loss is not finite.
     """
     folder = run_folder(args, run)
@@ -223,7 +222,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         for modality, source in sources.items():
             source.load_state_dict(state["upstreams"][modality])
         optimizer.load_state_dict(state["optimizer"])
-        print(f"{run.corpus}: going on after epoch {len(log)}")
+        print(f"{run.corpus}: resuming after epoch {len(log)}")
 
     # The phases follow the development loss (§3.2): no decrease for 5 epochs starts the
     # fine-tuning, no decrease for 10 epochs ends the training.
@@ -322,7 +321,8 @@ def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
     print(
         f"{corpus} epoch {row['epoch']:2} {row['phase']:8} "
         f"train loss {row['train_loss']:.4f}  dev loss {row['dev_loss']:.4f} "
-        f"WA {row['dev_wa']:.1%} UA {row['dev_ua']:.1%}  {row['seconds']:.1f} s  {since_best}"
+        f"WA {row['dev_wa']:.1%} UA {row['dev_ua']:.1%}  {row['seconds']:.1f} s  "
+        f"{since_best}"
     )
     if row["event"] == "finetune":
         print(f"{corpus}: fine-tuning starts, {args.open} of the upstreams")
@@ -347,20 +347,20 @@ def describe_run(args: Namespace, run: Run, corpus: Corpus, sources: Sources) ->
         "cma_residual": args.cma_residual,
     }
     upstreams = {}
-    weights = {}
+    checksums = {}
     for modality, source in sources.items():
         model[f"{modality}_layers"] = source.upstream.n_layers
         model[f"{modality}_dim"] = source.upstream.dim
         upstreams[modality] = source.upstream.name
-        weights[modality] = source.upstream.checksum
+        checksums[modality] = source.upstream.checksum
     return {
         **asdict(run),
         "system": SYSTEMS.index((run.fusion, run.frozen)) + 1,
         "title": ", ".join([run.corpus, *args.changed]),
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "model": model,
-        "utterances": data.checksum(corpus),
-        "weights": weights,
+        "corpus_checksum": data.checksum(corpus),
+        "weights_checksums": checksums,
         "upstreams": upstreams,
     }
 
@@ -382,7 +382,7 @@ def claim(folder: Path, config: dict) -> None:
 
 def save(folder: Path, state: dict) -> None:
     """Write checkpoint.pt, and log.jsonl for people."""
-    # Into memory first: so a full disk is an OSError, and leaves no torn file.
+    # Write into memory first. If the disk is full, torch.save raises no OSError.
     content = io.BytesIO()
     torch.save(state, content)
     with data.write_whole(folder / "checkpoint.pt") as part:
@@ -430,42 +430,31 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train systems of Table 1. Without a corpus: on the toy corpus.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument_group("corpus").add_argument
+    add = parser.add_argument
+    # the corpus
     add("--iemocap", type=Path, metavar="DIR", help="IEMOCAP_full_release")
     add("--corpus", type=Path, metavar="FILE.csv", help="a corpus of your own")
-    add("--partial", action="store_true", help="DIR is incomplete, or another corpus")
-
-    add = parser.add_argument_group("runs").add_argument
+    add("--partial", action="store_true", help="accept less than the full release")
+    # the runs
     add("--fusion", default="mmt", choices=FUSIONS, help="Fig. 3, Table 1")
-    add("--frozen", action="store_true", help="no fine-tuning: the odd systems")
+    add("--frozen", action="store_true", help="no fine-tuning: Sys. 1, 3, 5, ...")
     systems = [str(number) for number in range(1, 19)]
-    add(
-        "--system", nargs="+", choices=[*systems, "all"], metavar="N", help="of Table 1"
-    )
+    add("--system", nargs="+", choices=[*systems, "all"], metavar="N", help="Table 1")
     add(
         "--fold", nargs="+", type=fold, default=[5], metavar="K", help="session, or all"
     )
-    add(
-        "--seed", nargs="+", type=int, default=[0], metavar="N", help="also draws [A14]"
-    )
-
-    add = parser.add_argument_group("machine").add_argument
+    add("--seed", nargs="+", type=int, default=[0], metavar="N", help="draws dev [A14]")
+    # the machine
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.insert(0, "mps")
     if torch.cuda.is_available():
         devices.insert(0, "cuda")
     add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--out", type=Path, default=Path("runs"), metavar="DIR", help="for the runs")
+    add("--out", type=Path, default=Path("runs"), metavar="DIR", help="for runs")
     add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="for states")
-    add(
-        "--micro-batch",
-        type=positive,
-        metavar="N",
-        help="parts of a batch: less memory",
-    )
-
-    add = parser.add_argument_group("upstreams").add_argument
+    add("--micro-batch", type=positive, metavar="N", help="split batches: less memory")
+    # the upstreams
     add(
         "--upstream", default="paper", choices=["paper", "tiny"], help="tiny: a dry run"
     )
@@ -474,14 +463,11 @@ def make_parser() -> argparse.ArgumentParser:
         default="microsoft/wavlm-large",
         help="a name on the hub, or a folder",
     )
-    add("--bert", default="bert-base-uncased", help="the same [A15]")
+    add("--bert", default="bert-base-uncased", help="a name, or a folder [A15]")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of upstreams")
     levels = ["nothing", "bottom", "all"]
-    add("--open", default="bottom", choices=levels, help="by fine-tuning (§2.4)")
-
-    add = parser.add_argument_group(
-        "constants of §3.2, and one open point"
-    ).add_argument
+    add("--open", default="bottom", choices=levels, help="what is fine-tuned (§2.4)")
+    # the constants of §3.2, and one open point
     add("--lr-frozen", type=float, default=1e-3, help="learning rate at first")
     add("--lr-finetune", type=float, default=1e-5, help="learning rate, fine-tuning")
     add("--weight-decay", type=float, default=1e-3, help="of AdamW")
@@ -493,7 +479,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--max-epochs", type=positive, help="a cap, which the paper does not have [A15]"
     )
-    add("--cma-residual", action="store_true", help="CMT adds its queries [A7]")
+    add("--cma-residual", action="store_true", help="add the queries in CMT [A7]")
     return parser
 
 
@@ -532,7 +518,7 @@ def parse_args(arguments: list[str] | None) -> Namespace:
 def read_corpus(args: Namespace) -> tuple[str, Corpus]:
     """Read the corpus: its name in reports, and its utterances.
 
-    Raises InputError with every problem of it.
+    Raises InputError with all problems of the corpus.
     """
     if args.corpus:
         return args.corpus.stem, data.read_csv(args.corpus)
@@ -572,10 +558,11 @@ def chosen_systems(args: Namespace) -> list[tuple[str, bool]]:
 
 
 def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
-    """List the folds to train on. Raises InputError for a fold that cannot be split."""
+    """List the folds to train on. Raises InputError if one cannot be split."""
     folds = args.fold
     if "all" in folds:
         folds = sorted({u.session for u in corpus if u.label is not None})
+    # Fail now, and not after the folds before it have been trained.
     for fold in folds:
         data.split(corpus, fold, seed=0)
     return folds

@@ -165,7 +165,7 @@ def test_seed_and_fold_draw_the_development_speaker(small_corpus):
 def test_a_fold_without_test_or_development_utterances_is_an_error(small_corpus):
     corpus = read(small_corpus)
     some = [u for u in corpus if u.session != 2]
-    with pytest.raises(InputError, match=r"--fold 2.*\[1, 3, 4, 5\]"):
+    with pytest.raises(InputError, match="--fold 2"):
         data.split(some, 2, 0)
     one_speaker = [u for u in corpus if u.speaker in ("Ses01F", "Ses02F", "Ses02M")]
     with pytest.raises(InputError, match="--fold 2"):

@@ -509,7 +509,9 @@ def test_tiny_weights_depend_on_nothing_but_their_names(tmp_path):
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_the_checksum_covers_weights_and_configuration(modality, tiny_folder, tmp_path):
+def test_the_checksum_covers_weights_and_configuration(
+    modality, tiny_folder, tmp_path, monkeypatch
+):
     def load_with(**changes):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(tiny_folder / modality, folder)
@@ -520,7 +522,9 @@ def test_the_checksum_covers_weights_and_configuration(modality, tiny_folder, tm
     upstream = load_with()
     assert re.fullmatch("[0-9a-f]{8}", upstream.checksum)
     # Neither the place of the folder nor the version of the library matters.
-    assert load_with(transformers_version="4.0.0").checksum == upstream.checksum
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.configuration_utils.__version__", "9.9")
+        assert load_with().checksum == upstream.checksum
     # These change what the encoder computes, with the same weights.
     changes = [{"hidden_act": "relu"}, {"layer_norm_eps": 1e-3}]
     if modality == "audio":

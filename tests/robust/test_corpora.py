@@ -4,6 +4,7 @@ The reader of IEMOCAP leaves a damaged dialogue out, with one line about it. The
 of tables refuses the table, with one line for each bad row.
 """
 
+import csv
 import os
 import random
 import shutil
@@ -146,6 +147,12 @@ def test_a_dialogue_in_the_folder_of_another_session_is_left_out(dialog, tmp_pat
 def test_another_file_in_the_place_of_labels_or_words(file, content, dialog, tmp_path):
     dialog[file].write_bytes(content)
     assert_left_out(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["labels", bug("words")])
+def test_the_file_that_is_not_in_utf_8_is_named(file, dialog, tmp_path):
+    dialog[file].write_bytes(FOREIGN["UTF-16"])
+    assert_left_out(tmp_path, dialog[file])
 
 
 @pytest.mark.parametrize("content", REFUSED.values(), ids=REFUSED)
@@ -416,3 +423,25 @@ def test_a_table_that_is_missing_is_named(tmp_path):
     for path in (tmp_path / "mine.csv", tmp_path):
         with pytest.raises(OSError, match=path.name):
             data.read_csv(path)
+
+
+def test_a_table_trains_as_the_layout_of_iemocap_does(
+    small_corpus, tmp_path, monkeypatch
+):
+    corpus, _ = data.read_iemocap(small_corpus)
+    columns = "id text emotion session dialog speaker start wav".split()
+    for name, used in (("with_audio.csv", columns), ("words.csv", columns[:-1])):
+        with (tmp_path / name).open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(used)
+            table.writerows([getattr(u, column) for column in used] for u in corpus)
+    monkeypatch.chdir(tmp_path)
+    command = ["--upstream", "tiny", "--max-epochs", "1", "--device", "cpu"]
+    train.main(["--corpus", "with_audio.csv", *command])
+    train.main(["--iemocap", str(small_corpus), "--partial", *command])
+    first, second = tmp_path.rglob("predictions.csv")
+    assert first.read_text() == second.read_text()
+    # Without recordings, a system of text alone trains.
+    train.main(["--corpus", "words.csv", "--fusion", "text-fc", *command])
+    with pytest.raises(InputError, match="no wav"):
+        train.main(["--corpus", "words.csv", *command])
