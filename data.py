@@ -136,7 +136,7 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
     spoken = read_lines(words, WORDS_LINE)
     unmatched = sorted(labelled.keys() ^ spoken.keys())
     if unmatched or not labelled:
-        raise InputError(f"it has other utterances than {words}: {unmatched[:3]}")
+        raise InputError(f"{words} lists different utterances: {unmatched[:3]}")
     utterances = []
     for utterance_id, (start, end, emotion) in labelled.items():
         owner, _, turn = utterance_id.rpartition("_")  # Ses01F_impro01, F000
@@ -150,7 +150,7 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
         wav = session / "sentences" / "wav" / dialog / f"{utterance_id}.wav"
         seconds = len(load_wav(wav)) / SAMPLE_RATE
         if abs(seconds - (end - start)) > 0.1:
-            raise InputError(f"{wav} has {seconds:.2f} s, but not by its label")
+            raise InputError(f"{wav} lasts {seconds:.2f} s, unlike its label")
         number = int(session.name[-1])
         speaker = dialog[:5] + turn[0]
         text = " ".join(text.split())
@@ -195,13 +195,10 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     others = [row for row in targets if corpus[row].session != fold]
     speakers = sorted({corpus[row].speaker for row in others})
     if not test or len(speakers) < 2:
-        raise InputError(
-            f"--fold {fold}: there are no utterances of the four classes in session "
-            f"{fold}, or fewer than two speakers in the others"
-        )
+        raise InputError(f"--fold {fold}: too few utterances of the four classes")
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
-    # The seed draws it. Another reading: another --seed. Its partner in the dialogues
-    # stays in training, and has this speaker's turns as context.
+    # The seed draws it, so another --seed gives another speaker. Careful: the partner
+    # of this speaker stays in training, with this speaker's turns as context.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [row for row in others if corpus[row].speaker != dev_speaker]
     dev = [row for row in others if corpus[row].speaker == dev_speaker]
@@ -266,8 +263,8 @@ def load_wav(path: str | Path) -> Tensor:
 def clip(x: Tensor) -> Tensor:
     """Keep five seconds from the first sound on (§3.2): (n,) -> (m,), m >= 400.
 
-    "Audios are clipped into 5 seconds ... by trimming or padding". Short clips are
-    padded in a batch, behind a mask, so to pad them to 5 s here has no effect.
+    "Audios are clipped into 5 seconds ... by trimming or padding". We do not pad short
+    clips to 5 s, because a mask hides padding. WavLM needs at least 400 samples.
     """
     # UNSPECIFIED [A13]: "we trim the voiced 5 seconds of audio ... at the beginning".
     # We remove what comes before the first sound. A window of 25 ms is silent if its
@@ -286,10 +283,7 @@ def clip(x: Tensor) -> Tensor:
 def load_clip(utterance: Utterance) -> Tensor:
     """Load what WavLM hears of an utterance (m,). Raises InputError without a wav."""
     if utterance.wav is None:
-        raise InputError(
-            f"{utterance.id} has no wav. Fill the column wav, or train on text alone: "
-            "--fusion text-fc or text-te"
-        )
+        raise InputError(f"{utterance.id} has no wav. For text alone: --fusion text-fc")
     return clip(load_wav(utterance.wav))
 
 
@@ -318,7 +312,7 @@ class Source:
     def __init__(
         self,
         upstream: nn.Module,
-        inputs: dict[int, Tensor],
+        inputs: dict,
         corpus: Corpus,
         folder: Path,
         device: str,
@@ -340,7 +334,7 @@ class Source:
         self.live: nn.Module | None = None
 
     def fill(self) -> None:
-        """Compute the states that are not in the cache yet. A file that exists is done.
+        """Compute the states that are not in the cache yet. Existing files are kept.
 
         Raises InputError for states that do not fit into 16 bits.
         """
@@ -349,11 +343,10 @@ class Source:
         # per epoch, and the files have half the size.
         missing = [row for row, file in self.files.items() if not file.exists()]
         if missing:
-            print(
-                f"Computing layer states of {len(missing)} inputs, once: {self.folder}"
-            )
+            print(f"Computing layer states of {len(missing)} inputs: {self.folder}")
         for row in tqdm(missing, leave=False, disable=None):
-            # One input at a time. So its states do not depend on any other utterance.
+            # One input at a time, because other inputs of a batch, and its padding,
+            # change the last digits.
             with torch.inference_mode():
                 states = self.upstream([self.inputs[row]])[0].half()  # (T, L, D)
             if not states.isfinite().all():
@@ -367,9 +360,9 @@ class Source:
     def __call__(self, rows: list[int]) -> list[Tensor]:
         if self.live is None:
             return [self.read(row) for row in rows]
-        # Each row is computed once, even if it is in several windows. Inputs whose
-        # lengths have the same number of binary digits share a run, so less than half
-        # is padding.
+        # Each row is computed once, even if it is in several windows. Inputs share a
+        # forward pass if the number of binary digits of their lengths is the same. So
+        # the longest is less than twice as long as the shortest, with little padding.
         groups = defaultdict(list)
         for row in sorted(set(rows)):
             groups[len(self.inputs[row]).bit_length()].append(row)
@@ -407,7 +400,7 @@ class Source:
         return self.live.open(what)
 
     def close(self) -> None:
-        """Go back to the frozen upstream, for the next run."""
+        """Forget the fine-tuned copy, and go back to the frozen upstream."""
         self.live = None
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -439,10 +432,8 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     tokens = torch.cat(list(inputs.values()))
     unknown = tokens[tokens == upstream.preprocessor.unk_token_id]
     if len(unknown) > len(tokens) / 2:
-        raise InputError(
-            f"--bert {upstream.name}: most words of this corpus are unknown to it. "
-            "Choose an encoder for the language of the corpus"
-        )
+        advice = "Choose an encoder for the language of the corpus"
+        raise InputError(f"--bert {upstream.name}: it knows few of the words. {advice}")
     return inputs
 
 
@@ -592,7 +583,7 @@ def require_one_session(utterance: Utterance, sessions: dict[str, int]) -> None:
 # together beat either. Each pitch is a multiple of 50 Hz, so all frames of 20 ms of a
 # clip sound alike, and CMT(A->T) cannot pass on the text by its choice of frames [A7].
 
-# By emotion: the pitch in Hz, and how fast its overtones fall off.
+# By emotion: the pitch in Hz, and how fast the harmonics get weaker.
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
 KEYWORDS = {
     "neu": ["table", "monday"],
@@ -612,7 +603,7 @@ def write_toy(root: Path) -> None:
                 kind = "impro" if number <= 6 else "script"
                 dialog = f"Ses{session:02}F_{kind}{number:02}"
                 write_toy_dialog(part / f"Session{session}", dialog, rng)
-        (part / "toy.json").write_text("{}\n")
+        (part / "toy.json").write_text("{}\n")  # marks the folder as the toy
 
 
 def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> None:
@@ -626,11 +617,12 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
     for turn in range(24):
         if rng.random() < 0.25:
             mood = str(rng.choice(CLASSES))
+        # The words show the mood in 42 % of the turns, the voice in 65 % and by chance.
         text = rng.choice(FILLERS, rng.integers(2, 5))
         if rng.random() < 0.42:
             text = rng.choice(KEYWORDS[mood], len(text))
         voice = mood
-        if rng.random() > 0.65:
+        if rng.random() < 0.35:
             voice = str(rng.choice(CLASSES))
         # Sometimes the raters disagree. Such a turn is context for others, no more.
         emotion = mood
@@ -653,13 +645,13 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
 
 
 def make_tone(pitch: float, fall: float, rng: np.random.Generator) -> np.ndarray:
-    """Make a steady tone of 0.15 to 0.25 s with twelve overtones: (n,) of 16 bits."""
+    """Make a steady tone of 0.15 to 0.25 s with twelve harmonics: n int16 samples."""
     n = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE)
-    turns = pitch * np.arange(n) / SAMPLE_RATE
+    cycles = pitch * np.arange(n) / SAMPLE_RATE
     tone = np.zeros(n)
-    for overtone in range(1, 13):
+    for harmonic in range(1, 13):
         phase = rng.random()
-        tone += overtone**-fall * np.sin(2 * np.pi * (overtone * turns + phase))
+        tone += harmonic**-fall * np.sin(2 * np.pi * (harmonic * cycles + phase))
     return (6000 * tone / np.abs(tone).max()).astype("<i2")
 
 
@@ -677,7 +669,7 @@ SESSION_COUNTS = {
 
 
 def reference_problems(corpus: Corpus) -> list[str]:
-    """Compare a corpus with the full release: one line for each count that differs."""
+    """Compare a corpus with IEMOCAP's full release: one line per count that differs."""
     problems = []
     for session, counts in SESSION_COUNTS.items():
         utterances = [u for u in corpus if u.session == session]
@@ -686,9 +678,7 @@ def reference_problems(corpus: Corpus) -> list[str]:
         found["dialogues"] = len({u.dialog for u in utterances})
         for name, count in zip(COUNTED, counts, strict=True):
             if found[name] != count:
-                problems.append(
-                    f"session {session}: {name} {found[name]}, full release: {count}"
-                )
+                problems.append(f"session {session}: {found[name]} {name}, not {count}")
     return problems
 
 
@@ -736,7 +726,7 @@ def write_whole(path: Path):
         try:
             os.replace(part, path)
         except OSError:
-            # Another job has written the same folder meanwhile.
+            # A folder cannot replace one that exists. Another job was faster.
             if not path.is_dir():
                 raise
     finally:

@@ -124,7 +124,10 @@ TABLE_2 = {
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, as read from the files of its folder."""
+    """A finished run, as read from the files of its folder.
+
+    Its title in config.json is its corpus, with the settings that are not defaults.
+    """
 
     folder: Path
     config: dict
@@ -152,8 +155,9 @@ def table(name: str, runs: Runs, published: dict) -> str:
         row = [str(system), model, names, str(len(group))]
         for metric in ("wa", "ua"):
             means = []
-            for seeds in folds.values():
-                means.append(100 * fmean(run.result[metric] for run in seeds))
+            for runs_of_fold in folds.values():
+                mean = fmean(run.result[metric] for run in runs_of_fold)
+                means.append(100 * mean)
             cell = f"{fmean(means):.2f}"
             if len(means) > 1:
                 cell += f" ± {stdev(means):.2f}"
@@ -187,7 +191,7 @@ def format_table(title: str, rows: list[list[str]]) -> str:
 
 
 def print_tables(runs: Runs) -> None:
-    """Print Table 1 for each title, and Table 2 if there are runs for it."""
+    """Print Table 1 for each title, and Table 2 for runs on Session 5 of IEMOCAP."""
     for group in grouped(runs, "title").values():
         print(table("Table 1", group, TABLE_1))
         if group[0].config["corpus"] == "iemocap":
@@ -234,7 +238,7 @@ def draw_confusions(runs: Runs, path: Path) -> None:
 
 
 def draw(runs: Runs, folder: Path) -> None:
-    """Draw one picture for each title, and print its name."""
+    """Draw one picture for each title, and print the path of the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, group in grouped(runs, "title").items():
         # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. Without them, draw the first
@@ -275,19 +279,13 @@ class Recognizer:
             self.upstreams[modality] = upstream
 
     @torch.no_grad()
-    def recognize(
-        self,
-        wav: str | Path | None = None,
-        text: str | None = None,
-        before: Sequence[str] = (),
-        after: Sequence[str] = (),
-    ) -> dict[str, float]:
+    def recognize(self, wav=None, text=None, before=(), after=()) -> dict[str, float]:
         """Return the probabilities {"neu": p, "hap": p, "ang": p, "sad": p}.
 
-        wav      a file with one utterance, for the systems that use audio
+        wav      the path of a file with one utterance, for the systems that use audio
         text     its words, for the systems that use text
-        before   the texts of the turns before it, in their order
-        after    the texts of the turns after it, in their order
+        before   a list with the texts of the turns before it, in their order
+        after    a list with the texts of the turns after it, in their order
 
         Raises InputError if a modality is missing, or not used by the system.
         """
@@ -300,10 +298,8 @@ class Recognizer:
         uses_audio = "audio" in self.upstreams
         uses_text = "text" in self.upstreams
         if (wav is not None) != uses_audio or (text is not None) != uses_text:
-            raise InputError(
-                f"{self.run.folder}: --wav and --text must be what this system uses: "
-                f"{' and '.join(self.upstreams)}"
-            )
+            used = " and ".join(self.upstreams)
+            raise InputError(f"{self.run.folder} uses {used}: give exactly that")
 
         def audio_states(rows: list[int]) -> list[Tensor]:
             upstream = self.upstreams["audio"]
@@ -327,7 +323,7 @@ class Recognizer:
 
 
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:
-    """Load an upstream. Raises InputError if it cannot be loaded, or is not known."""
+    """Load an upstream. Raises InputError if it is incomplete or of unknown type."""
     try:
         return Upstream(name, modality, precision)
     except (OSError, ValueError) as problem:

@@ -193,6 +193,8 @@ class FeatureExtractor(nn.Module):
     """Fig. 2a without the upstream: calibrate, condense, "Project & Norm".
 
     states (N, L, D), mask (B, T) -> X_A (B, T, d), zeros where the mask is False
+
+    N is the number of real steps, where the mask is True.
     """
 
     def __init__(self, n_layers: int, width: int, dim: int):
@@ -221,12 +223,11 @@ class FeatureExtractor(nn.Module):
 
 
 class TextFeatureExtractor(nn.Module):
-    """Fig. 2b without BERT: Fig. 2a for each of C texts, then one map for all of them.
+    """Fig. 2b without BERT: Fig. 2a for each of C texts, then a merging convolution.
 
     states (N, L, D), mask (B, C, T) -> X_T (B, T, d), mask (B, T)
 
-    The target is text number C // 2 of its window, the others are its neighbours. N is
-    the number of real steps in all of them.
+    The target is text number C // 2 of its window, the others are its neighbours.
     """
 
     def __init__(self, n_layers: int, width: int, dim: int, n_context: int):
@@ -236,8 +237,8 @@ class TextFeatureExtractor(nn.Module):
         # convolutional layer with the stride of 1 and kernel size of 3". We take the
         # texts as channels and convolve over (token, feature), so X_T is a sequence
         # again. That makes 9 * 3 * 3 + 1 = 82 parameters. Another reading: two layers
-        # with a norm (tests/studies). Careful: it mixes tokens of different texts
-        # because they have the same position, whatever they mean.
+        # with a norm (tests/studies). Careful: it mixes tokens of different texts that
+        # have the same position, although they are not related.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
 
     # EXERCISE 4 (25 min): delete the body, write it again; pytest -m ex4
@@ -318,10 +319,10 @@ class Fusion(nn.Module):
         for target, source in self.paths:
             if source is None:
                 continue
-            # UNSPECIFIED [A7]: whether CMT adds its queries to the output of the
-            # attention, as the vanilla block does. Then CMT(A->T) would carry the text
-            # itself, but in Table 1 it is hardly better than audio (Sys. 9, 10). So we
-            # do not add them. Another reading: --cma-residual adds them
+            # UNSPECIFIED [A7]: whether CMT has the residual connection of the vanilla
+            # block around its attention. With it, the text itself would pass through
+            # CMT(A->T), which should then score like BERT. In Table 1 it scores like
+            # audio (Sys. 9, 10). So we leave it out. Another reading: --cma-residual
             # (tests/studies).
             residual = source == target or config.cma_residual
             name = f"{source}-to-{target}"
@@ -362,8 +363,9 @@ class EmotionRecognizer(nn.Module):
 
         # UNSPECIFIED [A16]: which modules are meant by "a dropout layer (0.5) between
         # every two modules" (§3.2). We take the boxes of Fig. 1: extractor, fusion,
-        # classifier. A unimodal system has no fusion, so it has one dropout. Another
-        # reading: before the projector, as in the author's other code (tests/studies).
+        # classifier. Fig. 1a has no fusion, so a unimodal system has one dropout.
+        # Another reading: before the projector, as in the author's other code
+        # (tests/studies).
         self.dropout = nn.Dropout(config.dropout)
         self.fusion_dropout = nn.Identity()
         if len(config.modalities) == 2:
@@ -371,8 +373,8 @@ class EmotionRecognizer(nn.Module):
 
         # PAPER-ERROR [E10]: the classifier is "a simple MLP" in §2.3, but "a
         # fully-connected (FC) layer" in §2.2.
-        # UNSPECIFIED [A15]: its width. We follow §2.3, with one hidden layer of width
-        # d. Another reading: one linear layer (tests/studies).
+        # UNSPECIFIED [A15]: the width of the classifier. We follow §2.3, with one
+        # hidden layer of width d. Another reading: one linear layer (tests/studies).
         self.classifier = nn.Sequential(
             nn.Linear(dim * len(self.fusion.paths), dim),
             nn.ReLU(),
@@ -535,17 +537,14 @@ def import_transformers():
 
 
 def load_pretrained(name: str, modality: str):
-    """Load (preprocessor, model). Raises OSError or ValueError if a part is missing."""
+    """Load (preprocessor, model). Raises OSError or ValueError for a bad encoder."""
     transformers = import_transformers()
     # Careful: otherwise the library offers to run code that comes with the weights.
     safe = {"trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(name, **safe)
     known = KNOWN_TYPES[modality]
     if config.model_type not in known:
-        raise ValueError(
-            f"its type is {config.model_type}. The known types for {modality} are "
-            f"{', '.join(known)}"
-        )
+        raise ValueError(f"its type is {config.model_type}, known types are {known}")
     options = {"dtype": torch.float32, "output_loading_info": True}
     model, info = transformers.AutoModel.from_pretrained(name, **options, **safe)
     # Careful: a weight that fails to load stays random without any error. The pooler
@@ -553,10 +552,10 @@ def load_pretrained(name: str, modality: str):
     for key in info["missing_keys"]:
         if "pooler" not in key and "masked_spec_embed" not in key:
             raise ValueError(f"it has no weights for {key}")
-    # Careful: a layer that config.json does not count is left out without any error.
+    # Careful: layers that config.json does not count are dropped without any error.
     for key in info["unexpected_keys"]:
         if re.search(r"encoder\.layers?\.\d", key):
-            raise ValueError(f"its config.json has no room for {key}")
+            raise ValueError(f"its config.json does not know the weights {key}")
 
     if modality == "audio":
         extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **safe)
@@ -566,7 +565,8 @@ def load_pretrained(name: str, modality: str):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
     # Long texts keep their beginning (§3.2), whatever the configuration says.
     tokenizer.truncation_side = "right"
-    # Careful: without its files, a tokenizer loads silently with five entries.
+    # Careful: without its files, a tokenizer loads without any error, and knows only
+    # five special tokens.
     rows = model.get_input_embeddings().num_embeddings
     if not rows / 2 < len(tokenizer) <= rows:
         raise ValueError(f"its tokenizer has {len(tokenizer)} entries for {rows} rows")
@@ -602,7 +602,7 @@ TINY_CNN = {
 
 
 def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
-    """Write a WavLM and a BERT of one layer with random weights, in the hub's format.
+    """Write a WavLM and a BERT of one layer with random weights, for from_pretrained.
 
     They are in folder/audio and folder/text. The vocabulary has every word of `texts`,
     and letters for all other words.
@@ -625,8 +625,8 @@ def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
     bert_config = transformers.BertConfig(vocab_size=len(vocabulary), **TINY)
     bert = transformers.BertModel(bert_config)
     draw_weights(bert)
-    # Each word draws its own vector. So a word of the test session does not change the
-    # vectors of other words.
+    # The seed of a vector is its word. Otherwise one more word, perhaps of the test
+    # session, would change the vectors of all words after it.
     for row, word in enumerate(vocabulary):
         generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
         bert.embeddings.word_embeddings.weight.data[row].normal_(generator=generator)
@@ -637,7 +637,7 @@ def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
 
 
 def draw_weights(model: nn.Module) -> None:
-    """Draw random weights that do not depend on the version of the library."""
+    """Draw random weights that do not depend on the version of transformers."""
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if parameter.ndim > 1:
@@ -647,8 +647,8 @@ def draw_weights(model: nn.Module) -> None:
         elif name.endswith("bias"):
             parameter.data.zero_()
         else:
-            # The weights of a norm. If all were equal, every state would have the same
-            # mean, and S&E nothing to look at.
+            # The weights of a norm. If all were 1, the mean of every state would be 0,
+            # and S&E would see no difference between utterances.
             parameter.data.normal_(1.0, 0.2, generator=generator)
 
 
@@ -671,9 +671,9 @@ def main() -> None:
         wavlm = transformers.WavLMModel(transformers.WavLMConfig(**WAVLM_LARGE))
         bert = transformers.BertModel(transformers.BertConfig())
     show("WavLM-Large", wavlm)
-    show("  of it, opened by fine-tuning", wavlm.feature_extractor)
+    show("  its CNN encoder, which is fine-tuned", wavlm.feature_extractor)
     show("BERT-base", bert)
-    show("  of it, opened by fine-tuning", bert.embeddings)
+    show("  its input embeddings, which are fine-tuned", bert.embeddings)
 
     recognizer = EmotionRecognizer(Config())
     names = {module: name for name, module in recognizer.named_modules()}

@@ -46,7 +46,7 @@ Sources = dict[str, Source]  # by modality: "audio", "text"
 
 @dataclass(frozen=True)
 class Run:
-    """What tells a run from the others of one command."""
+    """The five values that tell one run from another."""
 
     corpus: str
     fusion: str
@@ -59,14 +59,15 @@ class Patience:
     """The two triggers of §3.2. Call step() with the development loss after each epoch.
 
     "If the loss has not decreased for 5 epochs, the fine-tuning process starts; if the
-    loss has not decreased for 10 epochs, the training stops." A frozen system only
-    stops: its finetune_after is None. With finetune_after = 2 and stop_after = 4, these
-    losses give these answers:
+    loss has not decreased for 10 epochs, the training stops." A frozen system never
+    starts fine-tuning: its finetune_after is None. With finetune_after = 2 and
+    stop_after = 4, these losses give these answers:
 
         1.0  0.8   "continue"  "continue"    a lower loss each time
-        0.9  0.8   "continue"  "finetune"    2 epochs without one (equal is not lower)
-        0.7        "continue"                a lower loss: the counter is 0 again
-        0.8 x 4    "continue" x 3  "stop"    4 epochs without a lower loss
+        0.9  0.8   "continue"  "finetune"    2 epochs without a lower loss than 0.8
+        0.7        "continue"                a lower loss, so the counter is 0 again
+        0.8  0.8   "continue"  "continue"
+        0.8  0.8   "continue"  "stop"        4 epochs without a lower loss than 0.7
     """
 
     def __init__(self, finetune_after: int | None = 5, stop_after: int = 10):
@@ -153,14 +154,15 @@ def measure(model: nn.Module, batch: Callable, rows: Tensor, args: Namespace) ->
 
 
 def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> AdamW:
-    """Open the bottom of the upstreams (§2.4). Returns the optimizer for that."""
+    """Unfreeze the bottom of the upstreams (§2.4). Returns a new optimizer."""
     parameters = list(model.parameters())
     for source in sources.values():
         parameters += source.open(args.open)
     # §3.2: the learning rate during fine-tuning is 1e-5.
-    # UNSPECIFIED [A11]: for which parameters, and whether AdamW keeps its averages. One
-    # rate is named, so all parameters get it, from a new AdamW. Another reading: what
-    # is trained from scratch keeps 1e-3, as in the author's other code (tests/studies).
+    # UNSPECIFIED [A11]: which parameters have this rate, and whether AdamW keeps its
+    # averages of the gradients. One rate is named, so all parameters get it, from a new
+    # AdamW. Another reading: what is trained from scratch keeps 1e-3, as in the
+    # author's other code (tests/studies).
     return AdamW(parameters, args.lr_finetune, weight_decay=args.weight_decay)
 
 
@@ -208,7 +210,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     finetune_epoch = None  # the last epoch with frozen upstreams
     log = []  # one dict per epoch
 
-    # Resume. The losses so far tell again which phase the run is in.
+    # Resume. The losses so far, replayed, say which phase the run is in.
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         state = evaluate.load_checkpoint(checkpoint, asdict(run))
@@ -269,7 +271,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         print_epoch(run.corpus, row, args)
 
     # "The last model is selected and then evaluated" (§3.2). This is the first time
-    # that anything is computed on the test session.
+    # that the model sees the test session.
     # UNSPECIFIED [A10]: whether "the last model" is that of the last epoch. We say yes.
     # Another reading: the last one that lowered the loss (tests/studies).
     test = measure(model, batch, test_rows, args)
@@ -289,10 +291,8 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         "seconds": sum(row["seconds"] for row in log),
     }
     write_json(folder / "result.json", result)
-    print(
-        f"{run.corpus}: WA {test['wa']:.2%}, UA {test['ua']:.2%} on {len(test_rows)} "
-        f"utterances of session {run.fold}, after {len(log)} epochs"
-    )
+    accuracies = f"WA {test['wa']:.2%}, UA {test['ua']:.2%}"
+    print(f"{run.corpus}: {accuracies} on the test session, after {len(log)} epochs")
     for source in sources.values():
         source.close()
 
@@ -300,17 +300,14 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
 def require_finite(loss: float, where: str) -> None:
     """Raise InputError for inf and NaN, because a model does not recover from them."""
     if not math.isfinite(loss):
-        raise InputError(
-            f"the loss is {loss} in {where}. The checkpoint before it is kept. Try a "
-            "lower learning rate, or --precision fp32"
-        )
+        raise InputError(f"the loss is {loss} in {where}. Try a lower learning rate")
 
 
 def warn_of_dead_units(model: nn.Module) -> None:
     """Warn if the ReLU of an S&E block passed no gradient in the last batch [A2]."""
     for name, parameter in model.named_parameters():
         if name.endswith("se.reduce.weight") and not parameter.grad.any():
-            print(f"warning: {name} gets no gradient, so all gates stay equal")
+            print(f"warning: {name} gets no gradient. All utterances have equal gates")
 
 
 def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
@@ -371,13 +368,12 @@ def claim(folder: Path, config: dict) -> None:
     if not path.exists():
         write_json(path, config)
     old = evaluate.read_json(path)
-    # The upstreams may lie elsewhere now. Their weights have a checksum.
+    # The folder of an upstream may have moved. The checksum of its weights may not
+    # differ.
     for key in config.keys() - {"title", "upstreams"}:
         if old.get(key) != config[key]:
-            raise InputError(
-                f"{folder} is of a run with {key} {old.get(key)}, not {config[key]}. "
-                "Choose another --out"
-            )
+            difference = f"{key} {old.get(key)} instead of {config[key]}"
+            raise InputError(f"{folder} has {difference}. Choose another --out")
 
 
 def save(folder: Path, state: dict) -> None:
@@ -440,9 +436,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--frozen", action="store_true", help="no fine-tuning: Sys. 1, 3, 5, ...")
     systems = [str(number) for number in range(1, 19)]
     add("--system", nargs="+", choices=[*systems, "all"], metavar="N", help="Table 1")
-    add(
-        "--fold", nargs="+", type=fold, default=[5], metavar="K", help="session, or all"
-    )
+    add("--fold", nargs="+", type=fold, default=[5], metavar="K", help="or all")
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="draws dev [A14]")
     # the machine
     devices = ["cpu"]
@@ -455,14 +449,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="for states")
     add("--micro-batch", type=positive, metavar="N", help="split batches: less memory")
     # the upstreams
-    add(
-        "--upstream", default="paper", choices=["paper", "tiny"], help="tiny: a dry run"
-    )
-    add(
-        "--wavlm",
-        default="microsoft/wavlm-large",
-        help="a name on the hub, or a folder",
-    )
+    add("--upstream", default="paper", choices=["paper", "tiny"], help="tiny: random")
+    add("--wavlm", default="microsoft/wavlm-large", help="a name, or a folder")
     add("--bert", default="bert-base-uncased", help="a name, or a folder [A15]")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of upstreams")
     levels = ["nothing", "bottom", "all"]
@@ -476,9 +464,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--context", type=positive, default=9, help="texts, an odd number")
     add("--finetune-after", type=positive, default=5, help="epochs without a decrease")
     add("--stop-after", type=positive, default=10, help="epochs without a decrease")
-    add(
-        "--max-epochs", type=positive, help="a cap, which the paper does not have [A15]"
-    )
+    add("--max-epochs", type=positive, help="a cap, the paper has none [A15]")
     add("--cma-residual", action="store_true", help="add the queries in CMT [A7]")
     return parser
 
@@ -490,14 +476,14 @@ def parse_args(arguments: list[str] | None) -> Namespace:
     if args.iemocap and args.corpus:
         parser.error("--corpus: give either --iemocap or --corpus")
     if args.frozen and args.system:
-        parser.error("--frozen: leave it out, the odd numbers of --system are frozen")
+        parser.error("--frozen: leave it out, odd systems of Table 1 are frozen")
     if args.context % 2 == 0:
         parser.error("--context: expected an odd number")
     for name in ("lr_frozen", "lr_finetune", "weight_decay", "dropout"):
         if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"{name}: expected a number from 0 to 1")
+            parser.error(f"--{name}: expected a number from 0 to 1")
 
-    # The toy has defaults of its own, so that the first command soon ends.
+    # The toy has defaults of its own, so that the first command ends quickly.
     toy = not args.iemocap and not args.corpus
     if args.iemocap:
         toy = (args.iemocap / "toy.json").exists()
@@ -524,9 +510,7 @@ def read_corpus(args: Namespace) -> tuple[str, Corpus]:
         return args.corpus.stem, data.read_csv(args.corpus)
     if args.toy:
         print("This is the TOY corpus of tones and made-up sentences. Its numbers say")
-        print(
-            "nothing about speech. To train on speech: --iemocap DIR, or --corpus FILE"
-        )
+        print("nothing about speech. For speech: --iemocap DIR, or --corpus FILE.csv")
         if not args.iemocap.exists():
             data.write_toy(args.iemocap)
     corpus, problems = data.read_iemocap(args.iemocap)
@@ -542,9 +526,8 @@ def read_corpus(args: Namespace) -> tuple[str, Corpus]:
     else:
         problems += data.reference_problems(corpus)
     if problems:
-        raise InputError(
-            "\n".join([*problems, f"{len(problems)} problem(s). {advice}"])
-        )
+        problems.append(f"{len(problems)} problem(s). {advice}")
+        raise InputError("\n".join(problems))
     return name, corpus
 
 
@@ -570,7 +553,7 @@ def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
 
 def load_sources(args: Namespace, corpus: Corpus) -> Sources:
     """Load the upstreams that the chosen systems use, and fill the cache."""
-    # Careful: otherwise a GPU computes WavLM's convolutions with 10 bits instead of 23.
+    # Careful: otherwise a GPU rounds numbers in WavLM's convolutions to 10 bits (TF32).
     torch.backends.cudnn.allow_tf32 = False
     names = {"audio": args.wavlm, "text": args.bert}
     if args.upstream == "tiny":

@@ -20,6 +20,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes and gigabytes; run with -m slow")
     for n in range(1, 10):
         config.addinivalue_line("markers", f"ex{n}: the check of EXERCISE {n}")
+    # pytest shows this warning of WavLM's attention, although model.py switches it off.
+    warning = "ignore:Support for mismatched key_padding_mask"
+    config.addinivalue_line("filterwarnings", warning)
 
 
 def pytest_collection_modifyitems(config, items):

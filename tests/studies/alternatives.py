@@ -15,6 +15,8 @@ Every run is marked: the name of its folder and its title have alternative=A5,A9
 compare it with a run of the four files:
 
     python -m tests.studies.compare FOLDER_A FOLDER_B
+
+Do not use evaluate.py recognize on these runs. It has the model of the four files.
 """
 
 import argparse
@@ -22,7 +24,6 @@ import difflib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,11 +70,11 @@ model.py
 + self.maps = nn.Conv2d(n_context, 4, kernel_size=3, stride=1, padding=1)
 + self.norm = nn.LayerNorm(dim)
 + self.conv = nn.Conv2d(4, 1, kernel_size=3, stride=1, padding=1)
-- x = self.conv(x).squeeze(1)
+- x = self.conv(x)
 + x = self.norm(nn.functional.leaky_relu(self.maps(x)))
 + # The padding is zero again, so it does not depend on the rest of the batch.
 + x = x * mask.any(dim=1)[:, None, :, None]
-+ x = self.conv(x).squeeze(1)
++ x = self.conv(x)
 
 [A5] The real steps of X_T are those where the target itself has a token.
 model.py
@@ -111,6 +112,8 @@ train.py
 - self.finetuning = True
 + self.finetuning = True
 + self.since_best = 0
+- if row["since_best"] == 0:
++ if row["since_best"] == 0 and row["event"] != "finetune":
 
 [A10] The test uses the weights of the last epoch that lowered the development loss.
 train.py
@@ -136,8 +139,6 @@ train.py
 +         source.load_state_dict(opened[modality])
 +     else:
 +         source.close()  # in the best epoch it was frozen
-+ # For evaluate.py recognize.
-+ save(folder, state | {"model": weights, "upstreams": opened})
 + test = measure(model, batch, test_rows, args)
 
 [A11] While fine-tuning, all that is trained from scratch keeps its rate of 1e-3.
@@ -265,19 +266,23 @@ def read_patches(text: str) -> dict[str, Patch]:
     return patches
 
 
-def replace(text: str, old: str, new: str) -> str:
-    """Replace `old` at its only place. Raises ValueError if there is none, or two."""
+def edit(texts: dict[str, str], name: str, file: str, old: str, new: str) -> None:
+    """Replace `old` in the text of a file. Raises InputError unless it is there once."""
     first = old.split("\n")[0]
-    line = text[: text.find(first)].split("\n")[-1]
+    line = texts[file].partition(first)[0].split("\n")[-1]
     indentation = "\n" + line[: len(line) - len(line.lstrip())]
     old = old.replace("\n", indentation)
-    if text.count(old) != 1:
-        raise ValueError
-    return text.replace(old, new.strip("\n").replace("\n", indentation))
+    if texts[file].count(old) != 1:
+        raise InputError(
+            f"{name} does not fit {file}, which must have this once:\n{old}\n"
+            "Write the patch anew, or leave out another one that changes this"
+        )
+    new = new.strip("\n").replace("\n", indentation)
+    texts[file] = texts[file].replace(old, new)
 
 
-def apply(names: Iterable[str]) -> dict[str, str]:
-    """Apply patches, one after another. Returns the text of the four files, by name.
+def apply(names: list[str]) -> dict[str, str]:
+    """Apply patches, one after another. Returns the texts of the four files, by name.
 
     Raises InputError if a patch has no edits, or does not fit.
     """
@@ -287,21 +292,16 @@ def apply(names: Iterable[str]) -> dict[str, str]:
         if not patches[name].edits:
             raise InputError(f"{name} needs no patch. {patches[name].sentence}")
         for file, old, new in patches[name].edits:
-            try:
-                texts[file] = replace(texts[file], old, new)
-            except ValueError:
-                raise InputError(
-                    f"{name} does not fit {file}, which must have this once:\n{old}\n"
-                    "Write the patch anew, or leave out another one that changes this"
-                ) from None
+            edit(texts, name, file, old, new)
     return texts
 
 
-def write_copy(names: Iterable[str], folder: Path) -> None:
+def write_copy(names: list[str], folder: Path) -> None:
     """Write the four files with patches into a folder. Their runs are marked."""
     texts = apply(names)
+    name = ",".join(names)
     file, old, new = MARK
-    texts[file] = replace(texts[file], old, new.replace("NAME", ",".join(names)))
+    edit(texts, name, file, old, new.replace("NAME", name))
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
 

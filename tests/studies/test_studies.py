@@ -28,7 +28,7 @@ def write_run(root, system, fold, seed, rows, corpus="toy", settings="", log=())
     run |= {"fold": fold, "seed": seed}
     folder = root / f"{system}{settings}" / f"fold{fold}-seed{seed}"
     folder.mkdir(parents=True)
-    config = {**run, "system": system, "title": corpus + settings, "utterances": "0"}
+    config = {**run, "system": system, "title": corpus + settings}
     _, truth, guesses = zip(*rows, strict=True)
     result = {**run, **metrics(truth, guesses), "n_test": len(rows), "loss": 1.0}
     result |= {"epochs": len(log), "finetune_epoch": None}
@@ -328,18 +328,26 @@ def test_selecting_on_test_trains_on_no_test_row(
 
     (run,), problems = find_runs(Path("runs"))
     assert "SELECTED-ON-TEST" in run.config["title"] and not problems
-    log = [json.loads(row) for row in (run.folder / "log.jsonl").open()]
     # The development data is the test data.
-    assert run.result["ua"] == pytest.approx(log[-1]["dev_ua"])
-    last = log[-1]["dev_ua"]
-    lowest = sorted(log, key=lambda row: row["dev_loss"])[0]["dev_ua"]
-    highest = max(row["dev_ua"] for row in log)
-    cells = [f"{100 * ua:.2f}" for ua in (last, lowest, highest)]
+    last = json.loads((run.folder / "log.jsonl").read_text().splitlines()[-1])
+    assert run.result["ua"] == pytest.approx(last["dev_ua"])
     out = capsys.readouterr().out
-    table = out[out.index("UA on the test session, in %") :]
-    lines = [line.strip("|").split("|") for line in table.splitlines()]
-    rows = [[cell.strip() for cell in line[1:]] for line in lines]
-    assert rows.count(cells) == 2  # of the one run, and their mean
+    assert f"SELECTED-ON-TEST, {run.folder.parent.name}: UA on the test session" in out
+
+
+def test_selected_epochs_are_beside_the_last_one(tmp_path):
+    for fold, best in ((1, 0.75), (2, 0.85)):
+        log = make_log([0.5, 0.3, 0.6, 0.4], None)
+        for row, ua in zip(log, [0.50, 0.60, best, 0.65], strict=True):
+            row["dev_ua"] = ua
+        write_run(tmp_path, 17, fold, 0, neutral(fold, 4), log=log)
+    table = select_on_test.describe_selection(tmp_path / "17")
+    lines = [line.strip("|").split("|") for line in table.splitlines()[4:]]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["fold1-seed0", "65.00", "60.00", "75.00"],
+        ["fold2-seed0", "65.00", "60.00", "85.00"],
+        ["mean", "65.00", "60.00", "80.00"],
+    ]
 
 
 @pytest.mark.slow
