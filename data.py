@@ -195,7 +195,11 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     others = [row for row in targets if corpus[row].session != fold]
     speakers = sorted({corpus[row].speaker for row in others})
     if not test or len(speakers) < 2:
-        raise InputError(f"--fold {fold}: too few utterances of the four classes")
+        sessions = sorted({corpus[row].session for row in targets})
+        raise InputError(
+            f"--fold {fold}: the sessions are {sessions}. A fold is one of them, and "
+            "needs two speakers in the others"
+        )
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
     # The seed draws it, so another --seed gives another speaker. Careful: the partner
     # of this speaker stays in training, with this speaker's turns as context.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import data
-from data import CLASSES, InputError, Utterance
+from data import CLASSES, Corpus, InputError, Utterance
 from model import Config, EmotionRecognizer, Upstream
 
 # --- Metrics (§3.1) -------------------------------------------------------------------
@@ -361,9 +361,7 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: damaged, {problem}") from None
 
 
-def write_predictions(
-    path: Path, utterances: list[Utterance], log_probs: Tensor
-) -> None:
+def write_predictions(folder: Path, utterances: Corpus, log_probs: Tensor) -> None:
     """Write predictions.csv: one row per test utterance, with log_probs (n, 4)."""
     rows = [["utterance", "speaker", "label", "prediction", *CLASSES]]
     for u, row in zip(utterances, log_probs, strict=True):
@@ -371,7 +369,7 @@ def write_predictions(
         prediction = CLASSES[row.argmax()]
         probabilities = [f"{p:.6f}" for p in row.exp().tolist()]
         rows.append([u.id, u.speaker, CLASSES[u.label], prediction, *probabilities])
-    with data.write_whole(path) as part:
+    with data.write_whole(folder / "predictions.csv") as part:
         with part.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
 

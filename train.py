@@ -278,7 +278,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     require_finite(test["loss"], "the test")
     utterances = [corpus[row] for row in test_rows]
     log_probs = test.pop("log_probs")
-    evaluate.write_predictions(folder / "predictions.csv", utterances, log_probs)
+    evaluate.write_predictions(folder, utterances, log_probs)
     result = {
         **asdict(run),
         **test,
@@ -291,8 +291,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         "seconds": sum(row["seconds"] for row in log),
     }
     write_json(folder / "result.json", result)
-    accuracies = f"WA {test['wa']:.2%}, UA {test['ua']:.2%}"
-    print(f"{run.corpus}: {accuracies} on the test session, after {len(log)} epochs")
+    print(f"{run.corpus}: WA {test['wa']:.2%}, UA {test['ua']:.2%} on the test session")
     for source in sources.values():
         source.close()
 

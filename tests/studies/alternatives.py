@@ -267,7 +267,7 @@ def read_patches(text: str) -> dict[str, Patch]:
 
 
 def edit(texts: dict[str, str], name: str, file: str, old: str, new: str) -> None:
-    """Replace `old` in the text of a file. Raises InputError unless it is there once."""
+    """Replace `old` in the text of a file. Raises InputError if that is not unique."""
     first = old.split("\n")[0]
     line = texts[file].partition(first)[0].split("\n")[-1]
     indentation = "\n" + line[: len(line) - len(line.lstrip())]
