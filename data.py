@@ -96,11 +96,11 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
 
     Returns the utterances, dialogue by dialogue in the order of time, and the problems.
     A dialogue with a problem is left out, and has one line in the problems. Raises
-    InputError if there is no session, and OSError if there is no folder.
+    InputError if there is no session.
     """
     corpus = []
     problems = []
-    sessions = sorted(Path(root).glob("Session[1-5]"))
+    sessions = sorted(Path(root).glob("Session[1-9]"))
     if not sessions:
         raise InputError(f"{root}: no Session1 to Session5 in it. Name their folder")
     for session in tqdm(sessions, desc="reading", leave=False, delay=3, disable=None):
@@ -114,7 +114,7 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
         for name in sorted(names):
             try:
                 corpus += read_dialog(session, labels / name, words / name)
-            except (InputError, OSError, UnicodeDecodeError) as problem:
+            except (InputError, OSError) as problem:
                 problems.append(f"{labels / name}: {problem}")
     return corpus, problems
 
@@ -168,8 +168,12 @@ def read_lines(path: Path, pattern: re.Pattern) -> dict[str, tuple[float, float,
     Lines of another form are skipped: headings, single raters, ids with XX. A damaged
     line is skipped too. read_dialog notices that, because its id is missing here.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise InputError(f"{path} is not in UTF-8: {problem}") from None
     lines = {}
-    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+    for line in text.split("\n"):
         match = pattern.fullmatch(line.strip())
         if match:
             if match["id"] in lines:
@@ -247,13 +251,13 @@ def load_wav(path: str | Path) -> Tensor:
         with wave.open(str(path)) as file:
             channels, width, rate, n, *_ = file.getparams()
             samples = file.readframes(n)
-    except (wave.Error, EOFError) as problem:
+    except (wave.Error, EOFError, RuntimeError) as problem:
         raise InputError(f"{path}: {problem!r}. {advice}") from None
     if (channels, width) != (1, 2) or len(samples) != 2 * n or n == 0:
         found = f"{channels} channel(s), {8 * width} bits, {len(samples)} bytes for {n}"
         raise InputError(f"{path}: {found} samples. {advice}")
     # Resampling from a rate that has little in common with 16 kHz takes minutes.
-    if math.gcd(rate, SAMPLE_RATE) < 25:
+    if not 4000 <= rate <= 192000 or math.gcd(rate, SAMPLE_RATE) < 25:
         raise InputError(f"{path}: an unusual rate of {rate} Hz. {advice}")
 
     x = torch.from_numpy(np.frombuffer(samples, "<i2") / np.float32(32768))
@@ -380,7 +384,11 @@ class Source:
         """Read the states of one utterance (T, L, D). Keep them if there is room."""
         if row in self.kept:
             return self.kept[row]
-        states = torch.from_numpy(np.load(self.files[row])).to(self.device)
+        try:
+            states = torch.from_numpy(np.load(self.files[row])).to(self.device)
+        except (ValueError, EOFError) as problem:
+            advice = "Move it elsewhere, and the same command writes it again"
+            raise InputError(f"{self.files[row]}: {problem}. {advice}") from None
         if self.device == "cuda":
             room = torch.cuda.mem_get_info()[0] > GPU_RESERVE
         else:
@@ -417,7 +425,7 @@ class Source:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put in the parameters that state_dict() returned."""
         if self.live is not None:
-            self.live.load_state_dict(state, strict=False)
+            self.live.load_state_dict(self.live.state_dict() | state)
 
 
 def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Tensor]:
@@ -509,7 +517,8 @@ def read_csv(path: str | Path) -> Corpus:
     sessions = {}  # of the speakers and dialogues so far
     try:
         header = [name.strip().lower() for name in table.fieldnames or []]
-        if not REQUIRED <= set(header) <= REQUIRED | OPTIONAL:
+        known = REQUIRED | OPTIONAL
+        if not REQUIRED <= set(header) <= known or len(set(header)) < len(header):
             raise InputError(
                 f"{path}: line 1 has the columns {header}, expected {sorted(REQUIRED)} "
                 f"and perhaps {sorted(OPTIONAL)}"
@@ -525,7 +534,8 @@ def read_csv(path: str | Path) -> Corpus:
             except InputError as problem:
                 problems.append(f"{path}, line {table.line_num}: {problem}")
     except csv.Error as problem:
-        raise InputError(f"{path}, line {table.line_num}: {problem}") from None
+        line = table.reader.line_num
+        raise InputError(f"{path}, line {line}: {problem}") from None
     if not corpus:
         problems.append(f"{path}: no utterance in it")
     if problems:
@@ -546,7 +556,7 @@ def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
             raise InputError(f"its {name} has a line break. Is a quote left open?")
     if not re.fullmatch(r"[1-9]\d*", cells["session"]):
         raise InputError(f"its session {cells['session']} is not a number from 1 on")
-    start = cells.get("start") or "0"
+    start = cells.get("start", "0")
     if not re.fullmatch(r"\d+(\.\d*)?", start):
         raise InputError(f"its start {start} is not a number of seconds")
     wav = None
@@ -687,8 +697,8 @@ def reference_problems(corpus: Corpus) -> list[str]:
 
 
 def checksum(corpus: Corpus) -> str:
-    """Compute a checksum of the ids, texts, labels and speakers of a corpus."""
-    rows = [(u.id, u.text, u.label, u.speaker) for u in corpus]
+    """Compute a checksum of all that training reads of a corpus, but its audio."""
+    rows = [(u.id, u.session, u.text, u.label, u.speaker) for u in corpus]
     return f"{zlib.crc32(repr(rows).encode()):08x}"
 
 
@@ -731,7 +741,7 @@ def write_whole(path: Path):
             os.replace(part, path)
         except OSError:
             # A folder cannot replace one that exists. Another job was faster.
-            if not path.is_dir():
+            if not (part.is_dir() and path.is_dir()):
                 raise
     finally:
         if part.is_dir():

@@ -275,7 +275,8 @@ class Recognizer:
             if upstream.checksum != config["weights_checksums"][modality]:
                 raise InputError(f"{name}: it has changed since {folder} was trained")
             # The checkpoint has only the weights that fine-tuning has changed.
-            upstream.load_state_dict(state["upstreams"][modality], strict=False)
+            weights = upstream.state_dict() | state["upstreams"][modality]
+            upstream.load_state_dict(weights)
             self.upstreams[modality] = upstream
 
     @torch.no_grad()

@@ -633,7 +633,6 @@ def test_write_whole_is_complete_or_absent(folder, tmp_path):
     assert written.read_text() == ("two" if folder else "one")
 
 
-@pytest.mark.xfail(strict=True, reason="the error is taken for a second writer")
 def test_a_file_whose_place_is_taken_by_a_folder_is_an_error(tmp_path):
     (tmp_path / "name").mkdir()
     with pytest.raises(OSError), data.write_whole(tmp_path / "name") as part:

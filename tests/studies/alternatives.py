@@ -275,7 +275,7 @@ def edit(texts: dict[str, str], name: str, file: str, old: str, new: str) -> Non
     if texts[file].count(old) != 1:
         raise InputError(
             f"{name} does not fit {file}, which must have this once:\n{old}\n"
-            "Write the patch anew, or leave out another one that changes this"
+            "Correct this patch, or leave out another one that changes this place"
         )
     new = new.strip("\n").replace("\n", indentation)
     texts[file] = texts[file].replace(old, new)

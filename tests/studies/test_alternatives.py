@@ -40,12 +40,8 @@ del FLAGS["A17"]  # see the losses below
 load_pretrained = functools.cache(model.load_pretrained)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def the_four_files_stay_as_they_are():
-    paths = [alternatives.ROOT / file for file in alternatives.FILES]
-    before = [path.read_bytes() for path in paths]
-    yield
-    assert [path.read_bytes() for path in paths] == before
+def read_four_files():
+    return [(alternatives.ROOT / file).read_bytes() for file in alternatives.FILES]
 
 
 @pytest.fixture
@@ -55,7 +51,9 @@ def patched(tmp_path, monkeypatch):
     def load(*names):
         folder = tmp_path / "-".join(names)
         folder.mkdir()
+        before = read_four_files()
         alternatives.write_copy(names, folder)
+        assert read_four_files() == before
         monkeypatch.syspath_prepend(folder)
         for name in MODULES:
             monkeypatch.delitem(sys.modules, name)
