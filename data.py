@@ -168,12 +168,8 @@ def read_lines(path: Path, pattern: re.Pattern) -> dict[str, tuple[float, float,
     Lines of another form are skipped: headings, single raters, ids with XX. A damaged
     line is skipped too. read_dialog notices that, because its id is missing here.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise InputError(f"{path} is not in UTF-8: {problem}") from None
     lines = {}
-    for line in text.split("\n"):
+    for line in read_text(path).split("\n"):
         match = pattern.fullmatch(line.strip())
         if match:
             if match["id"] in lines:
@@ -506,10 +502,7 @@ def read_csv(path: str | Path) -> Corpus:
     row that has a problem.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not in UTF-8. Save it as CSV in UTF-8") from None
+    text = read_text(path)
     separator = max(",;\t", key=text.partition("\n")[0].count)
     table = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
     corpus = {}
@@ -638,10 +631,6 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
         voice = mood
         if rng.random() < 0.35:
             voice = str(rng.choice(CLASSES))
-        # Sometimes the raters disagree. Such a turn is context for others, no more.
-        emotion = mood
-        if rng.random() < 0.1:
-            emotion = "xxx"
 
         utterance_id = f"{dialog}_{rng.choice(['F', 'M'])}{turn:03}"
         samples = make_tone(*VOICES[voice], rng)
@@ -649,7 +638,7 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
             file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # 1 channel, 2 bytes
             file.writeframes(samples.tobytes())
         end = start + len(samples) / SAMPLE_RATE
-        labels += f"[{start:.4f} - {end:.4f}]\t{utterance_id}\t{emotion}\t[2, 2, 2]\n"
+        labels += f"[{start:.4f} - {end:.4f}]\t{utterance_id}\t{mood}\t[2, 2, 2]\n"
         words += f"{utterance_id} [{start:.4f}-{end:.4f}]: {' '.join(text)}\n"
         start = end + 0.5
     for name, content in [("EmoEvaluation", labels), ("transcriptions", words)]:
@@ -721,6 +710,14 @@ def describe(name: str, corpus: Corpus) -> str:
 
 class InputError(Exception):
     """Something about the user's input is wrong: one line per problem."""
+
+
+def read_text(path: Path) -> str:
+    """Read a text file. Raises InputError if it is not in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise InputError(f"{path} is not in UTF-8: {problem}") from None
 
 
 @contextlib.contextmanager

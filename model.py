@@ -640,13 +640,12 @@ def draw_weights(model: nn.Module) -> None:
     """Draw random weights that do not depend on the version of transformers."""
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        parameter.data.zero_()
         if parameter.ndim > 1:
             # Keep the variance: an output sums over fan_in inputs.
             fan_in = parameter[0].numel()
             parameter.data.normal_(0.0, fan_in**-0.5, generator=generator)
-        elif name.endswith("bias"):
-            parameter.data.zero_()
-        else:
+        elif not name.endswith("bias"):
             # The weights of a norm. If all were 1, the mean of every state would be 0,
             # and S&E would see no difference between utterances.
             parameter.data.normal_(1.0, 0.2, generator=generator)

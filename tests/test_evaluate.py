@@ -279,8 +279,8 @@ def test_a_near_tie_is_written_as_it_was_scored(tmp_path):
         high, low = low, torch.nextafter(low, torch.tensor(-1.0))
     log_probs = torch.stack([low, high, torch.tensor(-9.0), torch.tensor(-9.0)])[None]
     utterance = SimpleNamespace(id="Ses05F_impro01_F000", speaker="Ses05F", label=1)
-    evaluate.write_predictions(tmp_path / "p.csv", [utterance], log_probs)
-    (row,) = csv.DictReader((tmp_path / "p.csv").open())
+    evaluate.write_predictions(tmp_path, [utterance], log_probs)
+    (row,) = csv.DictReader((tmp_path / "predictions.csv").open())
     assert row["prediction"] == "hap" and row["neu"] == row["hap"] != row["ang"]
 
 
