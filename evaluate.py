@@ -22,11 +22,12 @@ from statistics import fmean, stdev
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import data
 from data import CLASSES, Corpus, InputError, Utterance
-from model import Config, EmotionRecognizer, Upstream
+from model import FUSIONS, Config, EmotionRecognizer, Upstream
 
 # --- Metrics (§3.1) -------------------------------------------------------------------
 # "The averaged weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
@@ -296,6 +297,8 @@ class Recognizer:
 
     def inputs(self, wav, text, before, after) -> dict:
         """Make the arguments of the model for one utterance, as training does."""
+        if isinstance(before, str) or isinstance(after, str):
+            raise InputError("the turns before and after must be lists of texts")
         uses_audio = "audio" in self.upstreams
         uses_text = "text" in self.upstreams
         if (wav is not None) != uses_audio or (text is not None) != uses_text:
@@ -323,11 +326,22 @@ class Recognizer:
         return data.batch(torch.tensor([len(before)]), windows, sources, "cpu")
 
 
+# The libraries raise these for files that are missing, incomplete or damaged.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+
+
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     """Load an upstream. Raises InputError if it is incomplete or of unknown type."""
     try:
         return Upstream(name, modality, precision)
-    except (OSError, ValueError) as problem:
+    except LOADING_ERRORS as problem:
         reason = " ".join(str(problem).split())
         raise InputError(
             f"{modality} encoder {name}: {reason:.300}. Give --wavlm or --bert the "
@@ -336,6 +350,9 @@ def load_upstream(name: str, modality: str, precision: str) -> Upstream:
 
 
 # --- The files of a run ---------------------------------------------------------------
+
+
+CONFIG_KEYS = {"title", "settings", "model", "upstreams", "weights_checksums"}
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -347,10 +364,15 @@ def read_run(folder: Path) -> FinishedRun:
     guesses = [CLASSES.index(row["prediction"]) for row in predictions]
     expected = metrics(truth, guesses)
     for key in ("corpus", "fusion", "frozen", "fold", "seed"):
-        expected[key] = config[key]
+        expected[key] = config.get(key)
     for key, value in expected.items():
-        if result[key] != value:
+        if result.get(key) != value:
             raise InputError(f"{folder}: damaged, its files disagree about {key}")
+    missing = CONFIG_KEYS - config.keys()
+    if missing:
+        raise InputError(f"{folder}: damaged, config.json lacks {sorted(missing)}")
+    # Table 1 has two systems of each fusion, the frozen one first.
+    config["system"] = 2 * list(FUSIONS).index(config["fusion"]) + 2 - config["frozen"]
     return FinishedRun(folder, config, result, predictions)
 
 
@@ -395,20 +417,22 @@ def load_checkpoint(path: Path, run: dict) -> dict:
 
     Raises InputError if the file is damaged, or if its run is another one.
     """
+    problem = ""
     try:
         # Careful: torch.load does not look at the checksums in the file.
         with zipfile.ZipFile(path) as archive:
-            problem = archive.testzip()
+            if archive.testzip():
+                problem = "damaged"
         # With weights_only, no code in the file is run.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        problem = error
-    if problem is None and not state["run"].items() <= run.items():
-        problem = f"it belongs to the run {state['run']}"
-    if problem is not None:
+        if not problem and not state["run"].items() <= run.items():
+            problem = f"of the run {state['run']}"
+    except (zipfile.BadZipFile, KeyError, *LOADING_ERRORS):
+        problem = "damaged, or not written by train.py"
+    if problem:
         raise InputError(
-            f"{path}: {problem}. Restore it from a copy, or move it elsewhere to start "
-            "this run again"
+            f"{path}: it is {problem}. Restore it from a copy, or move it elsewhere to "
+            "start this run again"
         )
     return state
 

@@ -377,9 +377,9 @@ def test_python_model_py_prints_every_block_at_full_size(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for title, shape, parameters in [
         ("WavLM-Large", "", 315_453_120),
-        ("fine-tuning", "", 4_206_592),  # its CNN encoder
+        ("", "", 4_206_592),  # its CNN encoder
         ("BERT-base", "", 109_482_240),
-        ("fine-tuning", "", 23_837_184),  # its input embeddings
+        ("", "", 23_837_184),  # its input embeddings
         ("extractor.audio", "(2, 249, 16)", 76 + 16_432),
         ("extractor.text.each_text", "(18, 20, 16)", 40 + 12_336),
         ("extractor.text.conv", "(2, 1, 20, 16)", 82),

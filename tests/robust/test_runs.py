@@ -40,6 +40,7 @@ def command(small_corpus, work):
     """
     flags = ["--iemocap", str(small_corpus), "--partial", "--upstream", "tiny"]
     flags += ["--cache", str(work / "cache"), "--device", "cpu", "--fusion", "ef"]
+    flags += ["--max-epochs", "4"]
     return [*flags, "--lr-frozen", "0", "--finetune-after", "1", "--stop-after", "2"]
 
 
@@ -139,6 +140,17 @@ def test_mutated_checkpoints_are_one_sentence_and_nothing_is_deleted(
 KEYS = ("corpus", "fusion", "frozen", "fold", "seed")
 
 
+def test_states_that_end_too_early_are_named(finished, work, small_corpus, tmp_path):
+    corpus, _ = data.read_iemocap(small_corpus)
+    source = data.Source(None, {0: torch.zeros(3)}, corpus, tmp_path, "cpu")
+    path = source.files[0]
+    content = next((work / "cache").glob("audio-fp32-*/*.npy")).read_bytes()
+    for length in range(0, len(content), 50):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match=path.name):
+            source([0])
+
+
 class Hostile:
     def __reduce__(self):
         return (os.mkdir, ("ran",))
@@ -157,7 +169,7 @@ def test_a_hostile_pickle_runs_no_code(
     corpus, _ = data.read_iemocap(small_corpus)
     source = data.Source(None, {0: torch.zeros(3)}, corpus, tmp_path, "cpu")
     np.save(source.files[0], np.array([Hostile()]), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(InputError, match=source.files[0].name):
         source([0])
 
     # An upstream with pickled weights, and then with code of its own.
@@ -251,10 +263,11 @@ def test_output_fits_poor_terminals_and_arrives_at_once(monkeypatch):
 
 def test_an_interrupted_run_says_how_to_go_on(command, tmp_path):
     """The lines of a run arrive one by one, also in a pipe."""
-    endless = [*command, "--frozen", "--stop-after", 10**6, "--out", tmp_path]
+    endless = [*command, "--stop-after", 10**6, "--max-epochs", 10**6]
     process = python(
         "train.py",
         *endless,
+        *("--out", tmp_path, "--frozen"),
         # A command that a script starts in the background ignores SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
