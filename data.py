@@ -17,7 +17,7 @@ Here is one utterance on its way from the disk to the model:
     split          Fold 5 with seed 0 draws Ses01F as development speaker. So the
                    utterance is in the development set.
     load_wav       31,129 samples at 16 kHz, between -1 and 1
-    clip           It begins with sound and is shorter than 5 s, so all of it is kept.
+    clip           It is shorter than 5 s. If it begins with sound, all of it is kept.
     WavLM          97 frames x 25 layers x 1024, kept in the cache as 16-bit numbers
     BERT           k word pieces x 13 x 768, and as much for each of its neighbours
     batch          audio: states (N, 25, 1024) of all N frames, mask (32, T_A)
@@ -53,7 +53,7 @@ CLASSES = ("neu", "hap", "ang", "sad")  # the order of Fig. 4
 
 # --- IEMOCAP (§3.1) -------------------------------------------------------------------
 # Two actors, a woman and a man, talk in each of five sessions: 28 to 32 dialogues,
-# improvised or scripted. Four things are easily done wrong:
+# improvised or scripted. Four facts are easily missed:
 #   - The letter in the name of a dialogue says who wore the markers for motion capture.
 #     The letter in the last part of an utterance's id says who speaks.
 #   - The lines of the files are not in the order of time, and turns overlap.
@@ -92,7 +92,7 @@ Corpus = list[Utterance]
 
 
 def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
-    """Read the corpus in `root`, the folder that holds Session1 to Session5.
+    """Read the corpus in `root`, the folder that holds Session1, Session2, ...
 
     Returns the utterances, dialogue by dialogue in the order of time, and the problems.
     A dialogue with a problem is left out, and has one line in the problems. Raises
@@ -102,7 +102,7 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     problems = []
     sessions = sorted(Path(root).glob("Session[1-9]"))
     if not sessions:
-        raise InputError(f"{root}: no Session1 to Session5 in it. Name their folder")
+        raise InputError(f"{root}: no Session1, Session2, ... in it. Name their folder")
     for session in tqdm(sessions, desc="reading", leave=False, delay=3, disable=None):
         labels = session / "dialog" / "EmoEvaluation"
         words = session / "dialog" / "transcriptions"
@@ -110,7 +110,9 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
         names = {path.name for path in labels.glob("Ses*.txt")}
         names |= {path.name for path in words.glob("Ses*.txt")}
         if not names:
-            problems.append(f"{labels}: no label files in it. Get this session again")
+            problems.append(
+                f"{labels}: no label files in it. Download this session again"
+            )
         for name in sorted(names):
             try:
                 corpus += read_dialog(session, labels / name, words / name)
@@ -132,15 +134,18 @@ WORDS_LINE = re.compile(
 def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
     """Read one dialogue, in order. Raises InputError at its first problem."""
     dialog = labels.stem
+    number = int(session.name[-1])
+    # Every utterance must be in both files.
     labelled = read_lines(labels, LABEL_LINE)
     spoken = read_lines(words, WORDS_LINE)
     unmatched = sorted(labelled.keys() ^ spoken.keys())
     if unmatched or not labelled:
-        raise InputError(f"{words} lists different utterances: {unmatched[:3]}")
+        raise InputError(f"{words} is empty, or unlike the labels: {unmatched[:3]}")
     utterances = []
     for utterance_id, (start, end, emotion) in labelled.items():
+        # The id, the two files and the recording must agree.
         owner, _, turn = utterance_id.rpartition("_")  # Ses01F_impro01, F000
-        if owner != dialog or dialog[:5] != f"Ses0{session.name[-1]}":
+        if owner != dialog or dialog[:5] != f"Ses0{number}":
             raise InputError(f"{utterance_id} belongs to another dialogue or session")
         if emotion not in EMOTIONS:
             raise InputError(f"{utterance_id} has the unknown emotion {emotion}")
@@ -151,7 +156,7 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
         seconds = len(load_wav(wav)) / SAMPLE_RATE
         if abs(seconds - (end - start)) > 0.1:
             raise InputError(f"{wav} lasts {seconds:.2f} s, unlike its label")
-        number = int(session.name[-1])
+        # Careful: the letter of the turn is the speaker's, that of the dialogue is not.
         speaker = dialog[:5] + turn[0]
         text = " ".join(text.split())
         utterances.append(
@@ -159,6 +164,7 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
                 utterance_id, number, dialog, speaker, start, end, text, emotion, wav
             )
         )
+    # The lines of the files are not in the order of time.
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
 
 
@@ -233,7 +239,7 @@ def context_windows(corpus: Corpus, size: int = 9) -> Tensor:
 # --- Waveforms (§3.2) -----------------------------------------------------------------
 
 CLIP_SECONDS = 5  # §3.2
-WINDOW = 400  # samples, 25 ms: the first frame of WavLM needs as many
+WINDOW = 400  # samples, 25 ms: WavLM needs this many for its first frame
 
 
 def load_wav(path: str | Path) -> Tensor:
@@ -299,7 +305,7 @@ def load_clip(utterance: Utterance) -> Tensor:
 
 # A frozen step on 32 clips needs this much GPU memory beside the states, by estimate.
 GPU_RESERVE = 8 * 2**30  # bytes
-# So much memory of the CPU may hold states of one modality.
+# Without CUDA, a source keeps about this many bytes of states in memory.
 KEEP_ON_CPU = 4 * 2**30  # bytes
 
 
@@ -342,14 +348,14 @@ class Source:
 
         Raises InputError for states that do not fit into 16 bits.
         """
-        # DEVIATION [D1]: the frozen phase reads states that are rounded to 16 bits, the
-        # paper does not mention a cache. Why: so the upstreams run once instead of once
-        # per epoch, and the files have half the size.
+        # DEVIATION [D1]: the frozen phase reads states from a cache of 16-bit numbers,
+        # the paper does not mention a cache. Why: the upstreams run once instead of
+        # once per epoch, and 16 bits halve the size of the files.
         missing = [row for row, file in self.files.items() if not file.exists()]
         if missing:
             print(f"Computing layer states of {len(missing)} inputs: {self.folder}")
         for row in tqdm(missing, leave=False, disable=None):
-            # One input at a time, because other inputs of a batch, and its padding,
+            # Compute one input at a time. In a batch, the other inputs and the padding
             # change the last digits.
             with torch.inference_mode():
                 states = self.upstream([self.inputs[row]])[0].half()  # (T, L, D)
@@ -358,8 +364,11 @@ class Source:
                     f"{self.files[row].stem}: a state is not finite, or too large for "
                     "16 bits. Look at its recording, or try --precision fp32"
                 )
-            with write_whole(self.files[row]) as part, part.open("wb") as file:
-                np.save(file, states.cpu().numpy())
+            # Careful: with a full disk, np.save to a file loses data without any error.
+            content = io.BytesIO()
+            np.save(content, states.cpu().numpy())
+            with write_whole(self.files[row]) as part:
+                part.write_bytes(content.getvalue())
 
     def __call__(self, rows: list[int]) -> list[Tensor]:
         if self.live is None:
@@ -452,6 +461,9 @@ def gather(source: Callable, rows: Tensor, device: str) -> tuple[Tensor, Tensor]
     rows      rows of the corpus: (B,), or windows (B, C) with -1 for none
     returns   the N real steps of all of them (N, L, D), and the mask that tells where
               each belongs, (B, T) or (B, C, T)
+
+    For example, if row 7 has two steps, the rows [[-1, 7]] give these two steps, and
+    the mask [[[False, False], [True, True]]].
     """
     exists = rows >= 0
     states = source(rows[exists].tolist())  # a list of (T_i, L, D)
@@ -585,10 +597,11 @@ def require_one_session(utterance: Utterance, sessions: dict[str, int]) -> None:
 
 # --- The toy corpus: tones and made-up sentences, in the layout of IEMOCAP ------------
 # It is built to show the ordering of the paper, so it is no evidence for it. An emotion
-# tends to stay from turn to turn, and two sentences in five name it. So context helps.
-# The voice shows the emotion of two turns in three. So text beats audio, and both
-# together beat either. Each pitch is a multiple of 50 Hz, so all frames of 20 ms of a
-# clip sound alike, and CMT(A->T) cannot pass on the text by its choice of frames [A7].
+# tends to stay from turn to turn, and one sentence in three names it. So context helps
+# the text. The voice shows it in four turns of five, but the audio has no context. So
+# text beats audio, and both together beat either. Each pitch is a multiple of 50 Hz, so
+# all frames of 20 ms of a clip sound the same, and CMT(A->T) cannot pass on the text by
+# its choice of frames [A7].
 
 # By emotion: the pitch in Hz, and how fast the harmonics get weaker.
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
@@ -624,12 +637,13 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
     for turn in range(24):
         if rng.random() < 0.25:
             mood = str(rng.choice(CLASSES))
-        # The words show the mood in 42 % of the turns, the voice in 65 % and by chance.
+        # The words show the mood in 36 % of the turns, the voice in 72 %. The other
+        # voices are drawn by chance.
         text = rng.choice(FILLERS, rng.integers(2, 5))
-        if rng.random() < 0.42:
+        if rng.random() < 0.36:
             text = rng.choice(KEYWORDS[mood], len(text))
         voice = mood
-        if rng.random() < 0.35:
+        if rng.random() < 0.28:
             voice = str(rng.choice(CLASSES))
 
         utterance_id = f"{dialog}_{rng.choice(['F', 'M'])}{turn:03}"
@@ -686,8 +700,8 @@ def reference_problems(corpus: Corpus) -> list[str]:
 
 
 def checksum(corpus: Corpus) -> str:
-    """Compute a checksum of all that training reads of a corpus, but its audio."""
-    rows = [(u.id, u.session, u.text, u.label, u.speaker) for u in corpus]
+    """Compute a checksum of all that training reads of a corpus, except its audio."""
+    rows = [(u.id, u.session, u.dialog, u.speaker, u.text, u.label) for u in corpus]
     return f"{zlib.crc32(repr(rows).encode()):08x}"
 
 

@@ -36,7 +36,7 @@ from model import FUSIONS, Config, EmotionRecognizer, Upstream
 
 
 def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray:
-    """Count (4, 4): row i, column j has the utterances of class i predicted as class j.
+    """Count the utterances of class i that were predicted as class j: (4, 4).
 
     >>> confusion_matrix([0, 0, 0, 1], [0, 0, 2, 1])[:3, :3].tolist()
     [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
@@ -150,11 +150,12 @@ def table(name: str, runs: Runs, published: dict) -> str:
     if on_iemocap:
         rows[0] += ["paper's WA", "paper's UA"]
     for system, group in grouped(runs, "system").items():
-        model, *papers = published[system]
+        name_of_system, paper_wa, paper_ua = published[system]
         folds = grouped(group, "fold")
-        names = " ".join(str(fold) for fold in folds)
-        row = [str(system), model, names, str(len(group))]
+        numbers = " ".join(str(fold) for fold in folds)
+        row = [str(system), name_of_system, numbers, str(len(group))]
         for metric in ("wa", "ua"):
+            # Average over the seeds first, so that every fold counts once.
             means = []
             for runs_of_fold in folds.values():
                 mean = fmean(run.result[metric] for run in runs_of_fold)
@@ -164,7 +165,7 @@ def table(name: str, runs: Runs, published: dict) -> str:
                 cell += f" ± {stdev(means):.2f}"
             row.append(cell)
         if on_iemocap:
-            row += [f"{number:.2f}" for number in papers]
+            row += [f"{paper_wa:.2f}", f"{paper_ua:.2f}"]
         rows.append(row)
     title = runs[0].config["title"]
     return format_table(f"{name}, {title}, in %: mean ± sd over folds", rows)
@@ -242,8 +243,8 @@ def draw(runs: Runs, folder: Path) -> None:
     """Draw one picture for each title, and print the path of the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, group in grouped(runs, "title").items():
-        # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. Without them, draw the first
-        # four.
+        # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. If none of them has run,
+        # draw the first four runs.
         session_5 = grouped(grouped(group, "fold")[5], "system")
         panels = [session_5[n][0] for n in (4, 8, 18, 7) if n in session_5]
         path = folder / f"{title}.png"
@@ -305,6 +306,10 @@ class Recognizer:
             used = " and ".join(self.upstreams)
             raise InputError(f"{self.run.folder} uses {used}: give exactly that")
 
+        # In training, data.batch gets the states from a Source. Here it gets them from
+        # these two functions, which compute them for the turns of one dialogue.
+        turns = [*before, text, *after]
+
         def audio_states(rows: list[int]) -> list[Tensor]:
             upstream = self.upstreams["audio"]
             return upstream([upstream.prepare(data.clip(data.load_wav(wav)))])
@@ -313,9 +318,7 @@ class Recognizer:
             upstream = self.upstreams["text"]
             return upstream([upstream.prepare(turns[row]) for row in rows])
 
-        # These turns are a dialogue with one utterance to recognize. So its window of
-        # texts and its batch are made as in training.
-        turns = [*before, text, *after]
+        # context_windows reads only the name of the dialogue, the same for all turns.
         dialog = [Utterance("", 1, "", "", 0.0, 0.0, turn, "", None) for turn in turns]
         windows = data.context_windows(dialog, self.model.config.n_context)
         sources = {}
@@ -388,7 +391,8 @@ def write_predictions(folder: Path, utterances: Corpus, log_probs: Tensor) -> No
     """Write predictions.csv: one row per test utterance, with log_probs (n, 4)."""
     rows = [["utterance", "speaker", "label", "prediction", *CLASSES]]
     for u, row in zip(utterances, log_probs, strict=True):
-        # Careful: exp and rounding can make the two largest numbers equal.
+        # Careful: rounding can make the two largest probabilities equal. So we choose
+        # the class before.
         prediction = CLASSES[row.argmax()]
         probabilities = [f"{p:.6f}" for p in row.exp().tolist()]
         rows.append([u.id, u.speaker, CLASSES[u.label], prediction, *probabilities])
@@ -407,6 +411,8 @@ def read_predictions(path: Path) -> list[dict[str, str]]:
     for row in rows:
         if row.get("label") not in CLASSES or row.get("prediction") not in CLASSES:
             raise InputError(f"{path}: damaged, no class in {row}")
+    if not rows:
+        raise InputError(f"{path}: damaged, it has no rows")
     return rows
 
 
@@ -423,7 +429,7 @@ def load_checkpoint(path: Path, run: dict) -> dict:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 problem = "damaged"
-        # With weights_only, no code in the file is run.
+        # With weights_only, a checkpoint cannot run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not problem and not state["run"].items() <= run.items():
             problem = f"of the run {state['run']}"
@@ -460,7 +466,7 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
         if first is not run:
             problems.append(f"{folder}: left out, a duplicate of {first.folder}")
     if not folders:
-        raise InputError(f"{root}: there is no run in it. Name the --out of train.py")
+        raise InputError(f"{root}: no run in it. Give the --out of train.py")
     return list(runs.values()), problems
 
 
@@ -490,7 +496,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, probability in answer.items():
             print(f"{title}: {name} {probability:.1%}")
         if recognizer.run.config["corpus"] == "toy":
-            print("toy: this model has learned from tones, and knows nothing of speech")
+            print("toy: this model has learned tones, and knows nothing about speech")
         return
     runs, problems = find_runs(args.runs)
     if args.command == "tables":

@@ -144,7 +144,7 @@ def cross_modal_attention(
 
 
 def unpack(x: Tensor, mask: Tensor) -> Tensor:
-    """Put N real steps in the places that the mask gives them, and zeros elsewhere.
+    """Put the N real steps where the mask is True, in order, and zeros elsewhere.
 
     x (N, F), mask (B, T) -> (B, T, F)
     """
@@ -175,13 +175,12 @@ class SqueezeExcitation(nn.Module):
         self.expand = nn.Linear(1, n_layers)  # W_2, b_2
         # DEVIATION [D2]: b_1 starts at 1, the paper names no initial value. Why: if the
         # ReLU gives 0 for all utterances, it passes no gradient, and their gates stay
-        # equal. With b_1 = 1 it starts above 0. train.py warns if the unit dies later.
+        # equal. Starting at 1 makes that unlikely. train.py warns if it happens.
         nn.init.ones_(self.reduce.bias)
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        # Squeeze: one number per layer, the mean over its features and its real steps.
-        # The mask is the arrow "padding mask" in Fig. 2a.
+        # Squeeze. The mask is the arrow "padding mask" in Fig. 2a.
         layer_means = states.mean(dim=-1)  # (N, L)
         z = masked_mean(unpack(layer_means, mask), mask)  # (B, L)
         # Excitation: each gate depends on all layers, through a bottleneck of one unit.
@@ -193,8 +192,6 @@ class FeatureExtractor(nn.Module):
     """Fig. 2a without the upstream: calibrate, condense, "Project & Norm".
 
     states (N, L, D), mask (B, T) -> X_A (B, T, d), zeros where the mask is False
-
-    N is the number of real steps, where the mask is True.
     """
 
     def __init__(self, n_layers: int, width: int, dim: int):
@@ -210,13 +207,12 @@ class FeatureExtractor(nn.Module):
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         states = states.float()  # 16 bits in the cache [D1]
         gates = self.se(states, mask)  # (B, L)
-        # To which utterance does each of the N steps belong?
+        # The utterance of each step. nonzero lists the steps in the order of `states`.
         utterance = mask.nonzero()[:, 0]  # (N,)
         # UNSPECIFIED [A1]: how L layers become one vector. They are "calibrated and
         # condensed" (§1). We sum the layers, scaled by their gates, as the author's
-        # other code does. Another reading: lay them side by side (tests/studies). We
-        # scale and sum in one product, because scaled states would be one more copy of
-        # all states.
+        # other code does. Another reading: lay them side by side (tests/studies). One
+        # product scales and sums, so no scaled copy of the states is in memory.
         x = torch.einsum("nl,nld->nd", gates[utterance], states)  # (N, D)
         x = self.norm(self.linear(x))  # (N, d)
         return unpack(x, mask)  # (B, T, d)

@@ -47,7 +47,7 @@ Sources = dict[str, Source]  # by modality: "audio", "text"
 
 @dataclass(frozen=True)
 class Run:
-    """The five values that tell one run from another."""
+    """What one run trains: a system (fusion, frozen), on a fold, with a seed."""
 
     corpus: str
     fusion: str
@@ -93,8 +93,8 @@ class Patience:
         else:
             self.since_best += 1
         # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs for every
-        # system. Another reading: a frozen system stops where another starts to
-        # fine-tune (tests/studies).
+        # system. Another reading: it stops after 5, when others start to fine-tune
+        # (tests/studies).
         if self.since_best >= self.stop_after:
             return "stop"
         if self.finetune_after is None or self.finetuning:
@@ -138,8 +138,13 @@ def train_epoch(
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batch: Callable, rows: Tensor, args: Namespace) -> dict:
-    """Compute loss, WA, UA, confusion matrix and log_probs (n, 4), without dropout."""
+def measure(
+    model: nn.Module, batch: Callable, rows: Tensor, args: Namespace
+) -> tuple[dict, Tensor]:
+    """Compute loss, WA, UA and confusion matrix without dropout.
+
+    Returns them, and the log-probabilities that they are computed from (n, 4).
+    """
     model.eval()
     all_logits = []
     all_labels = []
@@ -149,9 +154,9 @@ def measure(model: nn.Module, batch: Callable, rows: Tensor, args: Namespace) ->
         all_labels.append(labels)
     log_probs = torch.cat(all_logits).log_softmax(dim=1).cpu()
     labels = torch.cat(all_labels).cpu()
-    loss = F.nll_loss(log_probs, labels).item()
     metrics = evaluate.metrics(labels, log_probs.argmax(dim=1))
-    return {"loss": loss, "log_probs": log_probs, **metrics}
+    metrics["loss"] = F.nll_loss(log_probs, labels).item()
+    return metrics, log_probs
 
 
 def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> AdamW:
@@ -178,14 +183,14 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     """
     folder = run_folder(args, run)
     config = describe_run(args, run, corpus, sources)
-    claim(folder, config)
+    write_config(folder, config)
     if (folder / "result.json").exists():
         print(f"{folder} is finished already")
         return
 
     # The three parts of the fold (§3.1), as rows of the corpus.
-    parts = data.split(corpus, run.fold, run.seed)
-    train_rows, dev_rows, test_rows = [torch.tensor(part) for part in parts]
+    splits = data.split(corpus, run.fold, run.seed)
+    train_rows, dev_rows, test_rows = [torch.tensor(rows) for rows in splits]
     dev_speaker = corpus[dev_rows[0]].speaker
     print(
         f"\n{folder}\n{run.corpus}: {len(train_rows)} utterances for training, "
@@ -211,7 +216,8 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     finetune_epoch = None  # the last epoch with frozen upstreams
     log = []  # one dict per epoch
 
-    # Resume. The losses so far, replayed, say which phase the run is in.
+    # Resume. Replaying the logged losses restores the counters of `patience`. It also
+    # opens the upstreams and makes the second optimizer, if fine-tuning had started.
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         state = evaluate.load_checkpoint(checkpoint, asdict(run))
@@ -232,26 +238,19 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     while event != "stop" and len(log) != args.max_epochs:
         started = time.perf_counter()
         epoch = len(log) + 1
-        phase = "frozen" if finetune_epoch is None else "finetune"
-        rate = optimizer.param_groups[0]["lr"]
         # Each epoch has a seed of its own, for the order of the batches and for
         # dropout. So a run that was interrupted draws the same numbers again.
         torch.manual_seed(1000 * run.seed + epoch)
         train_loss = train_epoch(model, optimizer, batch, train_rows, args)
-        dev = measure(model, batch, dev_rows, args)
+        dev, _ = measure(model, batch, dev_rows, args)
         require_finite(train_loss + dev["loss"], f"epoch {epoch}")
         warn_of_dead_units(model)
 
         event = patience.step(dev["loss"])
-        if event == "finetune":
-            optimizer = start_finetuning(model, sources, args)
-            finetune_epoch = epoch
-
-        # Save all that the next epoch needs. Only then print that this one is done.
         row = {
             "epoch": epoch,
-            "phase": phase,
-            "lr": rate,
+            "phase": "frozen" if finetune_epoch is None else "finetune",
+            "lr": optimizer.param_groups[0]["lr"],
             "train_loss": train_loss,
             "dev_loss": dev["loss"],
             "dev_wa": dev["wa"],
@@ -261,6 +260,12 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
             "seconds": time.perf_counter() - started,
         }
         log.append(row)
+        # From the next epoch on, the upstreams are fine-tuned (§2.4).
+        if event == "finetune":
+            optimizer = start_finetuning(model, sources, args)
+            finetune_epoch = epoch
+
+        # Save first, then print. So an epoch that was printed is never lost.
         state = {
             "run": asdict(run),
             "log": log,
@@ -275,10 +280,9 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     # that the model sees the test session.
     # UNSPECIFIED [A10]: whether "the last model" is that of the last epoch. We say yes.
     # Another reading: the last one that lowered the loss (tests/studies).
-    test = measure(model, batch, test_rows, args)
+    test, log_probs = measure(model, batch, test_rows, args)
     require_finite(test["loss"], "the test")
     utterances = [corpus[row] for row in test_rows]
-    log_probs = test.pop("log_probs")
     evaluate.write_predictions(folder, utterances, log_probs)
     result = {
         **asdict(run),
@@ -293,6 +297,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     }
     write_json(folder / "result.json", result)
     print(f"{run.corpus}: WA {test['wa']:.2%}, UA {test['ua']:.2%} on the test session")
+    # The next system, fold or seed starts with frozen upstreams again.
     for source in sources.values():
         source.close()
 
@@ -307,7 +312,7 @@ def warn_of_dead_units(model: nn.Module) -> None:
     """Warn if the ReLU of an S&E block passed no gradient in the last batch [A2]."""
     for name, parameter in model.named_parameters():
         if name.endswith("se.reduce.weight") and not parameter.grad.any():
-            print(f"warning: {name} gets no gradient. All utterances have equal gates")
+            print(f"warning: {name} had no gradient in the last batch: equal gates")
 
 
 def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
@@ -322,7 +327,7 @@ def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
         f"{since_best}"
     )
     if row["event"] == "finetune":
-        print(f"{corpus}: fine-tuning starts, {args.open} of the upstreams")
+        print(f"{corpus}: fine-tuning starts (--open {args.open})")
 
 
 # --- The files of a run ---------------------------------------------------------------
@@ -361,17 +366,17 @@ def describe_run(args: Namespace, run: Run, corpus: Corpus, sources: Sources) ->
     }
 
 
-def claim(folder: Path, config: dict) -> None:
+def write_config(folder: Path, config: dict) -> None:
     """Write config.json. Raises InputError if the folder holds another run."""
     path = folder / "config.json"
     if not path.exists():
         write_json(path, config)
     old = evaluate.read_json(path)
-    # The folder of an upstream may have moved. The checksum of its weights may not
-    # differ.
-    for key in config.keys() - {"title", "upstreams"}:
-        if old.get(key) != config[key]:
-            difference = f"{key} {old.get(key)} instead of {config[key]}"
+    # An upstream may have moved, and these two keys name its folder. Its weights must
+    # be the same, which weights_checksums shows.
+    for key, value in config.items():
+        if key not in ("title", "upstreams") and old.get(key) != value:
+            difference = f"{key} {old.get(key)} instead of {value}"
             raise InputError(f"{folder} has {difference}. Choose another --out")
 
 
@@ -399,7 +404,8 @@ for fusion in FUSIONS:
     SYSTEMS += [(fusion, True), (fusion, False)]
 
 TOY = Path("corpora/toy")
-# All flags that change a result, except those that choose corpus, upstreams and runs.
+# The flags that belong to the method. The others choose the corpus, the upstreams and
+# the runs, or the machine, which changes only rounding and random numbers.
 SETTINGS = (
     "precision open cma_residual lr_frozen lr_finetune weight_decay batch_size dropout "
     "context finetune_after stop_after max_epochs"
@@ -475,12 +481,12 @@ def parse_args(arguments: list[str] | None) -> Namespace:
     if args.iemocap and args.corpus:
         parser.error("--corpus: give either --iemocap or --corpus")
     if args.frozen and args.system:
-        parser.error("--frozen: leave it out, odd systems of Table 1 are frozen")
+        parser.error("--frozen: leave it out, because --system chooses it too")
     if args.context % 2 == 0:
         parser.error("--context: expected an odd number")
     for name in ("lr_frozen", "lr_finetune", "weight_decay", "dropout"):
         if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name}: expected a number from 0 to 1")
+            parser.error(f"--{name.replace('_', '-')}: expected a number from 0 to 1")
 
     # The toy has defaults of its own, so that the first command ends quickly.
     toy = not args.iemocap and not args.corpus
@@ -547,6 +553,8 @@ def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
     folds = args.fold
     if "all" in folds:
         folds = sorted({u.session for u in corpus if u.label is not None})
+    if not folds:
+        raise InputError("the corpus has no utterance of the four classes")
     # Fail now, and not after the folds before it have been trained.
     for fold in folds:
         data.split(corpus, fold, seed=0)

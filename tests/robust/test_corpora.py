@@ -18,7 +18,6 @@ import train
 from data import InputError
 from tests.conftest import change, write_dialog, write_wav
 
-
 # --- One damaged dialogue beside a good one -------------------------------------------
 
 

@@ -131,7 +131,7 @@ train.py
 - "model": model.state_dict(),
 + "model": model.state_dict(),
 + "best": model.best,
-- test = measure(model, batch, test_rows, args)
+- test, log_probs = measure(model, batch, test_rows, args)
 + weights, opened = model.best
 + model.load_state_dict(weights)
 + for modality, source in sources.items():
@@ -139,7 +139,7 @@ train.py
 +         source.load_state_dict(opened[modality])
 +     else:
 +         source.close()  # in the best epoch it was frozen
-+ test = measure(model, batch, test_rows, args)
++ test, log_probs = measure(model, batch, test_rows, args)
 
 [A11] While fine-tuning, all that is trained from scratch keeps its rate of 1e-3.
 train.py
