@@ -12,12 +12,12 @@ runs/toy/mmt-finetuned/fold5-seed0.
 import argparse
 import csv
 import json
-import pickle
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean, stdev
 
 import numpy as np
@@ -330,14 +330,7 @@ class Recognizer:
 
 
 # The libraries raise these for files that are missing, incomplete or damaged.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError)
 
 
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:

@@ -27,7 +27,7 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -159,6 +159,11 @@ def measure(
     return metrics, log_probs
 
 
+def make_adamw(parameters: Iterable, rate: float, args: Namespace) -> AdamW:
+    """Make the optimizer of §3.2. "Fused" is the same AdamW in fewer operations."""
+    return AdamW(parameters, rate, weight_decay=args.weight_decay, fused=True)
+
+
 def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> AdamW:
     """Unfreeze the bottom of the upstreams (§2.4). Returns a new optimizer."""
     parameters = list(model.parameters())
@@ -169,7 +174,7 @@ def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> Ada
     # averages of the gradients. One rate is named, so all parameters get it, from a new
     # AdamW. Another reading: what is trained from scratch keeps 1e-3, as in the
     # author's other code (tests/studies).
-    return AdamW(parameters, args.lr_finetune, weight_decay=args.weight_decay)
+    return make_adamw(parameters, args.lr_finetune, args)
 
 
 def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
@@ -207,9 +212,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     # are frozen at first (§2.4).
     torch.manual_seed(1000 * run.seed)
     model = EmotionRecognizer(Config(**config["model"])).to(args.device)
-    optimizer = AdamW(
-        model.parameters(), args.lr_frozen, weight_decay=args.weight_decay
-    )
+    optimizer = make_adamw(model.parameters(), args.lr_frozen, args)
     finetune_after = None if run.frozen else args.finetune_after
     patience = Patience(finetune_after, args.stop_after)
     event = "continue"
@@ -493,7 +496,7 @@ def parse_args(arguments: list[str] | None) -> Namespace:
     if args.iemocap:
         toy = (args.iemocap / "toy.json").exists()
     if toy:
-        parser.set_defaults(iemocap=TOY, upstream="tiny", max_epochs=35)
+        parser.set_defaults(iemocap=TOY, upstream="tiny", max_epochs=38)
         args = parser.parse_args(arguments)
     args.toy = toy
 
