@@ -335,8 +335,8 @@ def own(tiny, tmp_path):
     def make(fusion, corpus="mine", context=9, upstreams=None):
         folder = write_run(tmp_path / "runs", fusion, False, 5, corpus=corpus)
         config = Config(fusion=fusion, n_context=context)
-        config.audio_layers, config.audio_dim = tiny["audio"].n_layers, 64
-        config.text_layers, config.text_dim = tiny["text"].n_layers, 64
+        config.audio_layers, config.audio_dim = tiny["audio"].n_layers, 48
+        config.text_layers, config.text_dim = tiny["text"].n_layers, 48
         torch.manual_seed(0)
         model = EmotionRecognizer(config).eval()
         file = folder / "config.json"

@@ -436,7 +436,7 @@ def test_every_layer_state_is_transformers_own(modality, tiny):
             library(**tokenizer(x, return_tensors="pt"))
         expected = torch.stack(seen, dim=2)[0]  # (T, L, D)
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-    assert (tiny[modality].n_layers, tiny[modality].dim) == ours.shape[1:] == (2, 64)
+    assert (tiny[modality].n_layers, tiny[modality].dim) == ours.shape[1:] == (2, 48)
 
 
 def test_prepared_audio_has_mean_0_and_variance_1(tiny):

@@ -370,7 +370,7 @@ class ByHand:
                         states[other] = self.states("text", other, live)
                     window.append(states[other])
                 else:
-                    window.append(torch.zeros(0, 2, 64))
+                    window.append(torch.zeros(0, 2, 48))
             mask = torch.zeros(1, 9, max(map(len, window)), dtype=torch.bool)
             for k, text in enumerate(window):
                 mask[0, k, : len(text)] = True

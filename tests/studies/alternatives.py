@@ -146,9 +146,9 @@ train.py
 - parameters = list(model.parameters())
 + scratch = {"params": list(model.parameters()), "lr": args.lr_frozen}
 + parameters = []
-- return AdamW(parameters,
+- return make_adamw(parameters,
 + parameters = [{"params": parameters}, scratch]
-+ return AdamW(parameters,
++ return make_adamw(parameters,
 
 [A12] The upstreams' dropout is on while fine-tuning, without layerdrop and SpecAugment.
 data.py
