@@ -12,13 +12,14 @@ runs/toy/mmt-finetuned/fold5-seed0.
 import argparse
 import csv
 import json
-import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import fmean, stdev
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -329,55 +330,58 @@ class Recognizer:
         return data.batch(torch.tensor([len(before)]), windows, sources, "cpu")
 
 
-# The libraries raise these for files that are missing, incomplete or damaged.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError)
-
-
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     """Load an upstream. Raises InputError if it is incomplete or of unknown type."""
-    try:
+    advice = "Give --wavlm or --bert the name or the folder of a whole encoder"
+    with reading(f"{modality} encoder {name}", advice):
         return Upstream(name, modality, precision)
-    except LOADING_ERRORS as problem:
-        reason = " ".join(str(problem).split())
-        raise InputError(
-            f"{modality} encoder {name}: {reason:.300}. Give --wavlm or --bert the "
-            "name or the folder of a whole encoder"
-        ) from problem
 
 
 # --- The files of a run ---------------------------------------------------------------
 
 
-CONFIG_KEYS = {"title", "settings", "model", "upstreams", "weights_checksums"}
+# The libraries raise these for files that are missing, incomplete or damaged.
+DAMAGE = (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError)
+DAMAGE += (KeyError, BadZipFile, csv.Error)
+
+
+@contextmanager
+def reading(path: Path | str, advice: str):
+    """Turn the errors that libraries raise for a damaged file into an InputError."""
+    try:
+        yield
+    except DAMAGE as problem:
+        reason = " ".join(str(problem).split()) or "damaged"
+        raise InputError(f"{path}: {reason:.300}. {advice}") from problem
 
 
 def read_run(folder: Path) -> FinishedRun:
     """Read a finished run. Raises InputError if its files are damaged or disagree."""
-    config = read_json(folder / "config.json")
-    result = read_json(folder / "result.json")
-    predictions = read_predictions(folder / "predictions.csv")
-    truth = [CLASSES.index(row["label"]) for row in predictions]
-    guesses = [CLASSES.index(row["prediction"]) for row in predictions]
-    expected = metrics(truth, guesses)
-    for key in ("corpus", "fusion", "frozen", "fold", "seed"):
-        expected[key] = config.get(key)
+    with reading(folder, "A file of this run is damaged"):
+        config = read_json(folder / "config.json")
+        result = read_json(folder / "result.json")
+        with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+            predictions = list(csv.DictReader(file, strict=True))
+        truth = [CLASSES.index(row["label"]) for row in predictions]
+        guesses = [CLASSES.index(row["prediction"]) for row in predictions]
+        if not truth or "title" not in config:
+            raise ValueError("predictions.csv has no rows, or config.json no title")
+        keys = ("corpus", "fusion", "frozen", "fold", "seed")
+        expected = {key: config[key] for key in keys}
+        # Table 1 has two systems of each fusion, the frozen one first.
+        number = 2 * list(FUSIONS).index(config["fusion"]) + 2 - config["frozen"]
+    config["system"] = number
+    expected.update(metrics(truth, guesses))
     for key, value in expected.items():
         if result.get(key) != value:
             raise InputError(f"{folder}: damaged, its files disagree about {key}")
-    missing = CONFIG_KEYS - config.keys()
-    if missing:
-        raise InputError(f"{folder}: damaged, config.json lacks {sorted(missing)}")
-    # Table 1 has two systems of each fusion, the frozen one first.
-    config["system"] = 2 * list(FUSIONS).index(config["fusion"]) + 2 - config["frozen"]
     return FinishedRun(folder, config, result, predictions)
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON file of a run. Raises InputError if it is damaged."""
-    try:
+    with reading(path, "Restore it from a copy"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise InputError(f"{path}: damaged, {problem}") from None
 
 
 def write_predictions(folder: Path, utterances: Corpus, log_probs: Tensor) -> None:
@@ -394,21 +398,6 @@ def write_predictions(folder: Path, utterances: Corpus, log_probs: Tensor) -> No
             csv.writer(file).writerows(rows)
 
 
-def read_predictions(path: Path) -> list[dict[str, str]]:
-    """Read predictions.csv. Raises InputError if it is damaged."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except (csv.Error, UnicodeDecodeError) as problem:
-        raise InputError(f"{path}: damaged, {problem}") from None
-    for row in rows:
-        if row.get("label") not in CLASSES or row.get("prediction") not in CLASSES:
-            raise InputError(f"{path}: damaged, no class in {row}")
-    if not rows:
-        raise InputError(f"{path}: damaged, it has no rows")
-    return rows
-
-
 def load_checkpoint(path: Path, run: dict) -> dict:
     """Load checkpoint.pt on the CPU.
 
@@ -416,23 +405,16 @@ def load_checkpoint(path: Path, run: dict) -> dict:
 
     Raises InputError if the file is damaged, or if its run is another one.
     """
-    problem = ""
-    try:
+    advice = "Restore it from a copy, or move it elsewhere to start this run again"
+    with reading(path, advice):
         # Careful: torch.load does not look at the checksums in the file.
-        with zipfile.ZipFile(path) as archive:
+        with ZipFile(path) as archive:
             if archive.testzip():
-                problem = "damaged"
+                raise ValueError("damaged")
         # With weights_only, a checkpoint cannot run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not problem and not state["run"].items() <= run.items():
-            problem = f"of the run {state['run']}"
-    except (zipfile.BadZipFile, KeyError, *LOADING_ERRORS):
-        problem = "damaged, or not written by train.py"
-    if problem:
-        raise InputError(
-            f"{path}: it is {problem}. Restore it from a copy, or move it elsewhere to "
-            "start this run again"
-        )
+        if not state["run"].items() <= run.items():
+            raise ValueError(f"it belongs to the run {state['run']}")
     return state
 
 
@@ -451,7 +433,7 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
             continue
         try:
             run = read_run(folder)
-        except (InputError, OSError) as problem:
+        except InputError as problem:
             problems.append(str(problem))
             continue
         key = tuple(run.config[name] for name in ("title", "system", "fold", "seed"))

@@ -228,7 +228,7 @@ def test_an_unfinished_run_is_listed_and_is_no_error(report, tmp_path):
     assert f"{folder}: not finished" in done.out
     (row,) = cells(done.out)
     assert row["folds"] == "1"
-    with pytest.raises(OSError, match="result.json"):
+    with pytest.raises(data.InputError, match="result.json"):
         evaluate.Recognizer(folder)
 
 
