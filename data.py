@@ -717,7 +717,7 @@ def describe(name: str, corpus: Corpus) -> str:
     return (
         f"{name}: {len(corpus)} utterances, {len(dialogs)} dialogues, {len(speakers)} "
         f"speakers\n{name}: the four classes: {', '.join(classes)}\n"
-        f"{name}: other emotions, which are only context: {dict(others)}"
+        f"{name}: other emotions, which are only context: {dict(others) or 'none'}"
     )
 
 
