@@ -305,7 +305,9 @@ class Recognizer:
         uses_text = "text" in self.upstreams
         if (wav is not None) != uses_audio or (text is not None) != uses_text:
             used = " and ".join(self.upstreams)
-            raise InputError(f"{self.run.folder} uses {used}: give exactly that")
+            raise InputError(
+                f"{self.run.folder} uses {used}. Give --wav or --text for it"
+            )
 
         # In training, data.batch gets the states from a Source. Here it gets them from
         # these two functions, which compute them for the turns of one dialogue.
