@@ -184,7 +184,8 @@ def format_table(title: str, rows: list[list[str]]) -> str:
     """Format rows of strings, the header first, as an aligned Markdown table."""
     widths = []
     for column in zip(*rows, strict=True):
-        widths.append(max(len(cell) for cell in column))
+        lengths = [len(cell) for cell in column]
+        widths.append(max(lengths))
     rule = ["-" * width for width in widths]
     text = f"{title}\n\n"
     for row in [rows[0], rule, *rows[1:]]:
@@ -353,7 +354,8 @@ def reading(path: Path | str, advice: str):
     try:
         yield
     except DAMAGE as problem:
-        reason = " ".join(str(problem).split()) or "damaged"
+        # Some libraries write reports of many lines.
+        reason = " ".join(str(problem).split())
         raise InputError(f"{path}: {reason:.300}. {advice}") from problem
 
 
@@ -371,8 +373,9 @@ def read_run(folder: Path) -> FinishedRun:
         keys = ("corpus", "fusion", "frozen", "fold", "seed")
         expected = {key: config[key] for key in keys}
         # Table 1 has two systems of each fusion, the frozen one first.
-        number = 2 * list(FUSIONS).index(config["fusion"]) + 2 - config["frozen"]
-    config["system"] = number
+        place = list(FUSIONS).index(config["fusion"])
+        config["system"] = 2 * place + 2 - config["frozen"]
+    # WA, UA and the confusion matrix must be those of the predictions.
     expected.update(metrics(truth, guesses))
     for key, value in expected.items():
         if result.get(key) != value:
@@ -395,6 +398,7 @@ def write_predictions(folder: Path, utterances: Corpus, log_probs: Tensor) -> No
         prediction = CLASSES[row.argmax()]
         probabilities = [f"{p:.6f}" for p in row.exp().tolist()]
         rows.append([u.id, u.speaker, CLASSES[u.label], prediction, *probabilities])
+    # The csv module ends the lines itself, so open() must not change them.
     with data.write_whole(folder / "predictions.csv") as part:
         with part.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
@@ -427,6 +431,7 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
     """
     runs = {}
     problems = []
+    # result.json is written last. A run without it is not finished.
     folders = {path.parent for path in root.rglob("log.jsonl")}
     folders |= {path.parent for path in root.rglob("result.json")}
     for folder in sorted(folders):
