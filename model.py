@@ -424,7 +424,7 @@ class Upstream(nn.Module):
         super().__init__()
         self.name = name
         self.modality = modality
-        self.precision = precision
+        self.bf16 = precision == "bf16"
         self.preprocessor, self.model = load_pretrained(name, modality)
         self.requires_grad_(False)
         self.eval()
@@ -474,8 +474,7 @@ class Upstream(nn.Module):
         mask = mask.long().to(device)  # (B, n)
         if len(inputs) == 1:
             mask = None  # without padding, the encoder is faster without a mask
-        bf16 = self.precision == "bf16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model(padded, attention_mask=mask, output_hidden_states=True)
         # PAPER-ERROR [E4]: §2.1 takes all states to avoid "information leakage". It
         # must mean information loss. State 0 is the output of the feature encoder, as
