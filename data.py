@@ -256,8 +256,7 @@ def load_wav(path: str | Path) -> Tensor:
     except (wave.Error, EOFError, RuntimeError) as problem:
         raise InputError(f"{path}: {problem!r}. {advice}") from None
     if (channels, width) != (1, 2) or len(samples) != 2 * n or n == 0:
-        found = f"{channels} channel(s), {8 * width} bits, {len(samples)} bytes for {n}"
-        raise InputError(f"{path}: {found} samples. {advice}")
+        raise InputError(f"{path}: {channels} channel(s) of {8 * width} bits. {advice}")
     # Resampling from a rate that has little in common with 16 kHz takes minutes.
     if not 4000 <= rate <= 192000 or math.gcd(rate, SAMPLE_RATE) < 25:
         raise InputError(f"{path}: an unusual rate of {rate} Hz. {advice}")
@@ -392,8 +391,7 @@ class Source:
         try:
             states = torch.from_numpy(np.load(self.files[row])).to(self.device)
         except (ValueError, EOFError) as problem:
-            advice = "Move it elsewhere, and the same command writes it again"
-            raise InputError(f"{self.files[row]}: {problem}. {advice}") from None
+            raise InputError(f"{self.files[row]}: {problem}. Move it away") from None
         if self.device == "cuda":
             room = torch.cuda.mem_get_info()[0] > GPU_RESERVE
         else:
@@ -428,7 +426,7 @@ class Source:
         return {name: p.detach() for name, p in parameters if p.requires_grad}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put in the parameters that state_dict() returned."""
+        """Load what state_dict() returned into the fine-tuned copy, if there is one."""
         if self.live is not None:
             self.live.load_state_dict(self.live.state_dict() | state)
 
@@ -449,8 +447,7 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     tokens = torch.cat(list(inputs.values()))
     unknown = tokens[tokens == upstream.preprocessor.unk_token_id]
     if len(unknown) > len(tokens) / 2:
-        advice = "Choose an encoder for the language of the corpus"
-        raise InputError(f"--bert {upstream.name}: it knows few of the words. {advice}")
+        raise InputError(f"--bert {upstream.name}: it knows few words of this corpus")
     return inputs
 
 
@@ -504,6 +501,7 @@ COLUMNS = {
     "id": (r".*", "a name"),
 }
 REQUIRED = set(COLUMNS) - {"wav", "start", "id"}
+# Plain names of emotions, and the abbreviations of IEMOCAP that replace them.
 PLAIN_NAMES = {
     "neutral": "neu",
     "calm": "neu",
@@ -531,12 +529,10 @@ def read_csv(path: str | Path) -> Corpus:
     problems = []
     sessions = {}  # of the speakers and dialogues so far
     try:
-        header = [name.strip().lower() for name in table.fieldnames or []]
-        repeated = len(set(header)) < len(header)
-        if repeated or not REQUIRED <= set(header) <= set(COLUMNS):
-            expected = ", ".join(COLUMNS)
-            raise InputError(f"{path}: line 1 has columns {header}, not {expected}")
-        table.fieldnames = header
+        names = [name.strip().lower() for name in table.fieldnames or []]
+        if len(set(names)) < len(names) or not REQUIRED <= set(names) <= set(COLUMNS):
+            raise InputError(f"{path}: line 1 has columns {names}, not {list(COLUMNS)}")
+        table.fieldnames = names
         for row in table:
             try:
                 utterance = read_row(row, path.parent, len(corpus))
@@ -547,8 +543,7 @@ def read_csv(path: str | Path) -> Corpus:
             except InputError as problem:
                 problems.append(f"{path}, line {table.line_num}: {problem}")
     except csv.Error as problem:
-        line = table.reader.line_num
-        raise InputError(f"{path}, line {line}: {problem}") from None
+        raise InputError(f"{path}, line {table.reader.line_num}: {problem}") from None
     if not corpus:
         problems.append(f"{path}: no utterance in it")
     if problems:

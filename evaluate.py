@@ -168,8 +168,8 @@ def table(name: str, runs: Runs, published: dict) -> str:
         if on_iemocap:
             row += [f"{paper_wa:.2f}", f"{paper_ua:.2f}"]
         rows.append(row)
-    title = runs[0].config["title"]
-    return format_table(f"{name}, {title}, in %: mean ± sd over folds", rows)
+    title = f"{name}, {runs[0].config['title']}, in %: mean ± sd over folds"
+    return format_table(title, rows)
 
 
 def grouped(runs: Runs, key: str) -> dict:
@@ -427,7 +427,7 @@ def load_checkpoint(path: Path, run: dict) -> dict:
 def find_runs(root: Path) -> tuple[Runs, list[str]]:
     """Find the finished runs in a folder, and the problems, one line per folder.
 
-    Prints a line for each run that is not finished. Raises InputError without any run.
+    Prints a line for each run that is not finished. Raises InputError if there is none.
     """
     runs = {}
     problems = []

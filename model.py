@@ -191,7 +191,7 @@ class SqueezeExcitation(nn.Module):
 class FeatureExtractor(nn.Module):
     """Fig. 2a without the upstream: calibrate, condense, "Project & Norm".
 
-    states (N, L, D), mask (B, T) -> X_A (B, T, d), zeros where the mask is False
+    states (N, L, D), mask (B, T) -> X_A, or the map of each text (B, T, d)
     """
 
     def __init__(self, n_layers: int, width: int, dim: int):
@@ -263,7 +263,7 @@ class TransformerBlock(nn.Module):
 
     With the target itself as source, and `residual`, this is the vanilla encoder block
     of reference [31]. With the other modality as source it is CMT (§2.2). `residual`
-    says whether the queries are added to the output of the attention [A7].
+    says whether x_t is added to the output of the attention [A7].
     """
 
     def __init__(self, dim: int, residual: bool):
@@ -443,9 +443,10 @@ class Upstream(nn.Module):
 
     def train(self, mode: bool = True) -> "Upstream":
         """Stay in evaluation mode, whatever the mode of the module around this one."""
-        # UNSPECIFIED [A12]: the upstreams' own dropout. The cache needs it off. We
-        # leave it off while fine-tuning. Another reading: switch it on then, as in the
-        # author's other code (tests/studies).
+        # UNSPECIFIED [A12]: the upstreams' own dropout. The cache needs it off, because
+        # it stores each state once and dropout is random. We also leave it off while
+        # fine-tuning, where nothing requires it. Another reading: switch it on then, as
+        # in the author's other code (tests/studies).
         return super().train(False)
 
     def prepare(self, raw: Tensor | str) -> Tensor:
@@ -630,8 +631,7 @@ def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
         bert.embeddings.word_embeddings.weight.data[row].normal_(generator=generator)
     bert.save_pretrained(folder / "text")
     numbers = {word: number for number, word in enumerate(vocabulary)}
-    tokenizer = transformers.BertTokenizer(vocab=numbers)
-    tokenizer.save_pretrained(folder / "text")
+    transformers.BertTokenizer(vocab=numbers).save_pretrained(folder / "text")
 
 
 def draw_weights(model: nn.Module) -> None:

@@ -165,7 +165,10 @@ def make_adamw(parameters: Iterable, rate: float, args: Namespace) -> AdamW:
 
 
 def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> AdamW:
-    """Unfreeze the bottom of the upstreams (§2.4). Returns a new optimizer."""
+    """Unfreeze what --open names, by default the bottom of the upstreams (§2.4).
+
+    Returns a new optimizer.
+    """
     parameters = list(model.parameters())
     for source in sources.values():
         parameters += source.open(args.open)
@@ -312,10 +315,10 @@ def require_finite(loss: float, where: str) -> None:
 
 
 def warn_of_dead_units(model: nn.Module) -> None:
-    """Warn if the ReLU of an S&E block passed no gradient in the last batch [A2]."""
+    """Warn if the ReLU of an S&E block passed no gradient in the last batch [D2]."""
     for name, parameter in model.named_parameters():
         if name.endswith("se.reduce.weight") and not parameter.grad.any():
-            print(f"warning: {name} had no gradient in the last batch: equal gates")
+            print(f"warning: {name} had no gradient. Are the gates always the same?")
 
 
 def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
@@ -351,21 +354,18 @@ def describe_run(args: Namespace, run: Run, corpus: Corpus, sources: Sources) ->
         "dropout": args.dropout,
         "cma_residual": args.cma_residual,
     }
-    upstreams = {}
-    checksums = {}
-    for modality, source in sources.items():
-        model[f"{modality}_layers"] = source.upstream.n_layers
-        model[f"{modality}_dim"] = source.upstream.dim
-        upstreams[modality] = source.upstream.name
-        checksums[modality] = source.upstream.checksum
+    upstreams = {modality: source.upstream for modality, source in sources.items()}
+    for modality, upstream in upstreams.items():
+        model[f"{modality}_layers"] = upstream.n_layers
+        model[f"{modality}_dim"] = upstream.dim
     return {
         **asdict(run),
         "title": ", ".join([run.corpus, *args.changed]),
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "model": model,
         "corpus_checksum": data.checksum(corpus),
-        "weights_checksums": checksums,
-        "upstreams": upstreams,
+        "weights_checksums": {m: upstreams[m].checksum for m in upstreams},
+        "upstreams": {m: upstreams[m].name for m in upstreams},
     }
 
 
@@ -461,8 +461,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--wavlm", default="microsoft/wavlm-large", help="a name, or a folder")
     add("--bert", default="bert-base-uncased", help="a name, or a folder [A15]")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of upstreams")
-    levels = ["nothing", "bottom", "all"]
-    add("--open", default="bottom", choices=levels, help="what is fine-tuned (§2.4)")
+    add("--open", default="bottom", choices=["nothing", "bottom", "all"], help="§2.4")
     # the constants of §3.2, and one open point
     add("--lr-frozen", type=float, default=1e-3, help="learning rate at first")
     add("--lr-finetune", type=float, default=1e-5, help="learning rate, fine-tuning")
@@ -473,7 +472,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--finetune-after", type=positive, default=5, help="epochs without a decrease")
     add("--stop-after", type=positive, default=10, help="epochs without a decrease")
     add("--max-epochs", type=positive, help="a cap, the paper has none [A15]")
-    add("--cma-residual", action="store_true", help="add the queries in CMT [A7]")
+    add("--cma-residual", action="store_true", help="add the target in CMT [A7]")
     return parser
 
 
