@@ -28,7 +28,7 @@ def write_run(root, system, fold, seed, rows, corpus="toy", settings="", log=())
     run |= {"fold": fold, "seed": seed}
     folder = root / f"{system}{settings}" / f"fold{fold}-seed{seed}"
     folder.mkdir(parents=True)
-    config = {**run, "system": system, "title": corpus + settings, "settings": {}}
+    config = {**run, "title": corpus + settings, "settings": {}}
     config |= {"model": {}, "weights_checksums": {}, "upstreams": {}}
     _, truth, guesses = zip(*rows, strict=True)
     result = {**run, **metrics(truth, guesses), "n_test": len(rows), "loss": 1.0}
