@@ -1,9 +1,10 @@
-"""What the tests share: a writer of small corpora, and tiny upstreams.
+"""What the tests share: writers of corpora and of runs, and tiny upstreams.
 
-The writer knows nothing of the code under test. Tests marked slow are left out unless
+The writers know nothing of the code under test. Tests marked slow are left out unless
 they are asked for: python -m pytest -m slow.
 """
 
+import json
 import math
 import struct
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # The models are tiny, so a second thread costs more than it gives.
 torch.set_num_threads(1)
+CLASSES = ["neu", "hap", "ang", "sad"]
 
 
 def pytest_configure(config):
@@ -23,6 +25,15 @@ def pytest_configure(config):
     # pytest shows this warning of WavLM's attention, although model.py switches it off.
     warning = "ignore:Support for mismatched key_padding_mask"
     config.addinivalue_line("filterwarnings", warning)
+    if config.option.verbose == 0:
+        config.option.no_header = True
+
+
+def pytest_report_teststatus(report):
+    """Print one line for each file, and letters only for what did not pass."""
+    if report.when == "call" and report.passed:
+        return "passed", "", "PASSED"
+    return None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -75,6 +86,71 @@ def write_dialog(root, dialog, turns, rate=16000, with_wavs=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return session
+
+
+def neutral(right, n=8, fold=5, dialogs=1):
+    """Make rows for write_run: n neutral ones, the first right, the others "sad"."""
+    rows = []
+    for i in range(n):
+        name = f"Ses0{fold}F_impro{1 + i * dialogs // n:02}_F{i:03}"
+        rows.append((name, 0, 0 if i < right else 3))
+    return rows
+
+
+def write_run(
+    folder,
+    corpus="toy",
+    fusion="mmt",
+    frozen=False,
+    fold=5,
+    seed=0,
+    rows=None,
+    **changes,
+):
+    """Write a finished run to a folder, all its files but the checkpoint, by hand.
+
+    rows      (utterance, label, prediction), classes by number. By default six of eight
+              neutral utterances are right, and the others are taken for sad.
+    changes   other values for config.json or result.json, for example title="toy, x=1",
+              and log=[...], one dict per epoch
+
+    Returns the folder.
+    """
+    rows = rows or neutral(6, fold=fold)
+    log = changes.pop("log", [])
+    confusion = [[0] * 4 for _ in range(4)]
+    table = "utterance,speaker,label,prediction,neu,hap,ang,sad\n"
+    for name, label, guess in rows:
+        confusion[label][guess] += 1
+        speaker = name[:5] + name.rpartition("_")[2][0]
+        table += f"{name},{speaker},{CLASSES[label]},{CLASSES[guess]},.4,.2,.2,.2\n"
+    recalls = 0
+    for label, counts in enumerate(confusion):
+        recalls += counts[label] / max(1, sum(counts))
+    n_classes = sum(map(any, confusion))
+
+    run = {"corpus": corpus, "fusion": fusion, "frozen": frozen}
+    run |= {"fold": fold, "seed": seed}
+    config = {**run, "title": corpus, "settings": {"precision": "fp32"}, "model": {}}
+    config |= {"corpus_checksum": "0", "weights_checksums": {}, "upstreams": {}}
+    right = sum(confusion[k][k] for k in range(4))
+    result = {**run, "wa": right / len(rows), "ua": recalls / n_classes, "loss": 1.0}
+    result |= {"confusion": confusion, "epochs": len(log), "finetune_epoch": None}
+    result |= {"dev_speaker": "Ses01F", "n_train": 1, "n_dev": 1, "n_test": len(rows)}
+    result |= {"seconds": 1.0}
+    for row in log:
+        if row["event"] == "finetune":
+            result["finetune_epoch"] = row["epoch"]
+    for content in (config, result):
+        content |= {key: changes[key] for key in content.keys() & changes.keys()}
+    assert changes.keys() <= config.keys() | result.keys()
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "predictions.csv").write_text(table)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    return folder
 
 
 WORDS = {

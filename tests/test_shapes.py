@@ -7,6 +7,9 @@ the paper that it checks. The batch has two utterances: clips of 5 s, and nine t
 20 word pieces each. All numbers in it are zero, because only shapes matter here.
 """
 
+import copy
+import inspect
+
 import pytest
 import torch
 
@@ -19,24 +22,17 @@ TEXT = torch.zeros(B * 9 * TOKENS, 13, 768), torch.ones(B, 9, TOKENS, dtype=torc
 
 # The parameters of each block, by hand. A Linear(n, m) has n * m weights and m biases,
 # and a LayerNorm(n) has n gains and n biases.
-PARAMETERS = {
-    "S&E of 25 layers": (25 * 1 + 1) + (1 * 25 + 25),
-    "S&E of 13 layers": (13 * 1 + 1) + (1 * 13 + 13),
-    "Project & Norm of 1024": (1024 * 16 + 16) + (16 + 16),
-    "Project & Norm of 768": (768 * 16 + 16) + (16 + 16),
-    "Conv2D": 9 * 3 * 3 + 1,
-    "W_Q, W_K and W_V": 3 * 16 * 16,
-    "Feed-forward": (16 * 64 + 64) + (64 * 16 + 16),
-    "Two LayerNorms": 2 * (16 + 16),
-    "MLP on one path": (16 * 16 + 16) + (16 * 4 + 4),
-    "MLP on two paths": (32 * 16 + 16) + (16 * 4 + 4),
-}
-X_A = PARAMETERS["S&E of 25 layers"] + PARAMETERS["Project & Norm of 1024"]
-X_T = PARAMETERS["S&E of 13 layers"] + PARAMETERS["Project & Norm of 768"]
-X_T += PARAMETERS["Conv2D"]
-BLOCK = PARAMETERS["W_Q, W_K and W_V"] + PARAMETERS["Feed-forward"]
-BLOCK += PARAMETERS["Two LayerNorms"]
-MLP_1, MLP_2 = PARAMETERS["MLP on one path"], PARAMETERS["MLP on two paths"]
+SE_25 = (25 * 1 + 1) + (1 * 25 + 25)
+SE_13 = (13 * 1 + 1) + (1 * 13 + 13)
+PROJECT_1024 = (1024 * 16 + 16) + (16 + 16)
+PROJECT_768 = (768 * 16 + 16) + (16 + 16)
+CONV2D = 9 * 3 * 3 + 1
+X_A = SE_25 + PROJECT_1024
+X_T = SE_13 + PROJECT_768 + CONV2D
+FEED_FORWARD = (16 * 64 + 64) + (64 * 16 + 16)
+BLOCK = 3 * 16 * 16 + FEED_FORWARD + 2 * (16 + 16)  # W_Q, W_K, W_V; two LayerNorms
+MLP_1 = (16 * 16 + 16) + (16 * 4 + 4)  # on one path
+MLP_2 = (32 * 16 + 16) + (16 * 4 + 4)  # on two paths
 
 
 def count(module):
@@ -72,30 +68,27 @@ def test_2_1_bert_gives_13_layers_of_768_features_for_each_token():
     assert {tuple(x.shape) for x in output.hidden_states} == {(1, TOKENS, 768)}
 
 
-@pytest.mark.parametrize("n_layers, batch", [(25, AUDIO), (13, TEXT)])
-def test_2_1_squeeze_and_excitation_gives_one_gate_for_each_layer(n_layers, batch):
+@pytest.mark.parametrize(
+    ("n_layers", "batch", "parameters"), [(25, AUDIO, SE_25), (13, TEXT, SE_13)]
+)
+def test_2_1_squeeze_and_excitation_gives_one_gate_for_each_layer(
+    n_layers, batch, parameters
+):
     """§2.1: "to calibrate layer-wise feature responses adaptively, where the reduction
     ratio is simply the number of layers". So the bottleneck has one unit [A2]."""
     states, mask = batch
     mask = mask.flatten(0, -2)  # each text of a window has its own gates
     se = model.SqueezeExcitation(n_layers)
     assert se(states, mask).shape == (len(mask), n_layers)
-    assert count(se) == PARAMETERS[f"S&E of {n_layers} layers"]
-
-
-@pytest.mark.parametrize("n_layers, width", [(25, 1024), (13, 768)])
-def test_2_1_project_and_norm_leaves_16_features(n_layers, width):
-    """§2.1: "we project the calibrated features into the dimension of 16". The layers
-    are summed before [A1], and the projector is one matrix and a LayerNorm [A3]."""
-    extractor = model.FeatureExtractor(n_layers, width, 16)
-    found = count(extractor.linear) + count(extractor.norm)
-    assert found == PARAMETERS[f"Project & Norm of {width}"]
+    assert count(se) == parameters
 
 
 def test_2_1_fig_2a_x_a_is_a_sequence_of_16_features():
-    """§2.1: "map audio and text modalities into the same dimensional space"."""
+    """§2.1: "we project the calibrated features into the dimension of 16". The layers
+    are summed before [A1], and the projector is one matrix and a LayerNorm [A3]."""
     extractor = model.FeatureExtractor(25, 1024, 16)
     assert extractor(*AUDIO).shape == (B, FRAMES, 16)
+    assert count(extractor.linear) + count(extractor.norm) == PROJECT_1024
     assert count(extractor) == X_A
 
 
@@ -104,10 +97,9 @@ def test_2_1_fig_2b_conv2d_makes_one_map_of_nine_texts():
     layer with the stride of 1 and kernel size of 3" [A4]."""
     extractor = model.TextFeatureExtractor(13, 768, 16, n_context=9)
     x_t, mask = extractor(*TEXT)
-    assert x_t.shape == (B, TOKENS, 16)
-    assert mask.shape == (B, TOKENS)
-    assert count(extractor.conv) == PARAMETERS["Conv2D"]
-    assert count(extractor) == X_T
+    assert x_t.shape == (B, TOKENS, 16) and mask.shape == (B, TOKENS)
+    assert count(extractor.each_text) == SE_13 + PROJECT_768
+    assert count(extractor.conv) == CONV2D
 
 
 # --- §2.2 Cross-modal fusion ----------------------------------------------------------
@@ -120,8 +112,7 @@ def test_2_2_equation_1_gives_each_target_step_a_mean_of_the_source():
     x_t, x_s = torch.zeros(B, TOKENS, d_t), torch.zeros(B, FRAMES, d_s)
     matrices = torch.zeros(d_t, d_k), torch.zeros(d_s, d_k), torch.zeros(d_s, d_v)
     out, weights = model.cross_modal_attention(x_t, x_s, *matrices, AUDIO[1])
-    assert out.shape == (B, TOKENS, d_v)
-    assert weights.shape == (B, TOKENS, FRAMES)
+    assert out.shape == (B, TOKENS, d_v) and weights.shape == (B, TOKENS, FRAMES)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -144,7 +135,7 @@ def test_2_2_average_time_pooling_leaves_no_time():
 
 
 @pytest.mark.parametrize(
-    "fusion, paths, parameters",
+    ("fusion", "paths", "parameters"),
     [
         ("audio-fc", 1, X_A + MLP_1),  # Sys. 1, 2: 16,848
         ("audio-te", 1, X_A + BLOCK + MLP_1),  # Sys. 3, 4: 19,808
@@ -168,14 +159,14 @@ def test_2_3_fig_1_a_system_gives_4_logits(fusion, paths, parameters):
     assert count(recognizer) == parameters
 
 
-# --- What must not flow: padding, and the other utterances of the batch ---------------
+# --- What must not flow: padding, other utterances of the batch, later layers ---------
 
 # Two utterances: clips of 5 and 7 frames, and nine texts of 4 and of 6 word pieces.
 AUDIO_MASK = torch.arange(7) < torch.tensor([[5], [7]])  # (2, 7)
 TEXT_MASK = torch.arange(6) < torch.tensor([[4], [6]])  # (2, 6)
 TEXTS_MASK = TEXT_MASK.unsqueeze(1).repeat(1, 9, 1)  # (2, 9, 6)
 
-# Inputs of blocks: their shape, and the real steps of the first utterance.
+# Inputs of blocks by name: their shape, and the real steps of the first utterance.
 FIRST = torch.tensor([[True], [False]])
 INPUTS = {
     "audio": ((12, 25, 1024), AUDIO_MASK.nonzero()[:, 0] == 0),
@@ -185,47 +176,52 @@ INPUTS = {
 }
 
 torch.manual_seed(0)
-CMT = model.TransformerBlock(16, residual=False)
-TRANSFORMER = model.TransformerBlock(16, residual=True)
-MMT = EmotionRecognizer(Config())
+SE = model.SqueezeExcitation(25)
+FIG_2A = model.FeatureExtractor(25, 1024, 16)
+FIG_2B = model.TextFeatureExtractor(13, 768, 16, 9)
+CMT = model.TransformerBlock(16, residual=False).eval()
+TE = model.TransformerBlock(16, residual=True).eval()
+MMT = EmotionRecognizer(Config()).eval()
 BLOCKS = {
-    "2.1 S&E": (model.SqueezeExcitation(25), "audio", AUDIO_MASK),
-    "2.1 X_A": (model.FeatureExtractor(25, 1024, 16), "audio", AUDIO_MASK),
-    "2.1 X_T": (model.TextFeatureExtractor(13, 768, 16, 9), "text", TEXTS_MASK),
-    "2.2 Eq. (1) A to T": (CMT.attend, "x_t", "x_a", AUDIO_MASK),
-    "2.2 CMT A to T": (CMT.eval(), "x_t", "x_a", AUDIO_MASK),
-    "2.2 CMT T to A": (CMT.eval(), "x_a", "x_t", TEXT_MASK),
-    "2.2 Transformer": (TRANSFORMER.eval(), "x_a", "x_a", AUDIO_MASK),
-    "2.2 time pooling": (model.masked_mean, "x_a", AUDIO_MASK),
-    "Fig. 1 MMT": (MMT.eval(), ("audio", AUDIO_MASK), ("text", TEXTS_MASK)),
+    "2.1 S&E": lambda audio: SE(audio, AUDIO_MASK),
+    "2.1 X_A": lambda audio: FIG_2A(audio, AUDIO_MASK)[:, :5],
+    "2.1 X_T": lambda text: FIG_2B(text, TEXTS_MASK)[0][:, :4],
+    "2.2 Eq. (1) A to T": lambda x_t, x_a: CMT.attend(x_t, x_a, AUDIO_MASK)[0][:, :4],
+    "2.2 CMT A to T": lambda x_t, x_a: CMT(x_t, x_a, AUDIO_MASK)[:, :4],
+    "2.2 CMT T to A": lambda x_a, x_t: CMT(x_a, x_t, TEXT_MASK)[:, :5],
+    "2.2 Transformer": lambda x_a: TE(x_a, x_a, AUDIO_MASK)[:, :5],
+    "2.2 time pooling": lambda x_a: model.masked_mean(x_a, AUDIO_MASK),
+    "Fig. 1 MMT": lambda audio, text: MMT((audio, AUDIO_MASK), (text, TEXTS_MASK)),
 }
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_an_utterance_sees_its_own_real_steps_and_nothing_else(block):
     """Fig. 2 has an arrow "padding mask", because §2.2 has "variant time lengths". The
-    gradient of an output shows all that it depends on."""
-    function, *arguments = BLOCKS[block]
+    gradient of the first utterance's output shows all that it depends on."""
     leaves = {}
-
-    def fill_in(argument):
-        if isinstance(argument, tuple):
-            return tuple(fill_in(one) for one in argument)
-        if isinstance(argument, str):
-            if argument not in leaves:
-                leaves[argument] = torch.randn(INPUTS[argument][0], requires_grad=True)
-            return leaves[argument]
-        return argument
-
-    output = function(*[fill_in(argument) for argument in arguments])
-    if isinstance(output, tuple):
-        output = output[0]  # Eq. (1) returns its weights, too, and X_T its mask
-    output = output[0]  # the first utterance
-    if output.ndim == 2:
-        real_steps = {7: 5, 6: 4}[len(output)]
-        output = output[:real_steps]
+    for name in inspect.signature(BLOCKS[block]).parameters:
+        leaves[name] = torch.randn(INPUTS[name][0], requires_grad=True)
+    output = BLOCKS[block](**leaves)[0]
     (output * torch.randn(output.shape)).sum().backward()
     for name, x in leaves.items():
         own = INPUTS[name][1]
         touched = (x.grad != 0).flatten(own.ndim).any(dim=-1)
-        assert torch.equal(touched, own), name
+        assert torch.equal(touched, own), f"{block} sees padding or a batch mate"
+
+
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_2_1_a_layer_state_sees_the_layers_before_it_and_no_later_one(modality, tiny):
+    """§2.1: all layers are taken "to avoid information leakage" [E4]. State 0 is what
+    the first Transformer layer gets, so it depends on none of them."""
+    upstream = copy.deepcopy(tiny[modality])
+    upstream.open("all")
+    raw = {"audio": torch.randn(800), "text": "i hate it"}[modality]
+    states = upstream([upstream.prepare(raw)])[0]  # (T, 2, 48)
+    layer = {"audio": "encoder.layers.0", "text": "encoder.layer.0"}[modality]
+    for k, passed in ((0, False), (1, True)):
+        upstream.zero_grad()
+        states[:, k].pow(3).sum().backward(retain_graph=True)
+        weights = upstream.model.get_submodule(layer).parameters()
+        sees = any(p.grad is not None and p.grad.any() for p in weights)
+        assert sees == passed, f"state {k} has or has not passed layer 1"
