@@ -41,16 +41,8 @@ SESSIONS = {
     5: (2170, 299, 731),
 }
 OTHERS = {"xxx": 2507, "fru": 1849, "sur": 107, "fea": 40, "oth": 3, "dis": 2}
+PITCHES = {"neu": 200, "hap": 800, "exc": 800, "ang": 400, "sad": 100}  # Hz
 
-# An emotion of the four classes has a pitch in Hz, and a word that names it.
-VOICES = {"neu": 200, "hap": 800, "exc": 800, "ang": 400, "sad": 100}
-KEYWORDS = {
-    "neu": "table",
-    "hap": "lovely",
-    "exc": "lovely",
-    "ang": "hate",
-    "sad": "lost",
-}
 FILLERS = (
     "well you know i think that it was the one we had there and so he said".split()
 )
@@ -64,12 +56,49 @@ def write_replica(root: Path, shorten: float = 1.0) -> None:
     root.mkdir(parents=True)
     (root / "toy.json").write_text("{}\n")
     rng = np.random.default_rng(9)
-    others = list(rng.permutation(np.repeat(list(OTHERS), list(OTHERS.values()))))
-    dialogs = []
-    for session in SESSIONS:
-        dialogs += plan_session(session, others, rng)
+    dialogs = plan_release(rng).items()
     for number, (dialog, turns) in enumerate(tqdm(dialogs, leave=False, disable=None)):
         write_dialog(root, number, dialog, turns, shorten, rng)
+
+
+def plan_release(rng) -> dict[str, list[tuple[str, str]]]:
+    """Deal out all turns: {dialogue: [(letter of who speaks, emotion), ...]}."""
+    others = np.repeat(list(OTHERS), list(OTHERS.values()))
+    rng.shuffle(others)
+    plan = {}
+    for session, (total, excited, improvised) in SESSIONS.items():
+        targets = []
+        for letter in "FM":
+            counts = SPEAKERS[f"{session}{letter}"]
+            for emotion, count in zip(
+                ("ang", "hap", "sad", "neu"), counts, strict=True
+            ):
+                targets += [(letter, emotion)] * count
+        n_others = total - len(targets)
+        rest = [(rng.choice(["F", "M"]), other) for other in others[:n_others]]
+        others = others[n_others:]
+        order = rng.permutation(len(targets))
+        targets = [targets[i] for i in order]
+        happy = [i for i, (_, emotion) in enumerate(targets) if emotion == "hap"]
+        for i in happy[:excited]:
+            targets[i] = (targets[i][0], "exc")
+
+        cut = n_others * improvised // len(targets)
+        names = dialog_names(session)
+        impro = [name for name in names if "impro" in name]
+        script = [name for name in names if "script" in name]
+        plan |= deal(impro, targets[:improvised] + rest[:cut], rng)
+        plan |= deal(script, targets[improvised:] + rest[cut:], rng)
+    return plan
+
+
+def deal(names: list[str], turns: list, rng) -> dict[str, list]:
+    """Deal turns out to dialogues, in random order."""
+    order = rng.permutation(len(turns))
+    dialogs = {}
+    for name, part in zip(names, np.array_split(order, len(names)), strict=True):
+        dialogs[name] = [turns[i] for i in part]
+    return dialogs
 
 
 def dialog_names(session: int) -> list[str]:
@@ -85,48 +114,6 @@ def dialog_names(session: int) -> list[str]:
             acts.append("script01_1b")
         names += [f"Ses0{session}{letter}_{act}" for act in acts]
     return names
-
-
-def plan_session(session: int, others: list[str], rng) -> list[tuple[str, list]]:
-    """Deal out the turns of a session: [(dialogue, [(letter, label), ...]), ...].
-
-    The letter says who speaks. Labels beyond the four classes are taken from the end of
-    `others`.
-    """
-    total, excited, improvised = SESSIONS[session]
-    targets = []
-    for letter in "FM":
-        counts = SPEAKERS[f"{session}{letter}"]
-        for emotion, count in zip(("ang", "hap", "sad", "neu"), counts, strict=True):
-            targets += [(letter, emotion)] * count
-    rng.shuffle(targets)
-    targets = [(str(letter), str(emotion)) for letter, emotion in targets]
-    happy = [i for i, (_, emotion) in enumerate(targets) if emotion == "hap"]
-    for i in happy[:excited]:
-        targets[i] = (targets[i][0], "exc")
-    rest = []
-    for _ in range(total - len(targets)):
-        rest.append((str(rng.choice(["F", "M"])), str(others.pop())))
-
-    cut = len(rest) * improvised // len(targets)
-    dialogs = []
-    for kind, turns in (
-        ("impro", targets[:improvised] + rest[:cut]),
-        ("script", targets[improvised:] + rest[cut:]),
-    ):
-        # Runs of turns of the same emotion, so an emotion tends to stay.
-        turns.sort(key=lambda turn: turn[1])
-        runs = [turns[i : i + 4] for i in range(0, len(turns), 4)]
-        turns = [turn for i in rng.permutation(len(runs)) for turn in runs[i]]
-        # Dialogues have different lengths, of 24 turns or more.
-        names = [name for name in dialog_names(session) if kind in name]
-        shares = rng.uniform(0.5, 1.5, len(names)).cumsum()
-        free = len(turns) - 24 * len(names)
-        ends = np.round(shares / shares[-1] * free).astype(int)
-        ends += 24 * np.arange(1, len(names) + 1)
-        for name, first, end in zip(names, [0, *ends[:-1]], ends, strict=True):
-            dialogs.append((name, turns[first:end]))
-    return dialogs
 
 
 def write_dialog(root: Path, number: int, dialog: str, turns, shorten, rng) -> None:
@@ -180,7 +167,7 @@ def write_dialog(root: Path, number: int, dialog: str, turns, shorten, rng) -> N
 
 def write_tone(path: Path, emotion: str, n: int, rng) -> None:
     """Write n samples of a tone. Above 0.2 s it begins with 50 ms of silence."""
-    pitch = VOICES.get(emotion, 300)
+    pitch = PITCHES.get(emotion, 300)
     tone = np.sin(2 * np.pi * pitch * np.arange(n) / RATE)
     samples = rng.uniform(1000, 10000) * tone + rng.standard_normal(n)
     if n > 3200:
@@ -199,8 +186,8 @@ def make_sentence(emotion: str, scripted: bool, rng) -> str:
         return "[LAUGHTER]"
     n = int(np.clip(rng.lognormal(np.log(8), 0.85), 1, 98))
     words = list(rng.choice(FILLERS, n))
-    if rng.random() < 0.35 and emotion in KEYWORDS:
-        words[n // 2] = KEYWORDS[emotion]
+    if rng.random() < 0.35:
+        words[n // 2] = emotion
     return " ".join(words).capitalize() + "."
 
 

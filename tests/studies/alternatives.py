@@ -19,7 +19,6 @@ compare it with a run of the four files:
 Do not use evaluate.py recognize on these runs. It has the model of the four files.
 """
 
-import argparse
 import difflib
 import subprocess
 import sys
@@ -174,12 +173,10 @@ data.py
 
 [A15] The classifier is one linear layer.
 model.py
-- self.classifier = nn.Sequential(
--     nn.Linear(dim * len(self.fusion.paths), dim),
--     nn.ReLU(),
--     nn.Linear(dim, config.n_classes),
-- )
-+ self.classifier = nn.Linear(dim * len(self.fusion.paths), config.n_classes)
+- nn.Linear(dim * len(self.fusion.paths), dim),
+- nn.ReLU(),
+- nn.Linear(dim, config.n_classes),
++ nn.Linear(dim * len(self.fusion.paths), config.n_classes),
 
 [A16] Dropout stands before the projector, not between the modules.
 model.py
@@ -233,23 +230,22 @@ model.py
 """
 
 # What every patched copy gets, so that no report mixes its runs with others.
-MARK = ("train.py", "args.changed = []", 'args.changed = ["alternative=NAME"]')
+MARK = ["train.py", "args.changed = []", 'args.changed = ["alternative=NAME"]']
 
 
 @dataclass
 class Patch:
-    """One alternative: what it is, and its replacements (file, old text, new text)."""
+    """One alternative: what it is, and its replacements [file, old text, new text]."""
 
     sentence: str
     edits: list[list[str]] = field(default_factory=list)
 
 
-def read_patches(text: str) -> dict[str, Patch]:
+def read_patches() -> dict[str, Patch]:
     """Read the text of PATCHES. Returns the patches by name."""
     patches = {}
-    file = ""
     before = ""
-    for line in text.splitlines():
+    for line in PATCHES.splitlines():
         kind, _, content = line.partition(" ")
         if kind.startswith("["):
             patch = Patch(content)
@@ -266,10 +262,25 @@ def read_patches(text: str) -> dict[str, Patch]:
     return patches
 
 
+def apply(names: list[str]) -> dict[str, str]:
+    """Apply patches, one after another. Returns the texts of the four files, by name.
+
+    Raises InputError if a patch has no edits, or does not fit.
+    """
+    patches = read_patches()
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+    for name in names:
+        if not patches[name].edits:
+            raise InputError(f"{name} needs no patch. {patches[name].sentence}")
+        for file, old, new in patches[name].edits:
+            edit(texts, name, file, old, new)
+    return texts
+
+
 def edit(texts: dict[str, str], name: str, file: str, old: str, new: str) -> None:
     """Replace `old` in the text of a file. Raises InputError if that is not unique."""
-    first = old.split("\n")[0]
-    line = texts[file].partition(first)[0].split("\n")[-1]
+    # All lines are indented as the line that has the first of them.
+    line = texts[file].partition(old.split("\n")[0])[0].split("\n")[-1]
     indentation = "\n" + line[: len(line) - len(line.lstrip())]
     old = old.replace("\n", indentation)
     if texts[file].count(old) != 1:
@@ -281,43 +292,24 @@ def edit(texts: dict[str, str], name: str, file: str, old: str, new: str) -> Non
     texts[file] = texts[file].replace(old, new)
 
 
-def apply(names: list[str]) -> dict[str, str]:
-    """Apply patches, one after another. Returns the texts of the four files, by name.
-
-    Raises InputError if a patch has no edits, or does not fit.
-    """
-    patches = read_patches(PATCHES)
-    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+def show(names: list[str]) -> None:
+    """Print what patches are and which lines they change."""
     for name in names:
-        if not patches[name].edits:
-            raise InputError(f"{name} needs no patch. {patches[name].sentence}")
-        for file, old, new in patches[name].edits:
-            edit(texts, name, file, old, new)
-    return texts
+        print(f"{name}: {read_patches()[name].sentence}")
+    for file, text in apply(names).items():
+        before = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        after = text.splitlines()
+        for line in difflib.unified_diff(before, after, file, file, n=0, lineterm=""):
+            print(line)
 
 
 def write_copy(names: list[str], folder: Path) -> None:
     """Write the four files with patches into a folder. Their runs are marked."""
     texts = apply(names)
-    name = ",".join(names)
     file, old, new = MARK
-    edit(texts, name, file, old, new.replace("NAME", name))
+    edit(texts, "MARK", file, old, new.replace("NAME", ",".join(names)))
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
-
-
-def show(names: list[str]) -> None:
-    """Print what patches are and which lines they change."""
-    patches = read_patches(PATCHES)
-    for name in names:
-        print(f"{name}: {patches[name].sentence}")
-    for file, text in apply(names).items():
-        before = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        lines = difflib.unified_diff(
-            before, text.splitlines(), file, file, n=0, lineterm=""
-        )
-        for line in lines:
-            print(line)
 
 
 def train(names: list[str], flags: list[str]) -> None:
@@ -327,39 +319,28 @@ def train(names: list[str], flags: list[str]) -> None:
         command = [sys.executable, str(Path(folder) / "train.py")]
         out = ["--out", f"runs-{','.join(names)}"]
         finished = subprocess.run([*command, *out, *flags])
-    if finished.returncode:
-        sys.exit(finished.returncode)
+    sys.exit(finished.returncode)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    if arguments is None:
-        arguments = sys.argv[1:]
-    flags = None
-    if "--" in arguments:
-        position = arguments.index("--")
-        flags = arguments[position + 1 :]
-        arguments = arguments[:position]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "names", nargs="?", metavar="A5,A9", help="leave out: list them"
-    )
-    names = parser.parse_args(arguments).names
-    patches = read_patches(PATCHES)
-    if names is None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    patches = read_patches()
+    if not arguments:
         for name, patch in patches.items():
             print(f"{name:9} {patch.sentence}")
         return
-    unknown = set(names.split(",")) - patches.keys()
-    if unknown:
-        raise InputError(
-            f"{', '.join(sorted(unknown))}: unknown. There are {', '.join(patches)}"
-        )
+    chosen = arguments[0].split(",")
+    for name in chosen:
+        if name not in patches:
+            raise InputError(f"{name}: unknown. There are {', '.join(patches)}")
     # In one order, so that A9,A5 is the same as A5,A9.
-    names = [name for name in patches if name in names.split(",")]
-    if flags is None:
+    names = [name for name in patches if name in chosen]
+    if len(arguments) == 1:
         show(names)
+    elif arguments[1] == "--":
+        train(names, arguments[2:])
     else:
-        train(names, flags)
+        raise InputError("write -- before the flags of train.py")
 
 
 if __name__ == "__main__":

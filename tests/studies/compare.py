@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 from data import CLASSES, InputError, run_command
-from evaluate import TABLE_1, FinishedRun, confusion_matrix, find_runs, format_table
+from evaluate import TABLE_1, FinishedRun, find_runs, format_table
 
 METRICS = ("wa", "ua")
 DRAWS = 2000
@@ -91,32 +91,30 @@ def bootstrap(counts_a: np.ndarray, counts_b: np.ndarray) -> np.ndarray:
     return np.percentile(differences, [2.5, 97.5], axis=0)
 
 
-# --- The pairs ------------------------------------------------------------------------
+# --- The pairs and the report ---------------------------------------------------------
 
 Pair = tuple[FinishedRun, FinishedRun]
 
 
-def name(run: FinishedRun) -> str:
-    system = run.config["system"]
-    return f"Sys. {system} ({TABLE_1[system][0]}), {run.config['title']}"
-
-
-def fold_and_seed(run: FinishedRun) -> tuple[int, int]:
-    return run.config["fold"], run.config["seed"]
+def name(runs: list[FinishedRun], letter: str) -> str:
+    """Name the system of some runs. Raises InputError if they are a mixture."""
+    names = set()
+    for run in runs:
+        system = run.config["system"]
+        names.add(f"Sys. {system} ({TABLE_1[system][0]}), {run.config['title']}")
+    if len(names) != 1:
+        raise InputError(
+            f"{letter} needs the finished runs of one system, and has {sorted(names)}"
+        )
+    return names.pop()
 
 
 def find_pairs(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> list[Pair]:
     """Pair the runs of two systems by fold and seed, in this order.
 
-    Raises InputError if A or B is a mixture of systems or settings, if there is no
-    pair, or if the two runs of a pair were tested on different utterances.
+    Raises InputError if there is no pair, or if the two runs of a pair were tested on
+    different utterances.
     """
-    for letter, runs in (("A", runs_a), ("B", runs_b)):
-        names = sorted({name(run) for run in runs})
-        if len(names) != 1:
-            raise InputError(
-                f"{letter} needs the finished runs of one system, and has {names}"
-            )
     partners = {fold_and_seed(run): run for run in runs_b}
     pairs = []
     for a in sorted(runs_a, key=fold_and_seed):
@@ -131,109 +129,90 @@ def find_pairs(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> list[Pai
     return pairs
 
 
+def fold_and_seed(run: FinishedRun) -> tuple[int, int]:
+    return run.config["fold"], run.config["seed"]
+
+
 def tested_on(run: FinishedRun) -> list[tuple[str, str]]:
     return [(row["utterance"], row["label"]) for row in run.predictions]
 
 
-# --- The report -----------------------------------------------------------------------
-
-
-def compare(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> str:
-    """Compare two systems. Raises InputError if they cannot be compared."""
-    pairs = find_pairs(runs_a, runs_b)
-    a, b = pairs[0]
-    corpora = " and ".join(sorted({a.config["corpus"], b.config["corpus"]}))
-    return "\n".join(
-        [
-            f"A: {name(a)}",
-            f"B: {name(b)}\n",
-            describe_differences(corpora, pairs),
-            describe_tests(corpora, pairs),
-        ]
-    )
-
-
-def describe_differences(corpora: str, pairs: list[Pair]) -> str:
+def describe_differences(corpus: str, pairs: list[Pair]) -> str:
     """Format how much the pairs differ, over all of them and for each seed."""
     seeds = sorted({a.config["seed"] for a, _ in pairs})
-    rows = [["", "A", "B", "B minus A", *[f"seed {seed}" for seed in seeds]]]
+    folds = sorted({a.config["fold"] for a, _ in pairs})
+    table = [["", "A", "B", "B minus A", *[f"seed {seed}" for seed in seeds]]]
     for metric in METRICS:
-        differences = defaultdict(list)  # by seed
-        for a, b in pairs:
-            points = 100 * (b.result[metric] - a.result[metric])
-            differences[a.config["seed"]].append(points)
-        every = [points for seed in seeds for points in differences[seed]]
+        values_a = [100 * a.result[metric] for a, _ in pairs]
+        values_b = [100 * b.result[metric] for _, b in pairs]
+        every = []
+        by_seed = defaultdict(list)
+        for (a, _), x, y in zip(pairs, values_a, values_b, strict=True):
+            every.append(y - x)
+            by_seed[a.config["seed"]].append(y - x)
         cell = f"{fmean(every):+.2f}"
         if len(every) > 1:
             cell += f" ± {stdev(every):.2f}"
-        mean_a = 100 * fmean(a.result[metric] for a, _ in pairs)
-        mean_b = 100 * fmean(b.result[metric] for _, b in pairs)
-        row = [metric.upper(), f"{mean_a:.2f}", f"{mean_b:.2f}", cell]
-        rows.append([*row, *[f"{fmean(differences[seed]):+.2f}" for seed in seeds]])
-    folds = sorted({a.config["fold"] for a, _ in pairs})
+        row = [metric.upper(), f"{fmean(values_a):.2f}", f"{fmean(values_b):.2f}", cell]
+        table.append([*row, *[f"{fmean(by_seed[seed]):+.2f}" for seed in seeds]])
     title = (
-        f"{corpora}, in %: mean ± standard deviation over {len(pairs)} pair(s), folds "
+        f"{corpus}, in %: mean ± standard deviation over {len(pairs)} pair(s), folds "
         f"{folds}, seeds {seeds}"
     )
     return (
-        format_table(title, rows)
+        format_table(title, table)
         + "\nFolds have training data in common, so these pairs are not independent.\n"
         "Believe a sign that several seeds agree on.\n"
     )
 
 
-def describe_tests(corpora: str, pairs: list[Pair]) -> str:
+def describe_tests(corpus: str, pairs: list[Pair]) -> str:
     """Format McNemar's test and the bootstrap, on one pair for each fold."""
     first = {}  # by fold
     for a, b in pairs:
         first.setdefault(a.config["fold"], (a, b))
-
     only_a = 0
     only_b = 0
-    guesses = defaultdict(list)  # by dialogue: (truth, guess of A, guess of B)
+    n = 0
+    # One confusion matrix per dialogue, of A and of B.
+    counts = defaultdict(lambda: np.zeros((2, 4, 4), dtype=int))
     for a, b in first.values():
         for row_a, row_b in zip(a.predictions, b.predictions, strict=True):
-            labels = (row_a["label"], row_a["prediction"], row_b["prediction"])
-            truth, guess_a, guess_b = [CLASSES.index(label) for label in labels]
+            truth = CLASSES.index(row_a["label"])
+            guess_a = CLASSES.index(row_a["prediction"])
+            guess_b = CLASSES.index(row_b["prediction"])
+            dialog = row_a["utterance"].rpartition("_")[0]
+            counts[dialog][0, truth, guess_a] += 1
+            counts[dialog][1, truth, guess_b] += 1
             only_a += guess_a == truth != guess_b
             only_b += guess_b == truth != guess_a
-            dialog = row_a["utterance"].rpartition("_")[0]
-            guesses[dialog].append((truth, guess_a, guess_b))
-    n = sum(len(rows) for rows in guesses.values())
+            n += 1
     seeds = sorted({a.config["seed"] for a, _ in first.values()})
     p = mcnemar(only_a, only_b)
     text = (
-        f"{corpora}: one pair for each of {len(first)} fold(s), seeds {seeds}: "
-        f"{n} predictions in {len(guesses)} dialogues\n"
-        f"{corpora}: only A is right in {only_a}, only B in {only_b}. "
+        f"{corpus}: one pair for each of {len(first)} fold(s), seeds {seeds}: "
+        f"{n} predictions in {len(counts)} dialogues\n"
+        f"{corpus}: only A is right in {only_a}, only B in {only_b}. "
         f"McNemar's exact test: p = {p:.3g}\n"
     )
 
-    counts_a = []
-    counts_b = []
-    for rows in guesses.values():
-        truth, guess_a, guess_b = zip(*rows, strict=True)
-        counts_a.append(confusion_matrix(truth, guess_a))
-        counts_b.append(confusion_matrix(truth, guess_b))
-    differences = accuracies(sum(counts_b)) - accuracies(sum(counts_a))  # (2,)
-    if len(guesses) < 2:
-        for metric, points in zip(METRICS, 100 * differences, strict=True):
-            text += f"{corpora}: {metric.upper()} of B minus A: {points:+.2f} points\n"
+    matrices = np.array(list(counts.values()))  # (dialogues, 2, 4, 4)
+    total_a, total_b = matrices.sum(axis=0)
+    differences = 100 * (accuracies(total_b) - accuracies(total_a))  # (2,)
+    low, high = 100 * bootstrap(matrices[:, 0], matrices[:, 1])  # (2,) each
+    for k, metric in enumerate(METRICS):
+        text += f"{corpus}: {metric.upper()} of B minus A: {differences[k]:+.2f} points"
+        if len(counts) > 1:
+            text += f", 95 % interval {low[k]:+.2f} to {high[k]:+.2f}"
+            if low[k] <= 0 <= high[k]:
+                text += " (contains 0: no difference is shown)"
+        text += "\n"
+    if len(counts) == 1:
         return text + "There is no interval, because there is one dialogue.\n"
 
-    low, high = bootstrap(np.array(counts_a), np.array(counts_b))
-    for k, metric in enumerate(METRICS):
-        text += (
-            f"{corpora}: {metric.upper()} of B minus A: "
-            f"{100 * differences[k]:+.2f} points, "
-            f"95 % interval {100 * low[k]:+.2f} to {100 * high[k]:+.2f}"
-        )
-        if low[k] <= 0 <= high[k]:
-            text += " (contains 0: no difference is shown)"
-        text += "\n"
-    few = len(guesses) < ENOUGH_DIALOGUES
+    few = len(counts) < ENOUGH_DIALOGUES
     if few:
-        text += f"With {len(guesses)} dialogues, the intervals cannot be trusted.\n"
+        text += f"With {len(counts)} dialogues, the intervals cannot be trusted.\n"
     # Both McNemar's test and the first interval are about WA.
     shown_by_interval = not low[0] <= 0 <= high[0]
     if (p < 0.05) != shown_by_interval:
@@ -253,7 +232,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     runs_a, damaged_a = find_runs(args.a)
     runs_b, damaged_b = find_runs(args.b)
-    print(compare(runs_a, runs_b))
+    name_a = name(runs_a, "A")
+    name_b = name(runs_b, "B")
+    pairs = find_pairs(runs_a, runs_b)
+    corpora = {run.config["corpus"] for run in pairs[0]}
+    corpus = " and ".join(sorted(corpora))
+    print(f"A: {name_a}\nB: {name_b}\n")
+    print(describe_differences(corpus, pairs))
+    print(describe_tests(corpus, pairs))
     if damaged_a + damaged_b:
         raise InputError("\n".join(damaged_a + damaged_b))
 
