@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from tests.conftest import ROOT
 
 CODE = {}
@@ -39,8 +41,7 @@ def explanations(text):
 COMMENTS = explanations("\n".join(CODE.values()))
 
 
-def test_every_tag_of_the_code_is_explained_there_and_in_the_readme():
-    """The word before a tag fits its letter, and the README has a row for each."""
+def test_the_words_before_a_tag_fit_its_letter():
     words = {"A": "UNSPECIFIED", "D": "DEVIATION", "E": "PAPER-ERROR"}
     for file, text in CODE.items():
         for word, letter in re.findall(r"([A-Z-]{9,}) \[([ADE])\d+\]", text):
@@ -48,18 +49,47 @@ def test_every_tag_of_the_code_is_explained_there_and_in_the_readme():
     numbers = {"A": range(1, 22), "D": range(1, 3), "E": range(1, 11)}
     expected = {f"{letter}{n}" for letter, count in numbers.items() for n in count}
     assert COMMENTS.keys() == tags("".join(CODE.values())) == expected
-    rows = re.findall(r"^\[([ADE]\d+)\] \|", read(ROOT / "README.md"), re.M)
+
+
+def test_the_tables_of_the_studies_have_a_row_for_every_tag():
+    page = read(ROOT / "tests" / "studies" / "README.md")
+    rows = re.findall(r"^\| \[([ADE]\d+)\] \|", page, re.M)
     assert sorted(rows) == sorted(COMMENTS)
 
 
-def test_the_code_and_the_pages_name_only_flags_and_tags_that_exist():
-    """A flag exists if a parser of the four files or of a script declares it."""
-    declared = "".join([*CODE.values(), *map(read, SCRIPTS)])
-    flags = set(re.findall(r'\badd(?:_argument)?\(\s*"(--[a-z-]+)"', declared))
-    for path in [*PAGES, *[ROOT / file for file in CODE]]:
-        named = set(re.findall(FLAG, read(path)))
-        assert named <= flags | FOREIGN, path
-        assert tags(read(path)) <= COMMENTS.keys(), path
+def test_the_readme_explains_the_five_points_that_matter_most():
+    items = re.findall(r"^- \[(A\d+)\] ", read(ROOT / "README.md"), re.M)
+    assert items == ["A5", "A7", "A9", "A10", "A11"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_page_names_only_tags_and_flags_that_exist(path):
+    text = read(path)
+    assert tags(text) <= COMMENTS.keys()
+    assert set(re.findall(FLAG, text)) <= flags() | FOREIGN
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_to_files_and_headings(path):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", read(path)):
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", read(linked), re.M)
+            assert anchor in [h.lower().replace(" ", "-") for h in headings]
+
+
+def flags():
+    """Find the flags that the parsers of the four files and of the scripts declare."""
+    text = "".join([*CODE.values(), *map(read, SCRIPTS)])
+    declared = re.findall(r'\b(?:add|add_argument|either)\(\s*"(--[a-z-]+)"', text)
+    return set(declared)
+
+
+@pytest.mark.parametrize("file", CODE)
+def test_messages_and_comments_name_only_flags_that_exist(file):
+    assert set(re.findall(FLAG, CODE[file])) <= flags()
 
 
 def test_every_open_point_has_another_reading_in_the_code_and_a_patch():

@@ -17,27 +17,24 @@ from torch import Tensor
 
 import data
 from evaluate import TABLE_1, Recognizer
-from tests.course.figures import new_figure
+from tests.course.figures import COLOURS, new_figure
 
 
 def describe(run: dict) -> str:
-    """Name the system of a run and what it was trained on, from its config.json."""
-    system = run["system"]
-    text = (
-        f"Sys. {system} ({TABLE_1[system][0]}), fold {run['fold']}, seed {run['seed']}"
-    )
-    text += f"\ntrained on {run['title']}"
-    if run["corpus"].startswith("toy"):
-        text += "\nThe toy corpus has tones and made-up sentences, and no speech"
-    return text
+    """Name corpus, system, fold and seed of a run, from its config.json."""
+    corpus, *settings = run["title"].split(", ")
+    corpus = "Toy corpus (tones, no speech)" if corpus == "toy" else f"Corpus {corpus}"
+    model, _, phase = TABLE_1[run["system"]][0].rpartition(" ")
+    system = f"system {run['system']} ({model}, {phase})"
+    fold = f"fold {run['fold']}, seed {run['seed']}"
+    return ", ".join([corpus, system, *settings, fold])
 
 
 def draw_gates(recognizer: Recognizer, inputs: dict, path: Path) -> None:
     """Draw the gates of one utterance over the layers, one line for each modality."""
-    title = (
-        "How much does each layer of the upstreams count? S&E gates of one utterance"
-    )
-    figure = new_figure(8, 4.5, f"{title}\n{describe(recognizer.run.config)}")
+    title = "How much does each layer of WavLM and BERT count?"
+    title += f" Gates of one utterance\n{describe(recognizer.run.config)}"
+    figure = new_figure(12, 6, title)
     ax = figure.add_subplot(
         xlabel="layer (0: the input of the first Transformer layer)",
         ylabel="gate (0: closed, 1: open)",
@@ -52,7 +49,7 @@ def draw_gates(recognizer: Recognizer, inputs: dict, path: Path) -> None:
             # Each text of the window has gates of its own. The target is in the middle.
             se = recognizer.model.extractor["text"].each_text.se
             gates = se(states, mask.flatten(0, 1))[mask.shape[1] // 2]  # (L,)
-        ax.plot(gates.numpy(), "o-", label=modality)
+        ax.plot(gates.numpy(), "o-", color=COLOURS[modality], label=modality)
     ax.legend()
     figure.savefig(path)
 
@@ -69,9 +66,10 @@ def draw_attention(
     # X_T is as long as the longest text of the window.
     n_tokens = x["text"].shape[1]
     tokens = tokens + ["(context)"] * (n_tokens - len(tokens))
-    title = "Who attends to whom? The weights of Eq. (1) for one utterance"
-    height = 1.2 + (2 + 0.15 * min(n_tokens, 20)) * len(fusion.paths)
-    figure = new_figure(8, height, f"{title}\n{describe(recognizer.run.config)}")
+    title = "Which frames does a token attend to? Weights of Eq. (1) for one utterance"
+    title += f"\n{describe(recognizer.run.config)}"
+    height = 1.5 + (2.2 + 0.22 * min(n_tokens, 20)) * len(fusion.paths)
+    figure = new_figure(12, height, title)
     axes = figure.subplots(len(fusion.paths), 1, squeeze=False)[:, 0]
     for ax, (target, source) in zip(axes, fusion.paths, strict=True):
         block = fusion.blocks[f"{source}-to-{target}"]
@@ -82,12 +80,16 @@ def draw_attention(
         else:
             title = "CMT(T→A): the weights of each frame (column) sum to 1"
             weights = weights.T  # both panels are (T_T, T_A)
-        image = ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0)
+        # Equal weights are drawn in a middle blue.
+        top = max(2 * equal, weights.max().item())
+        image = ax.imshow(
+            weights.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=top
+        )
         figure.colorbar(image, ax=ax, label=f"weight (all equal: {equal:.3f})")
         every = 1 + n_tokens // 20  # at most 20 labels
         ax.set_yticks(range(0, n_tokens, every), tokens[::every])
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title)
         ax.set_xlabel("frame of the audio, 20 ms each")
         ax.set_ylabel("token of the text")
     figure.savefig(path)

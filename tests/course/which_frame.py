@@ -1,0 +1,221 @@
+"""See cross-modal attention at work: which frames answer the question?
+
+    python -m tests.course.which_frame DIR     less than a minute; needs matplotlib
+
+A speaker says three words, each in one of four moods. The text asks for one of them:
+"how was table said". The answer is the mood of this word. The text alone does not know
+it. The audio alone does not know which word is asked for. So a model has to look for
+the frames of the word that the text names. This task was built to need attention, so
+it says nothing about emotion recognition. No sound is made: the frames are numbers that
+a feature extractor could give. Fusion and Eq. (1) are those of model.py.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import data
+from model import Config, Fusion, TransformerBlock
+from tests.course.figures import AUDIO, FILLS, new_figure
+
+WORDS = ["party", "table", "coffee", "garden", "letter", "window"]
+MOODS = ["neutral", "happy", "angry", "sad"]
+TOKENS = ["how", "was", "<word>", "said"]  # the text, with a place for a word
+N_FRAMES = 24  # a clip of half a second
+DIM = 16  # d
+N_STEPS = 600  # of the optimizer, seconds of training
+ASKED = TOKENS.index("<word>")  # the token that names the word
+
+
+class Task:
+    """Draw clips with a question. The meaning of all vectors is fixed by a seed."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        half = DIM // 2
+        # One half of a frame tells the word, the other half tells the mood.
+        self.spoken = torch.randn(len(WORDS), half, generator=generator)
+        self.moods = torch.randn(len(MOODS), half, generator=generator)
+        # A written word has a vector of its own. So the model has to learn which spoken
+        # word belongs to which written word.
+        self.written = torch.randn(len(WORDS), DIM, generator=generator)
+        self.fillers = torch.randn(len(TOKENS), DIM, generator=generator)
+
+    def draw(self, n: int) -> dict[str, Tensor]:
+        """Draw n clips, each with a question.
+
+        audio    (n, 24, 16)
+        text     (n, 4, 16)
+        label    (n,), the mood of the asked word
+        asked    (n,), the word that the text names
+        spoken   (n, 24), the word of each frame, -1 for none
+        mood     (n, 24), the mood of each frame, -1 for none
+        """
+        # Three different words, in three different moods.
+        words = torch.rand(n, len(WORDS)).argsort(dim=1)[:, :3]
+        moods = torch.rand(n, len(MOODS)).argsort(dim=1)[:, :3]
+        # Each word has a third of the clip, and fills 3 to 5 of its 8 frames.
+        start = torch.randint(4, (n, 3, 1))
+        stop = start + torch.randint(3, 6, (n, 3, 1))
+        frame = torch.arange(N_FRAMES // 3)
+        inside = (start <= frame) & (frame < stop)  # (n, 3, 8)
+        spoken = torch.where(inside, words.unsqueeze(2), -1).flatten(1)
+        mood = torch.where(inside, moods.unsqueeze(2), -1).flatten(1)
+        which = torch.randint(3, (n, 1))
+        asked = words.gather(1, which).squeeze(1)
+        label = moods.gather(1, which).squeeze(1)
+        sounds = torch.cat([self.spoken[spoken], self.moods[mood]], dim=-1)
+        silence = (spoken < 0).unsqueeze(-1)
+        audio = sounds.masked_fill(silence, 0.0) + 0.3 * torch.randn(n, N_FRAMES, DIM)
+        clips = {"audio": audio, "label": label, "spoken": spoken, "mood": mood}
+        return {**clips, "text": self.ask(asked), "asked": asked}
+
+    def ask(self, asked: Tensor) -> Tensor:
+        """Make the texts that ask for these words: (n,) -> (n, 4, 16)."""
+        text = self.fillers.repeat(len(asked), 1, 1)
+        text[:, ASKED] = self.written[asked]
+        return text
+
+
+class Listener(nn.Module):
+    """A fusion of Fig. 3 with a linear classifier: clips -> logits (n, 4)."""
+
+    def __init__(self, fusion: str):
+        super().__init__()
+        config = Config(fusion)
+        self.modalities = config.modalities
+        self.fusion = Fusion(config)
+        self.classifier = nn.Linear(DIM * len(self.fusion.paths), len(MOODS))
+
+    def forward(self, clips: dict[str, Tensor]) -> Tensor:
+        x = {modality: clips[modality] for modality in self.modalities}
+        # Every frame and every token is real.
+        mask = {m: torch.ones(x[m].shape[:2], dtype=torch.bool) for m in x}
+        return self.classifier(self.fusion(x, mask))
+
+
+def learn(task: Task, fusion: str, n_steps: int) -> Listener:
+    """Train a listener. Every step draws new clips, so nothing can be memorised."""
+    torch.manual_seed(1)
+    listener = Listener(fusion)
+    optimizer = torch.optim.AdamW(listener.parameters(), lr=3e-3)
+    for _ in range(n_steps):
+        clips = task.draw(64)
+        loss = F.cross_entropy(listener(clips), clips["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return listener.eval()
+
+
+@torch.no_grad()
+def accuracy(listener: Listener, clips: dict[str, Tensor]) -> float:
+    """Compute the share of right answers."""
+    right = listener(clips).argmax(dim=1) == clips["label"]
+    return right.float().mean().item()
+
+
+@torch.no_grad()
+def look(block: TransformerBlock, clips: dict[str, Tensor]) -> Tensor:
+    """Compute the weights of Eq. (1), CMT(A→T): (n, 4, 24), one row for each token."""
+    mask = torch.ones(clips["audio"].shape[:2], dtype=torch.bool)
+    return block.attend(clips["text"], clips["audio"], mask)[1]
+
+
+def share_on_asked(weights: Tensor, clips: dict[str, Tensor]) -> float:
+    """Add up the weight that the asked token gives to the frames of its word."""
+    frames = clips["spoken"] == clips["asked"].unsqueeze(1)  # (n, 24)
+    return (weights[:, ASKED] * frames).sum(dim=1).mean().item()
+
+
+def edges(clips: dict[str, Tensor], word: int) -> tuple[float, float]:
+    """Find where a word begins and ends in the first clip, in frames."""
+    frames = (clips["spoken"][0] == word).nonzero()
+    return frames.min().item() - 0.5, frames.max().item() + 0.5
+
+
+def draw_weights(ax, weights: Tensor, clips: dict[str, Tensor], word: int) -> None:
+    """Draw the weights (4, 24) of one clip, with a red box around the asked word."""
+    tokens = [token.replace("<word>", WORDS[word]) for token in TOKENS]
+    ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
+    ax.set_yticks(range(len(tokens)), tokens)
+    ax.set_ylabel("token")
+    left, right = edges(clips, word)
+    # A cell is one unit wide and high, and its number is in its middle.
+    across = [left, right, right, left, left]
+    down = [ASKED - 0.5, ASKED - 0.5, ASKED + 0.5, ASKED + 0.5, ASKED - 0.5]
+    ax.plot(across, down, color="#c0392b", linewidth=3)
+
+
+def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> None:
+    """Draw one clip, and the weights of three questions about it."""
+    torch.manual_seed(4)
+    clips = task.draw(1)
+    title = "Cross-modal attention finds the word that the question names\n"
+    title += "A made-up task, built to show it: CMT(A→T), one clip of 24 frames"
+    figure = new_figure(10, 8.5, title)
+    ratios = {"height_ratios": [0.7, 1, 1, 1]}
+    top, *panels = figure.subplots(4, 1, sharex=True, gridspec_kw=ratios)
+
+    # Above is the clip: where each word is said, and in which mood.
+    top.set(title="the clip: three words, each in a mood", yticks=[], ylim=(0, 1))
+    pairs = set(
+        zip(clips["spoken"][0].tolist(), clips["mood"][0].tolist(), strict=True)
+    )
+    pairs.remove((-1, -1))  # frames without a word
+    for word, mood in pairs:
+        left, right = edges(clips, word)
+        top.axvspan(left, right, color=FILLS[AUDIO])
+        name = f"{WORDS[word]}\n{MOODS[mood]}"
+        top.text((left + right) / 2, 0.5, name, ha="center", va="center")
+
+    # Below are the weights, for two questions about this clip.
+    first, second, _ = sorted(word for word, _ in pairs)
+    questions = [
+        ("before training", before, first),
+        ("after training", after, first),
+        ("after training", after, second),
+    ]
+    for ax, (when, listener, word) in zip(panels, questions, strict=True):
+        clips["text"] = task.ask(torch.tensor([word]))
+        weights = look(listener.fusion.blocks["audio-to-text"], clips)[0]
+        draw_weights(ax, weights, clips, word)
+        ax.set_title(f"{when}, the question: how was {WORDS[word]} said?")
+    panels[-1].set_xlabel("frame of the audio (red: where the asked word is said)")
+    label = "weight of Eq. (1): each row sums to 1"
+    figure.colorbar(panels[0].images[0], ax=panels, label=label)
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="See cross-modal attention at work.")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="for the picture")
+    args = parser.parse_args(arguments)
+    args.dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the tensors are small
+
+    task = Task()
+    torch.manual_seed(2)
+    test = task.draw(2000)
+    print("Made-up task: in which mood is the word said that the text asks for?")
+    print("A model that cannot look for the word is right in a third of the clips.")
+    for fusion in ("text-te", "audio-te", "ef", "lf", "cmt-a2t"):
+        listener = learn(task, fusion, N_STEPS)
+        print(f"made-up task: {fusion:8} {accuracy(listener, test):6.1%} right")
+    before = learn(task, "cmt-a2t", 0)
+    for when, model in (("before", before), ("after", listener)):
+        weights = look(model.fusion.blocks["audio-to-text"], test)
+        share = share_on_asked(weights, test)
+        print(
+            f"weight of the asked token on the frames of its word, {when}: {share:.0%}"
+        )
+    path = args.dir / "which-frame.png"
+    draw_picture(task, before, listener, path)
+    print(path)
+
+
+if __name__ == "__main__":
+    data.run_command(main)
