@@ -40,6 +40,7 @@ import wave
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +64,6 @@ CLASSES = ("neu", "hap", "ang", "sad")  # the order of Fig. 4
 # §3.1: "happy" is merged with "excited".
 # PAPER-ERROR [E1]: §3.1 counts 1,626 happy utterances. The total of 5,531 leaves 1,636.
 LABELS = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}
-
-# All emotions of the full release. The raters disagree about "xxx".
-EMOTIONS = ("neu", "hap", "exc", "ang", "sad", "fru", "sur", "fea", "dis", "oth", "xxx")
 
 
 @dataclass(frozen=True)
@@ -103,17 +101,14 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     sessions = sorted(Path(root).glob("Session[1-9]"))
     if not sessions:
         raise InputError(f"{root}: no Session1, Session2, ... in it. Name their folder")
-    for session in tqdm(sessions, desc="reading", leave=False, delay=3, disable=None):
+    for session in sessions:
         labels = session / "dialog" / "EmoEvaluation"
         words = session / "dialog" / "transcriptions"
         # The pattern skips the ._* files of macOS and the folders of single raters.
         names = {path.name for path in labels.glob("Ses*.txt")}
         names |= {path.name for path in words.glob("Ses*.txt")}
-        if not names:
-            problems.append(
-                f"{labels}: no label files in it. Download this session again"
-            )
-        for name in sorted(names):
+        # An empty session has a line in the problems too, for its missing Ses*.txt.
+        for name in sorted(names) or ["Ses*.txt"]:
             try:
                 corpus += read_dialog(session, labels / name, words / name)
             except (InputError, OSError) as problem:
@@ -121,14 +116,12 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     return corpus, problems
 
 
+# All emotions of the full release. The raters disagree about "xxx".
 LABEL_LINE = re.compile(
-    r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]"
-    r"\s+(?P<id>\w+_[FM]\d\d\d)\s+(?P<content>[a-z]+)\s+\[.+\]"
+    r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]\s+(?P<id>\w+_[FM]\d\d\d)"
+    r"\s+(?P<emotion>neu|hap|exc|ang|sad|fru|sur|fea|dis|oth|xxx)\s+\[.+\]"
 )
-WORDS_LINE = re.compile(
-    r"(?P<id>\w+_[FM]\d\d\d)\s+"
-    r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]:(?P<content>.*)"
-)
+WORDS_LINE = re.compile(r"(?P<id>\w+_[FM]\d\d\d)\s+\[[\d. -]+\]:(?P<text>.*)")
 
 
 def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
@@ -140,25 +133,23 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
     spoken = read_lines(words, WORDS_LINE)
     unmatched = sorted(labelled.keys() ^ spoken.keys())
     if unmatched or not labelled:
-        raise InputError(f"{words} is empty, or unlike the labels: {unmatched[:3]}")
+        raise InputError(f"{words}: no lines, or unlike the labels: {unmatched[:3]}")
     utterances = []
-    for utterance_id, (start, end, emotion) in labelled.items():
-        # The id, the two files and the recording must agree.
+    for utterance_id, line in labelled.items():
+        # The id must match its files, and the recording must be as long as the label.
         owner, _, turn = utterance_id.rpartition("_")  # Ses01F_impro01, F000
         if owner != dialog or dialog[:5] != f"Ses0{number}":
             raise InputError(f"{utterance_id} belongs to another dialogue or session")
-        if emotion not in EMOTIONS:
-            raise InputError(f"{utterance_id} has the unknown emotion {emotion}")
-        spoken_start, spoken_end, text = spoken[utterance_id]
-        if abs(start - spoken_start) > 0.01 or abs(end - spoken_end) > 0.01:
-            raise InputError(f"{utterance_id} has other times than in {words}")
+        start = float(line["start"])
+        end = float(line["end"])
         wav = session / "sentences" / "wav" / dialog / f"{utterance_id}.wav"
         seconds = len(load_wav(wav)) / SAMPLE_RATE
         if abs(seconds - (end - start)) > 0.1:
             raise InputError(f"{wav} lasts {seconds:.2f} s, unlike its label")
-        # Careful: the letter of the turn is the speaker's, that of the dialogue is not.
+        # Careful: in Ses01F_impro01_M000, the speaker is M, and F wore the markers.
         speaker = dialog[:5] + turn[0]
-        text = " ".join(text.split())
+        text = " ".join(spoken[utterance_id]["text"].split())
+        emotion = line["emotion"]
         utterances.append(
             Utterance(
                 utterance_id, number, dialog, speaker, start, end, text, emotion, wav
@@ -168,8 +159,8 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
 
 
-def read_lines(path: Path, pattern: re.Pattern) -> dict[str, tuple[float, float, str]]:
-    """Read the lines of utterances: {id: (start, end, emotion or words)}.
+def read_lines(path: Path, pattern: re.Pattern) -> dict[str, re.Match]:
+    """Find the lines of utterances in a file, by the id of the utterance.
 
     Lines of another form are skipped: headings, single raters, ids with XX. A damaged
     line is skipped too. read_dialog notices that, because its id is missing here.
@@ -180,8 +171,7 @@ def read_lines(path: Path, pattern: re.Pattern) -> dict[str, tuple[float, float,
         if match:
             if match["id"] in lines:
                 raise InputError(f"{match['id']} is a duplicate in {path}")
-            start = float(match["start"])
-            lines[match["id"]] = (start, float(match["end"]), match["content"])
+            lines[match["id"]] = match
     return lines
 
 
@@ -218,22 +208,18 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
 def context_windows(corpus: Corpus, size: int = 9) -> Tensor:
     """Find the neighbours of each utterance (§3.2): rows of the corpus (n, size).
 
-    Column size // 2 is the utterance itself, and -1 means none. Neighbours are of both
-    speakers and of every emotion, and always of the same dialogue. A dialogue of three
-    in rows 0 to 2 with size 3 gives [[-1, 0, 1], [0, 1, 2], [1, 2, -1]].
+    Column size // 2 is the utterance itself, and -1 means no neighbour. Neighbours are
+    of either speaker and of any emotion, and always of the same dialogue. A dialogue of
+    three in rows 0 to 2 with size 3 gives [[-1, 0, 1], [0, 1, 2], [1, 2, -1]].
     """
-    half = size // 2
-    windows = []
+    windows = np.full((len(corpus), size), -1)
     for row, utterance in enumerate(corpus):
-        window = []
-        for other in range(row - half, row + half + 1):
+        for column in range(size):
+            other = row + (column - size // 2)
             inside = 0 <= other < len(corpus)
             if inside and corpus[other].dialog == utterance.dialog:
-                window.append(other)
-            else:
-                window.append(-1)
-        windows.append(window)
-    return torch.tensor(windows)
+                windows[row, column] = other
+    return torch.from_numpy(windows)
 
 
 # --- Waveforms (§3.2) -----------------------------------------------------------------
@@ -255,11 +241,12 @@ def load_wav(path: str | Path) -> Tensor:
             samples = file.readframes(n)
     except (wave.Error, EOFError, RuntimeError) as problem:
         raise InputError(f"{path}: {problem!r}. {advice}") from None
-    if (channels, width) != (1, 2) or len(samples) != 2 * n or n == 0:
-        raise InputError(f"{path}: {channels} channel(s) of {8 * width} bits. {advice}")
     # Resampling from a rate that has little in common with 16 kHz takes minutes.
-    if not 4000 <= rate <= 192000 or math.gcd(rate, SAMPLE_RATE) < 25:
-        raise InputError(f"{path}: an unusual rate of {rate} Hz. {advice}")
+    usual = 4000 <= rate <= 192000 and math.gcd(rate, SAMPLE_RATE) >= 25
+    whole = n > 0 and len(samples) == 2 * n
+    if (channels, width) != (1, 2) or not usual or not whole:
+        form = f"{n} samples of {8 * width} bits, {channels} channel(s), {rate} Hz"
+        raise InputError(f"{path}: {form}, or an incomplete file. {advice}")
 
     x = torch.from_numpy(np.frombuffer(samples, "<i2") / np.float32(32768))
     if rate != SAMPLE_RATE:
@@ -270,30 +257,22 @@ def load_wav(path: str | Path) -> Tensor:
 
 
 def clip(x: Tensor) -> Tensor:
-    """Keep five seconds from the first sound on (§3.2): (n,) -> (m,), m >= 400.
+    """Keep at most five seconds from the first sound on (§3.2): (n,) -> (m,), m >= 400.
 
     "Audios are clipped into 5 seconds ... by trimming or padding". We do not pad short
     clips to 5 s, because a mask hides padding. WavLM needs at least 400 samples.
     """
+    missing = max(WINDOW - len(x), 0)
+    x = nn.functional.pad(x, (0, missing))
     # UNSPECIFIED [A13]: "we trim the voiced 5 seconds of audio ... at the beginning".
     # We remove what comes before the first sound. A window of 25 ms is silent if its
     # power is 60 dB or more below that of the loudest. Another reading: remove every
     # silent window, as in the author's other code (tests/studies).
-    if len(x) > WINDOW:
-        power = x.unfold(0, WINDOW, WINDOW).square().mean(dim=1)  # (n // 400,)
-        threshold = power.max() * 1e-6  # -60 dB
-        first = (power >= threshold).nonzero()[0]
-        x = x[int(first) * WINDOW :]
-    x = x[: CLIP_SECONDS * SAMPLE_RATE]
-    missing = max(WINDOW - len(x), 0)
-    return nn.functional.pad(x, (0, missing))
-
-
-def load_clip(utterance: Utterance) -> Tensor:
-    """Load what WavLM hears of an utterance (m,). Raises InputError without a wav."""
-    if utterance.wav is None:
-        raise InputError(f"{utterance.id} has no wav. For text alone: --fusion text-fc")
-    return clip(load_wav(utterance.wav))
+    power = x.unfold(0, WINDOW, WINDOW).square().mean(dim=1)  # (n // 400,)
+    threshold = power.max() * 1e-6  # -60 dB
+    first = int((power >= threshold).nonzero()[0])
+    x = x[first * WINDOW :]
+    return x[: CLIP_SECONDS * SAMPLE_RATE]
 
 
 # --- Layer states: from the cache, or from the upstream itself ------------------------
@@ -302,10 +281,10 @@ def load_clip(utterance: Utterance) -> Tensor:
 # take 12.7 MB. All 5,531 clips of IEMOCAP take at most 46 GB. When fine-tuning opens an
 # upstream, its states change at every step, and are computed for every batch.
 
-# A frozen step on 32 clips needs this much GPU memory beside the states, by estimate.
+# States are kept in memory if all of them fit. A frozen step on 32 clips needs the
+# reserve beside them, by estimate. Without CUDA, the limit does not ask the machine.
 GPU_RESERVE = 8 * 2**30  # bytes
-# Without CUDA, a source keeps about this many bytes of states in memory.
-KEEP_ON_CPU = 4 * 2**30  # bytes
+CPU_LIMIT = 4 * 2**30  # bytes
 
 
 class Source:
@@ -314,8 +293,8 @@ class Source:
     upstream   a frozen model.Upstream
     inputs     its prepared inputs, by row of the corpus
     corpus     the ids of its utterances name the files
-    folder     holds the files
-    device     gets the states
+    folder     where the files of the cache are
+    device     where the model is
     """
 
     def __init__(
@@ -330,48 +309,61 @@ class Source:
         self.inputs = inputs
         self.device = device
         self.folder = folder
-        # Ids from a table may have characters that a file name must not have. The
+        # Ids from a table may have characters that are not allowed in file names. The
         # checksum changes with the input, so no file has the states of another input.
         self.files = {}
         for row, prepared in inputs.items():
             name = re.sub(r"[^A-Za-z0-9.-]", "_", corpus[row].id)
             checksum = zlib.crc32(prepared.numpy().tobytes())
             self.files[row] = folder / f"{name}-{checksum:08x}.npy"
-        self.kept: dict[int, Tensor] = {}  # states in memory
-        self.kept_bytes = 0
-        # The copy of the upstream that is fine-tuned, or None while it is frozen.
-        self.live: nn.Module | None = None
+        self.kept = {}  # states in memory, by row
+        self.keep = False
+        # Eight threads read files from a disk faster than one.
+        self.readers = ThreadPoolExecutor(8)
+        # The upstream that computes the states, or None while the cache has them.
+        self.live = None
 
     def fill(self) -> None:
-        """Compute the states that are not in the cache yet. Existing files are kept.
+        """Compute the states that are not in the cache yet.
 
         Raises InputError for states that do not fit into 16 bits.
         """
-        # DEVIATION [D1]: the frozen phase reads states from a cache of 16-bit numbers,
-        # the paper does not mention a cache. Why: the upstreams run once instead of
+        # DEVIATION [D1]: the frozen phase reads states from a cache of 16-bit numbers.
+        # The paper does not mention a cache. Why: the upstreams run once instead of
         # once per epoch, and 16 bits halve the size of the files.
         missing = [row for row, file in self.files.items() if not file.exists()]
         if missing:
             print(f"Computing layer states of {len(missing)} inputs: {self.folder}")
         for row in tqdm(missing, leave=False, disable=None):
-            # Compute one input at a time. In a batch, the other inputs and the padding
-            # change the last digits.
+            # One input at a time: in a batch, the others would change the last digits.
             with torch.inference_mode():
                 states = self.upstream([self.inputs[row]])[0].half()  # (T, L, D)
             if not states.isfinite().all():
-                raise InputError(
-                    f"{self.files[row].stem}: a state is not finite, or too large for "
-                    "16 bits. Look at its recording, or try --precision fp32"
-                )
+                raise InputError(f"{self.files[row].stem}: a state exceeds 16 bits")
             # Careful: with a full disk, np.save to a file loses data without any error.
             content = io.BytesIO()
             np.save(content, states.cpu().numpy())
             with write_whole(self.files[row]) as part:
                 part.write_bytes(content.getvalue())
 
+        room = CPU_LIMIT
+        if self.device == "cuda":
+            room = torch.cuda.mem_get_info()[0] - GPU_RESERVE
+        size = sum(file.stat().st_size for file in self.files.values())
+        # PyTorch rounds the sizes of its pieces of GPU memory up, here by 8 %.
+        self.keep = 1.08 * size < room
+
     def __call__(self, rows: list[int]) -> list[Tensor]:
         if self.live is None:
-            return [self.read(row) for row in rows]
+            missing = [row for row in rows if row not in self.kept]
+            states = dict(
+                zip(missing, self.readers.map(self.read, missing), strict=True)
+            )
+            if self.keep:
+                for row in missing:
+                    self.kept[row] = states[row].to(self.device)
+            states.update(self.kept)
+            return [states[row] for row in rows]
         # Each row is computed once, even if it is in several windows. Inputs share a
         # forward pass if the number of binary digits of their lengths is the same. So
         # the longest is less than twice as long as the shortest, with little padding.
@@ -385,32 +377,26 @@ class Source:
         return [states[row] for row in rows]
 
     def read(self, row: int) -> Tensor:
-        """Read the states of one utterance (T, L, D). Keep them if there is room."""
-        if row in self.kept:
-            return self.kept[row]
-        try:
-            states = torch.from_numpy(np.load(self.files[row])).to(self.device)
-        except (ValueError, EOFError) as problem:
-            raise InputError(f"{self.files[row]}: {problem}. Move it away") from None
-        if self.device == "cuda":
-            room = torch.cuda.mem_get_info()[0] > GPU_RESERVE
-        else:
-            room = self.kept_bytes < KEEP_ON_CPU
-        if room:
-            self.kept[row] = states
-            self.kept_bytes += states.nbytes
-        return states
+        """Read the states of one utterance (T, L, D) from the cache."""
+        # Careful: np.load uses Python's parser for the header of a file, and the parser
+        # sometimes fails in threads. So we look for the shape ourselves: (T, L, D).
+        with self.files[row].open("rb") as file:
+            header = file.read(128).decode("latin-1")
+            numbers = np.fromfile(file, np.float16)
+        shape = [int(number) for number in re.findall(r"(\d+)[,)]", header)]
+        if math.prod(shape) != len(numbers):
+            raise InputError(f"{self.files[row]} is damaged. Delete it")
+        return torch.from_numpy(numbers.reshape(shape))
 
     def open(self, what: str) -> list[nn.Parameter]:
         """Copy the upstream and open the "bottom" or "all" of the copy (§2.4).
 
-        Returns the parameters to train. With "nothing", the cached states stay right.
+        Returns the parameters to train. With "nothing", the cached states stay valid.
         """
         if what == "nothing":
             return []
-        # From now on, the states change with every step. The GPU needs their memory.
+        # From now on, the states change with every step. Free their memory.
         self.kept.clear()
-        self.kept_bytes = 0
         self.live = copy.deepcopy(self.upstream)
         return self.live.open(what)
 
@@ -439,15 +425,25 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     or if the encoder does not know most of the words.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
+    inputs = {}
     if upstream.modality == "audio":
-        return {row: upstream.prepare(load_clip(corpus[row])) for row in targets}
+        for row in targets:
+            wav = corpus[row].wav
+            if wav is None:
+                raise InputError(f"{corpus[row].id} has no wav. Try --fusion text-fc")
+            inputs[row] = upstream.prepare(clip(load_wav(wav)))
+        return inputs
     rows = context_windows(corpus, n_context)[targets].unique()
-    rows = rows[rows >= 0].tolist()
-    inputs = {row: upstream.prepare(corpus[row].text) for row in rows}
+    for row in rows[rows >= 0].tolist():
+        inputs[row] = upstream.prepare(corpus[row].text)
     tokens = torch.cat(list(inputs.values()))
-    unknown = tokens[tokens == upstream.preprocessor.unk_token_id]
-    if len(unknown) > len(tokens) / 2:
-        raise InputError(f"--bert {upstream.name}: it knows few words of this corpus")
+    is_unknown = tokens == upstream.preprocessor.unk_token_id
+    unknown = is_unknown.float().mean().item()
+    message = f"{upstream.name} does not know {unknown:.0%} of all tokens"
+    if unknown > 0.5:
+        raise InputError(f"{message}. Give --bert an encoder of this language")
+    if unknown > 0.1:
+        print(f"warning: {message}")
     return inputs
 
 
@@ -455,6 +451,7 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
 def gather(source: Callable, rows: Tensor, device: str) -> tuple[Tensor, Tensor]:
     """Collect the states of some utterances, one after another.
 
+    source    turns a list of rows into a list of their states (T_i, L, D), in order
     rows      rows of the corpus: (B,), or windows (B, C) with -1 for none
     returns   the N real steps of all of them (N, L, D), and the mask that tells where
               each belongs, (B, T) or (B, C, T)
@@ -471,7 +468,7 @@ def gather(source: Callable, rows: Tensor, device: str) -> tuple[Tensor, Tensor]
 
 
 def batch(rows: Tensor, windows: Tensor, sources: dict, device: str) -> dict:
-    """Make the keyword arguments of model.EmotionRecognizer for some utterances.
+    """Make the keyword arguments of model.EmotionRecognizer for a batch of utterances.
 
     rows      of the corpus (B,)
     windows   of all utterances, from context_windows
@@ -479,26 +476,22 @@ def batch(rows: Tensor, windows: Tensor, sources: dict, device: str) -> dict:
     returns   {"audio": (states (N, L, D), mask (B, T)),
                "text": (states (N, L, D), mask (B, C, T))}
     """
-    arguments = {}
-    if "audio" in sources:
-        arguments["audio"] = gather(sources["audio"], rows, device)
-    if "text" in sources:
-        arguments["text"] = gather(sources["text"], windows[rows], device)
-    return arguments
+    needed = {"audio": rows, "text": windows[rows]}
+    return {m: gather(source, needed[m], device) for m, source in sources.items()}
 
 
 # --- A corpus of your own: a table with one row per utterance -------------------------
 
 # Of each column: the form of its cells, in words too. The last three are optional.
 COLUMNS = {
-    "text": (r".*", "one line"),
-    "emotion": (r".+", "a word"),
+    "text": (r"[^\0]*", "one line"),
+    "emotion": (r"[^\0\"]+", "a word"),
     "session": (r"[1-9]\d*", "a number from 1 on"),
-    "dialog": (r".+", "a name"),
-    "speaker": (r".+", "a name"),
-    "wav": (r".*", "a file"),
+    "dialog": (r"[^\0\"]+", "a name"),
+    "speaker": (r"[^\0\"]+", "a name"),
+    "wav": (r"[^\0]*", "a file"),
     "start": (r"\d+(\.\d*)?", "a number of seconds"),
-    "id": (r".*", "a name"),
+    "id": (r"[^\0\"]*", "a name"),
 }
 REQUIRED = set(COLUMNS) - {"wav", "start", "id"}
 # Plain names of emotions, and the abbreviations of IEMOCAP that replace them.
@@ -522,45 +515,43 @@ def read_csv(path: str | Path) -> Corpus:
     row that has a problem.
     """
     path = Path(path)
-    text = read_text(path)
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    table = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
-    corpus = {}
+    # Each line is a row, so that an unpaired quote cannot join rows.
+    lines = read_text(path).split("\n")
+    separator = max(",;\t", key=lines[0].count)
+    header = next(csv.reader(lines[:1], delimiter=separator))
+    names = [name.strip().lower() for name in header]
+    if len(set(names)) < len(names) or not REQUIRED <= set(names) <= set(COLUMNS):
+        raise InputError(f"{path}: line 1 has columns {names}, not {list(COLUMNS)}")
+    corpus = []
     problems = []
-    sessions = {}  # of the speakers and dialogues so far
-    try:
-        names = [name.strip().lower() for name in table.fieldnames or []]
-        if len(set(names)) < len(names) or not REQUIRED <= set(names) <= set(COLUMNS):
-            raise InputError(f"{path}: line 1 has columns {names}, not {list(COLUMNS)}")
-        table.fieldnames = names
-        for row in table:
-            try:
-                utterance = read_row(row, path.parent, len(corpus))
-                require_one_session(utterance, sessions)
-                if utterance.id in corpus:
-                    raise InputError(f"duplicate id {utterance.id}")
-                corpus[utterance.id] = utterance
-            except InputError as problem:
-                problems.append(f"{path}, line {table.line_num}: {problem}")
-    except csv.Error as problem:
-        raise InputError(f"{path}, line {table.reader.line_num}: {problem}") from None
-    if not corpus:
-        problems.append(f"{path}: no utterance in it")
+    seen = {}
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        try:
+            table = csv.DictReader([line], names, delimiter=separator, strict=True)
+            utterance = read_row(next(table), path.parent, number)
+            require_unique(utterance, number, seen)
+            corpus.append(utterance)
+        except csv.Error as problem:
+            problems.append(f"{path}, line {number}: {problem}. Check its quotes")
+        except (InputError, OSError) as problem:
+            problems.append(f"{path}, line {number}: {problem}")
     if problems:
         raise InputError("\n".join(problems))
     # The sort is stable: without start times, the rows of a dialogue keep their order.
-    return sorted(corpus.values(), key=lambda u: (u.session, u.dialog, u.start))
+    return sorted(corpus, key=lambda u: (u.session, u.dialog, u.start))
 
 
 def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
     """Turn one row into an utterance. Raises InputError at its first problem."""
     if None in row or None in row.values():
-        raise InputError("it has more or fewer cells than line 1")
+        raise InputError("its number of cells differs from line 1")
     cells = {name: cell.strip() for name, cell in row.items()}
     for name, cell in cells.items():
         form, words = COLUMNS[name]
         if not re.fullmatch(form, cell):
-            raise InputError(f"its {name} is {cell!r:.60} instead of {words}")
+            raise InputError(f"{name} is {cell!r:.60} instead of {words}")
     wav = None
     if cells.get("wav"):
         wav = folder / cells["wav"]
@@ -581,15 +572,24 @@ def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
     )
 
 
-def require_one_session(utterance: Utterance, sessions: dict[str, int]) -> None:
-    """Raise InputError if a speaker or a dialogue is in two sessions."""
-    for name in (f"speaker {utterance.speaker}", f"dialogue {utterance.dialog}"):
-        first = sessions.setdefault(name, utterance.session)
-        if first != utterance.session:
-            raise InputError(
-                f"{name} is in session {utterance.session} here, and in {first} above. "
-                "Sessions must not share speakers or dialogues"
-            )
+def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> None:
+    """Raise InputError if lines share an id or a wav, or sessions share a speaker.
+
+    number   the number of the line
+    seen     where each id, wav, speaker and dialogue was found first
+    """
+    # An id and a wav belong to one line, a speaker and a dialogue to one session.
+    places = {
+        f"id {utterance.id}": f"line {number}",
+        f"wav {utterance.wav}": f"line {number}",
+        f"speaker {utterance.speaker}": f"session {utterance.session}",
+        f"dialogue {utterance.dialog}": f"session {utterance.session}",
+    }
+    places.pop("wav None", None)
+    for name, place in places.items():
+        first = seen.setdefault(name, place)
+        if first != place:
+            raise InputError(f"duplicate {name}: it is in {first} and in {place}")
 
 
 # --- The toy corpus: tones and made-up sentences, in the layout of IEMOCAP ------------
@@ -633,7 +633,7 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
     wavs.mkdir(parents=True)
     for turn in range(18):
         if rng.random() < 0.25:
-            mood = str(rng.choice(CLASSES))
+            mood = rng.choice(CLASSES)
         # The words show the mood in 36 % of the turns, the voice in 78 %. The other
         # voices are drawn by chance.
         text = rng.choice(FILLERS, rng.integers(2, 5))
@@ -641,7 +641,7 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
             text = rng.choice(KEYWORDS[mood], len(text))
         voice = mood
         if rng.random() < 0.22:
-            voice = str(rng.choice(CLASSES))
+            voice = rng.choice(CLASSES)
 
         utterance_id = f"{dialog}_{rng.choice(['F', 'M'])}{turn:03}"
         samples = make_tone(*VOICES[voice], rng)
@@ -662,10 +662,10 @@ def make_tone(pitch: float, fall: float, rng: np.random.Generator) -> np.ndarray
     """Make a steady tone of 0.15 to 0.25 s with twelve harmonics: n int16 samples."""
     n = int(rng.uniform(0.15, 0.25) * SAMPLE_RATE)
     cycles = pitch * np.arange(n) / SAMPLE_RATE
-    tone = np.zeros(n)
-    for harmonic in range(1, 13):
-        phase = rng.random()
-        tone += harmonic**-fall * np.sin(2 * np.pi * (harmonic * cycles + phase))
+    harmonics = np.arange(1, 13).reshape(12, 1)
+    phases = rng.random((12, 1))
+    waves = np.sin(2 * np.pi * (harmonics * cycles + phases))  # (12, n)
+    tone = (harmonics**-fall * waves).sum(axis=0)
     return (6000 * tone / np.abs(tone).max()).astype("<i2")
 
 
@@ -703,7 +703,7 @@ def checksum(corpus: Corpus) -> str:
 
 
 def describe(name: str, corpus: Corpus) -> str:
-    """Count the utterances of a corpus: all, those of each class, and the others."""
+    """Describe a corpus by its counts: all, those of each class, and the others."""
     dialogs = {u.dialog for u in corpus}
     speakers = {u.speaker for u in corpus}
     labels = Counter(u.label for u in corpus)
@@ -711,8 +711,8 @@ def describe(name: str, corpus: Corpus) -> str:
     others = Counter(u.emotion for u in corpus if u.label is None)
     return (
         f"{name}: {len(corpus)} utterances, {len(dialogs)} dialogues, {len(speakers)} "
-        f"speakers\n{name}: the four classes: {', '.join(classes)}\n"
-        f"{name}: other emotions, which are only context: {dict(others) or 'none'}"
+        f"speakers\nThe four classes: {', '.join(classes)}\n"
+        f"Other emotions, which are only context: {dict(others) or 'none'}"
     )
 
 
@@ -740,17 +740,13 @@ def write_whole(path: Path):
     behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random name: jobs on different machines may write the same file at the same
-    # time.
+    # A random name, because several jobs may write the same file at the same time.
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield part
-        try:
+        # A folder cannot replace an existing one. Then another job was faster.
+        if not (part.is_dir() and path.is_dir()):
             os.replace(part, path)
-        except OSError:
-            # A folder cannot replace one that exists. Another job was faster.
-            if not (part.is_dir() and path.is_dir()):
-                raise
     finally:
         if part.is_dir():
             shutil.rmtree(part)

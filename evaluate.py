@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import data
-from data import CLASSES, Corpus, InputError, Utterance
+from data import CLASSES, Corpus, InputError, Source, Utterance
 from model import FUSIONS, Config, EmotionRecognizer, Upstream
 
 # --- Metrics (§3.1) -------------------------------------------------------------------
@@ -42,7 +42,8 @@ def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray
     >>> confusion_matrix([0, 0, 0, 1], [0, 0, 2, 1])[:3, :3].tolist()
     [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
     """
-    counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
+    n = len(CLASSES)
+    counts = np.zeros((n, n), dtype=int)
     for truth, prediction in zip(y_true, y_pred, strict=True):
         counts[truth, prediction] += 1
     return counts
@@ -182,10 +183,7 @@ def grouped(runs: Runs, key: str) -> dict:
 
 def format_table(title: str, rows: list[list[str]]) -> str:
     """Format rows of strings, the header first, as an aligned Markdown table."""
-    widths = []
-    for column in zip(*rows, strict=True):
-        lengths = [len(cell) for cell in column]
-        widths.append(max(lengths))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * width for width in widths]
     text = f"{title}\n\n"
     for row in [rows[0], rule, *rows[1:]]:
@@ -214,8 +212,8 @@ def draw_confusions(runs: Runs, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("pictures need matplotlib: pip install matplotlib") from None
-    figure = Figure((3.2 * len(runs), 3.8), dpi=200, layout="constrained")
-    figure.suptitle(f"Fig. 4, {runs[0].config['title']}", parse_math=False)
+    figure = Figure((3.4 * len(runs) + 1, 4.6), dpi=200, layout="constrained")
+    figure.suptitle(f"Fig. 4 on {runs[0].config['title']}", parse_math=False)
     axes = figure.subplots(1, len(runs), squeeze=False)[0]
     for ax, run in zip(axes, runs, strict=True):
         counts = np.array(run.result["confusion"])  # (4, 4)
@@ -224,7 +222,9 @@ def draw_confusions(runs: Runs, path: Path) -> None:
         ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
         for (row, column), fraction in np.ndenumerate(fractions):
             colour = "white" if fraction > 0.5 else "black"
-            ax.text(column, row, f"{fraction:.2f}", color=colour, ha="center")
+            ax.text(
+                column, row, f"{fraction:.2f}", color=colour, ha="center", va="center"
+            )
         system = run.config["system"]
         ax.set(
             title=f"Sys. {system} (UA: {run.result['ua']:.2%})\n{TABLE_1[system][0]}, "
@@ -247,8 +247,9 @@ def draw(runs: Runs, folder: Path) -> None:
     for title, group in grouped(runs, "title").items():
         # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. If none of them has run,
         # draw the first four runs.
-        session_5 = grouped(grouped(group, "fold")[5], "system")
-        panels = [session_5[n][0] for n in (4, 8, 18, 7) if n in session_5]
+        session_5 = grouped(group, "fold")[5]
+        systems = grouped(session_5, "system")
+        panels = [systems[n][0] for n in (4, 8, 18, 7) if n in systems]
         path = folder / f"{title}.png"
         draw_confusions(panels or group[:4], path)
         print(path)
@@ -275,7 +276,8 @@ class Recognizer:
         self.model.load_state_dict(state["model"])
         self.upstreams = {}
         for modality, name in config["upstreams"].items():
-            upstream = load_upstream(name, modality, config["settings"]["precision"])
+            precision = config["settings"]["precision"]
+            upstream = load_upstream(name, modality, precision)
             if upstream.checksum != config["weights_checksums"][modality]:
                 raise InputError(f"{name}: it has changed since {folder} was trained")
             # The checkpoint has only the weights that fine-tuning has changed.
@@ -302,40 +304,36 @@ class Recognizer:
         """Make the arguments of the model for one utterance, as training does."""
         if isinstance(before, str) or isinstance(after, str):
             raise InputError("the turns before and after must be lists of texts")
-        uses_audio = "audio" in self.upstreams
-        uses_text = "text" in self.upstreams
-        if (wav is not None) != uses_audio or (text is not None) != uses_text:
-            used = " and ".join(self.upstreams)
+        given = {"audio": wav is not None, "text": text is not None}
+        used = {modality: modality in self.upstreams for modality in given}
+        if given != used:
             raise InputError(
-                f"{self.run.folder} uses {used}. Give --wav or --text for it"
+                f"{self.run.folder} uses {list(self.upstreams)}. Give it a wav for "
+                "audio, a text for text, and nothing else"
             )
 
-        # In training, data.batch gets the states from a Source. Here it gets them from
-        # these two functions, which compute them for the turns of one dialogue.
-        turns = [*before, text, *after]
-
-        def audio_states(rows: list[int]) -> list[Tensor]:
-            upstream = self.upstreams["audio"]
-            return upstream([upstream.prepare(data.clip(data.load_wav(wav)))])
-
-        def text_states(rows: list[int]) -> list[Tensor]:
-            upstream = self.upstreams["text"]
-            return upstream([upstream.prepare(turns[row]) for row in rows])
-
-        # context_windows reads only the name of the dialogue, the same for all turns.
-        dialog = [Utterance("", 1, "", "", 0.0, 0.0, turn, "", None) for turn in turns]
-        windows = data.context_windows(dialog, self.model.config.n_context)
+        # Treat the turns as a corpus of one dialogue. Its sources are live, so they
+        # compute the states. The wav and the label of the other turns are never used.
+        turns = [*before, text or "", *after]
+        corpus = [
+            Utterance("", 1, "", "", 0.0, 0.0, turn, "neu", wav) for turn in turns
+        ]
+        n_context = self.model.config.n_context
         sources = {}
-        if uses_audio:
-            sources["audio"] = audio_states
-        if uses_text:
-            sources["text"] = text_states
+        for modality, upstream in self.upstreams.items():
+            inputs = data.prepare(upstream, corpus, n_context)
+            sources[modality] = Source(upstream, inputs, corpus, Path(), "cpu")
+            sources[modality].live = upstream
+        windows = data.context_windows(corpus, n_context)
         return data.batch(torch.tensor([len(before)]), windows, sources, "cpu")
 
 
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     """Load an upstream. Raises InputError if it is incomplete or of unknown type."""
-    advice = "Give --wavlm or --bert the name or the folder of a whole encoder"
+    advice = (
+        "To train, choose another with --wavlm or --bert. To recognize, write its new "
+        "path into the run's config.json. Delete a folder tiny-..., it is written again"
+    )
     with reading(f"{modality} encoder {name}", advice):
         return Upstream(name, modality, precision)
 
@@ -361,6 +359,11 @@ def reading(path: Path | str, advice: str):
 
 def read_run(folder: Path) -> FinishedRun:
     """Read a finished run. Raises InputError if its files are damaged or disagree."""
+    if not (folder / "result.json").exists():
+        below = [str(path.parent) for path in folder.rglob("result.json")]
+        raise InputError(
+            f"{folder} is not a finished run. Runs below it: {below or 'none'}"
+        )
     with reading(folder, "A file of this run is damaged"):
         config = read_json(folder / "config.json")
         result = read_json(folder / "result.json")
@@ -368,8 +371,8 @@ def read_run(folder: Path) -> FinishedRun:
             predictions = list(csv.DictReader(file, strict=True))
         truth = [CLASSES.index(row["label"]) for row in predictions]
         guesses = [CLASSES.index(row["prediction"]) for row in predictions]
-        if not truth or "title" not in config:
-            raise ValueError("predictions.csv has no rows, or config.json no title")
+        if not truth or not {"title", "corpus_checksum"} <= config.keys():
+            raise ValueError("predictions.csv or config.json is not complete")
         keys = ("corpus", "fusion", "frozen", "fold", "seed")
         expected = {key: config[key] for key in keys}
         # Table 1 has two systems of each fusion, the frozen one first.
@@ -393,8 +396,7 @@ def write_predictions(folder: Path, utterances: Corpus, log_probs: Tensor) -> No
     """Write predictions.csv: one row per test utterance, with log_probs (n, 4)."""
     rows = [["utterance", "speaker", "label", "prediction", *CLASSES]]
     for u, row in zip(utterances, log_probs, strict=True):
-        # Careful: rounding can make the two largest probabilities equal. So we choose
-        # the class before.
+        # Choose the class first. Rounding can make the two largest numbers equal.
         prediction = CLASSES[row.argmax()]
         probabilities = [f"{p:.6f}" for p in row.exp().tolist()]
         rows.append([u.id, u.speaker, CLASSES[u.label], prediction, *probabilities])
@@ -427,13 +429,14 @@ def load_checkpoint(path: Path, run: dict) -> dict:
 def find_runs(root: Path) -> tuple[Runs, list[str]]:
     """Find the finished runs in a folder, and the problems, one line per folder.
 
-    Prints a line for each run that is not finished. Raises InputError if there is none.
+    Prints a line for each run that is not finished. Raises InputError without any run.
     """
     runs = {}
+    first_of_title = {}
     problems = []
     # result.json is written last. A run without it is not finished.
-    folders = {path.parent for path in root.rglob("log.jsonl")}
-    folders |= {path.parent for path in root.rglob("result.json")}
+    files = list(root.rglob("log.jsonl")) + list(root.rglob("result.json"))
+    folders = {path.parent for path in files}
     for folder in sorted(folders):
         if not (folder / "result.json").exists():
             print(f"{folder}: not finished. Run its train.py command again to resume")
@@ -443,10 +446,18 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
         except InputError as problem:
             problems.append(str(problem))
             continue
-        key = tuple(run.config[name] for name in ("title", "system", "fold", "seed"))
-        first = runs.setdefault(key, run)
-        if first is not run:
-            problems.append(f"{folder}: left out, a duplicate of {first.folder}")
+        # A table compares runs of one title. Their corpus must be the same.
+        config = run.config
+        title = config["title"]
+        first = first_of_title.setdefault(title, run)
+        key = (title, config["system"], config["fold"], config["seed"])
+        if config["corpus_checksum"] != first.config["corpus_checksum"]:
+            other = first.folder
+            problems.append(f"{folder}: left out, on another corpus than {other}")
+        elif key in runs:
+            problems.append(f"{folder}: left out, a duplicate of {runs[key].folder}")
+        else:
+            runs[key] = run
     if not folders:
         raise InputError(f"{root}: no run in it. Give the --out of train.py")
     return list(runs.values()), problems
@@ -459,16 +470,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Report results, or use a model.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("tables", help="print Tables 1 and 2")
-    command.add_argument("runs", type=Path, metavar="RUNS", help="a folder of runs")
+    command.add_argument("runs", type=Path, help="a folder of runs")
     command = commands.add_parser("draw", help="draw Fig. 4")
-    command.add_argument("runs", type=Path, metavar="RUNS", help="a folder of runs")
-    command.add_argument("dir", type=Path, metavar="DIR", help="for the pictures")
+    command.add_argument("runs", type=Path, help="a folder of runs")
+    command.add_argument("dir", type=Path, help="for the pictures")
     command = commands.add_parser("recognize", help="an utterance of your own")
-    command.add_argument("run", type=Path, metavar="RUN", help="the folder of one run")
-    command.add_argument("--wav", type=Path, metavar="FILE", help="16-bit mono WAV")
-    command.add_argument("--text", metavar="WORDS", help="its words")
+    command.add_argument("run", type=Path, help="the folder of one run")
+    command.add_argument("--wav", type=Path, help="16-bit mono WAV")
+    command.add_argument("--text", help="its words")
     for flag in ("--before", "--after"):
-        command.add_argument(flag, nargs="+", default=[], metavar="WORDS")
+        command.add_argument(flag, nargs="+", default=[])
     args = parser.parse_args(arguments)
 
     if args.command == "recognize":
@@ -477,8 +488,6 @@ def main(arguments: list[str] | None = None) -> None:
         title = recognizer.run.config["title"]
         for name, probability in answer.items():
             print(f"{title}: {name} {probability:.1%}")
-        if recognizer.run.config["corpus"] == "toy":
-            print("toy: this model has learned tones, and knows nothing about speech")
         return
     runs, problems = find_runs(args.runs)
     if args.command == "tables":

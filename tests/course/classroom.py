@@ -2,6 +2,7 @@
 
     python -m tests.course.classroom student DIR                      nine empty bodies
     python -m tests.course.classroom check [DIR ...] [--csv FILE]     verdicts, points
+    python -m tests.course.classroom check --exercise 5               one exercise
     python -m tests.course.classroom key FILE                         for teachers
 
 `check` runs the checks of this project on the code in DIR, so a check that was changed
@@ -233,15 +234,19 @@ def verdicts(
     return sentences
 
 
-def check(folders: list[Path], table: Path | None = None) -> bool:
+def check(
+    folders: list[Path], table: Path | None = None, only: int | None = None
+) -> bool:
     """Print a table for each copy. Returns whether everything passed.
 
     table   a CSV file to write: a row for each copy, with the points of each exercise
+    only    the one exercise to check, together with the exercise that it calls
     """
-    best = {number: minutes // 5 for number, (_, _, minutes) in EXERCISES.items()}
-    rows = [["copy", *EXERCISES, "points"]]
+    numbers = [n for n in EXERCISES if only is None or n in (only, NEEDS.get(only))]
+    best = {number: EXERCISES[number][2] // 5 for number in numbers}
+    rows = [["copy", *numbers, "points"]]
     for folder in folders:
-        sentences = verdicts(folder, list(EXERCISES))
+        sentences = verdicts(folder, numbers)
         print(f"\n{folder}\n\n| exercise | | points | verdict |\n|---|---|---|---|")
         points = []
         for number, sentence in sentences.items():
@@ -251,7 +256,8 @@ def check(folders: list[Path], table: Path | None = None) -> bool:
             print(f"| {number} | {name} | {of} | {sentence} |")
         n_passed = list(sentences.values()).count("passed")
         total = sum(points)
-        print(f"\n{n_passed} of 9 passed, {total} of {sum(best.values())} points")
+        passed = f"{n_passed} of {len(numbers)} passed"
+        print(f"\n{passed}, {total} of {sum(best.values())} points")
         rows.append([folder, *points, total])
         if table:  # after each copy, so that an interruption loses nothing
             lines = io.StringIO(newline="")
@@ -293,6 +299,7 @@ def main() -> None:
     command = commands.add_parser("check", help="print verdicts and points")
     command.add_argument("folders", type=Path, nargs="*", metavar="DIR", default=[ROOT])
     command.add_argument("--csv", type=Path, metavar="FILE", help="the points, too")
+    command.add_argument("--exercise", type=int, choices=EXERCISES, help="only this")
     command = commands.add_parser("key", help="write all answers, for teachers")
     command.add_argument("path", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -301,7 +308,7 @@ def main() -> None:
     if args.command == "student":
         student(args.path)
     elif args.command == "check":
-        sys.exit(not check(args.folders, args.csv))
+        sys.exit(not check(args.folders, args.csv, args.exercise))
     else:
         key(args.path)
 

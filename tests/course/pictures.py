@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import data
 from evaluate import TABLE_1, Recognizer
@@ -42,30 +41,27 @@ def draw_gates(recognizer: Recognizer, inputs: dict, path: Path) -> None:
     )
     ax.xaxis.get_major_locator().set_params(integer=True)
     for modality, (states, mask) in inputs.items():
-        if modality == "audio":
-            se = recognizer.model.extractor["audio"].se
-            gates = se(states, mask)[0]  # (L,)
-        else:
-            # Each text of the window has gates of its own. The target is in the middle.
-            se = recognizer.model.extractor["text"].each_text.se
-            gates = se(states, mask.flatten(0, 1))[mask.shape[1] // 2]  # (L,)
-        ax.plot(gates.numpy(), "o-", color=COLOURS[modality], label=modality)
+        extractor = recognizer.model.extractor[modality]
+        if modality == "text":
+            extractor = extractor.each_text
+        # The texts of the window have gates of their own. The target is in the middle.
+        gates = extractor.se(states, mask.flatten(0, -2))  # (1 or C, L)
+        gates = gates[len(gates) // 2].numpy()
+        ax.plot(gates, "o-", color=COLOURS[modality], label=modality)
     ax.legend()
     figure.savefig(path)
 
 
-def draw_attention(
-    recognizer: Recognizer, inputs: dict, tokens: list[str], path: Path
-) -> None:
-    """Draw the weights of Eq. (1), one panel for each cross-modal block.
-
-    tokens   the target's own, as BERT reads them
-    """
+def draw_attention(recognizer: Recognizer, inputs: dict, text: str, path: Path) -> None:
+    """Draw the weights of Eq. (1), one panel for each cross-modal block."""
     fusion = recognizer.model.fusion
     x, mask = recognizer.model.features(**inputs)
+    upstream = recognizer.upstreams["text"]
+    numbers = upstream.prepare(text).tolist()
+    tokens = upstream.preprocessor.convert_ids_to_tokens(numbers)
     # X_T is as long as the longest text of the window.
     n_tokens = x["text"].shape[1]
-    tokens = tokens + ["(context)"] * (n_tokens - len(tokens))
+    tokens += ["(context)"] * (n_tokens - len(tokens))
     title = "Which frames does a token attend to? Weights of Eq. (1) for one utterance"
     title += f"\n{describe(recognizer.run.config)}"
     height = 1.5 + (2.2 + 0.22 * min(n_tokens, 20)) * len(fusion.paths)
@@ -73,11 +69,10 @@ def draw_attention(
     axes = figure.subplots(len(fusion.paths), 1, squeeze=False)[:, 0]
     for ax, (target, source) in zip(axes, fusion.paths, strict=True):
         block = fusion.blocks[f"{source}-to-{target}"]
-        weights: Tensor = block.attend(x[target], x[source], mask[source])[1][0]
+        weights = block.attend(x[target], x[source], mask[source])[1][0]
         equal = 1 / weights.shape[1]
-        if target == "text":
-            title = "CMT(A→T): the weights of each token (row) sum to 1"
-        else:
+        title = "CMT(A→T): the weights of each token (row) sum to 1"
+        if target == "audio":
             title = "CMT(T→A): the weights of each frame (column) sum to 1"
             weights = weights.T  # both panels are (T_T, T_A)
         # Equal weights are drawn in a middle blue.
@@ -89,9 +84,8 @@ def draw_attention(
         every = 1 + n_tokens // 20  # at most 20 labels
         ax.set_yticks(range(0, n_tokens, every), tokens[::every])
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_title(title)
+        ax.set(title=title, ylabel="token of the text")
         ax.set_xlabel("frame of the audio, 20 ms each")
-        ax.set_ylabel("token of the text")
     figure.savefig(path)
 
 
@@ -113,11 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(args.dir / "gates.png")
     paths = recognizer.model.fusion.paths
     if all(source not in (None, target) for target, source in paths):
-        upstream = recognizer.upstreams["text"]
-        numbers = upstream.prepare(args.text).tolist()
-        tokens = upstream.preprocessor.convert_ids_to_tokens(numbers)
-        draw_attention(recognizer, inputs, tokens, args.dir / "attention.png")
-        print(args.dir / "attention.png")
+        path = args.dir / "attention.png"
+        draw_attention(recognizer, inputs, args.text, path)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,12 @@ def test_a_copy_that_does_not_load_has_a_verdict_for_each_exercise(code, small):
     assert first.startswith(MODULES[code])
 
 
+def test_an_error_in_given_code_has_the_line_of_the_answer_that_calls_it(small):
+    code = "def given():\n    return 1 / 0\n\ndef masked_mean():\n    return given()\n"
+    (sentence,) = small(code, [1]).values()
+    assert sentence.startswith("it stops with ZeroDivisionError in line 5 of model.py")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a test for Linux and macOS")
 def test_a_process_that_an_answer_starts_is_ended_with_it(small, tmp_path):
     os.mkfifo(tmp_path / "fifo")
@@ -231,6 +237,15 @@ def test_the_table_has_the_points_of_every_copy(monkeypatch, tmp_path, capsys):
     assert head == ["copy", *"123456789", "points"]
     assert rows[0] == [str(bad), *"060002000", "8"]
     assert rows[1] == [str(good), *"363572668", "46"]
+    # One exercise comes with the exercise that it calls.
+    assert not classroom.check([bad], only=5)
+    out = capsys.readouterr().out
+    assert re.findall(r"(?m)^\| (\d)", out) == ["2", "5"]
+    assert "1 of 2 passed, 6 of 13 points" in out
+    monkeypatch.setattr(sys, "argv", ["x", "check", str(good), "--exercise", "4"])
+    with pytest.raises(SystemExit, match="False"):
+        classroom.main()
+    assert "1 of 1 passed, 5 of 5 points" in capsys.readouterr().out
     # In the project itself, two exercises call others that may be empty.
     monkeypatch.setattr(classroom, "ROOT", bad)
     sentences = classroom.verdicts(bad, [1, 2, 3, 5])
@@ -344,7 +359,7 @@ def test_a_bug_trains_and_a_test_fails(number, project):
     command += ["--finetune-after", "1", "--max-epochs", "6"]
     process = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert "toy: WA" in process.stdout
+    assert "on the test session" in process.stdout
     # Some tests compare the text of the code, so any change makes them fail.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["--ignore", "tests/course/test_classroom.py"]

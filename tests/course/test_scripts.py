@@ -27,8 +27,6 @@ def test_the_first_hour_shows_every_tensor_and_its_loss_is_right(monkeypatch, ca
     shapes = {name: list(x.shape) for name, x in tensors.items()}
     assert shapes["audio"] == [6 + 4 + 5, 3, 8]
     assert shapes["text"] == [7 + 10 + 5, 3, 8]
-    assert shapes["X_A"] == shapes["CMT T->A"] == [3, 6, 4]
-    assert shapes["X_T"] == shapes["CMT A->T"] == [3, 5, 4]
     assert shapes["weights"] == [3, 5, 6]
     lengths = tensors["text_mask"].sum(dim=2).tolist()
     assert lengths == [[0, 5, 2], [5, 2, 3], [2, 3, 0]]
@@ -36,11 +34,9 @@ def test_the_first_hour_shows_every_tensor_and_its_loss_is_right(monkeypatch, ca
     torch.testing.assert_close(tensors["in one call"], tensors["logits"])
     torch.testing.assert_close(tensors["by hand"], tensors["loss"])
     assert tensors["loss after"] < tensors["loss"]
-    step = tensors["step"].abs()
-    torch.testing.assert_close(step, torch.full((3,), 1e-3), rtol=0.01, atol=0)
-    out = capsys.readouterr().out
-    assert re.search("^row sums .* 1.000 1.000 1.000 1.000 ", out, re.MULTILINE)
-    zeros = re.search(r"\d+ of \d+ weights", out)[0]
+    assert tensors["step"].abs().tolist() == pytest.approx([1e-3] * 3, rel=0.01)
+    # The answers name the number of weights without a gradient.
+    zeros = re.search(r"\d+ of \d+ weights", capsys.readouterr().out)[0]
     answers = (ROOT / "tests/course/answers.rot13").read_text(encoding="utf-8")
     assert zeros in codecs.decode(answers, "rot13")
 
@@ -70,20 +66,25 @@ def cmt(target, source):
     return scores, weights, weights @ source, x, norm(fed)
 
 
+def read_trace(text):
+    """Collect [(title, numbers)]. The numbers start in column 63 of a line."""
+    blocks = []
+    for line in text.splitlines():
+        numbers = [float(x) for x in re.findall(r"-?\d[\d.e-]*", line[63:])]
+        if line[:63].strip():
+            blocks.append((line[:63], []))
+        blocks[-1][1].extend(numbers)
+    return blocks
+
+
 def test_the_trace_is_right(capsys):
     trace.main()
-    lines = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    blocks = read_trace(out)
 
     def check(title, expected, occurrence=0):
-        """Compare the numbers from this title to the next. They start in column 63."""
-        start = [k for k, line in enumerate(lines) if title in line][occurrence]
-        text = lines[start][63:]
-        for line in lines[start + 1 :]:
-            if line[:63].strip():
-                break
-            text += line[63:]
-        numbers = [float(x) for x in re.sub("[()]", " ", text).split()]
-        assert numbers == pytest.approx(np.ravel(expected).tolist(), abs=1e-3), title
+        found = [numbers for name, numbers in blocks if title in name][occurrence]
+        assert found == pytest.approx(np.ravel(expected).tolist(), abs=1e-3), title
 
     # Fig. 2a. The squeeze is 2 and 2, so h is 1. The third step is padding.
     gates, s, projected, x_a = feature(np.array([[[1, 3], [0, 2]], [[3, 1], [2, 4]]]))
@@ -103,15 +104,15 @@ def test_the_trace_is_right(capsys):
     check("gates of the three", [before[0], target[0], after[0]])
     check("each text through", maps)
     check("X_T = ", x_t)
-    assert any("[A5]" in line and "(True True)" in line for line in lines)
+    assert re.search(r"\[A5\] +\(True True\)", out)
 
     # Fig. 3d. Padding of the source has a score and no weight.
     pooled = []
     for path, (target, source) in enumerate([(x_t, x_a), (x_a, x_t)]):
         scores, weights, out, x, h = cmt(target, source)
-        n_padding = 1 if path == 0 else 0
-        check("Q K^T", np.pad(scores, ((0, 0), (0, n_padding))), path)
-        check("softmax over", np.pad(weights, ((0, 0), (0, n_padding))), path)
+        padding = ((0, 0), (0, 1 - path))
+        check("Q K^T", np.pad(scores, padding), path)
+        check("softmax over", np.pad(weights, padding), path)
         check("times V", out, path)
         check("x = Norm", x, path)
         check("Norm(x +", h, path)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
-from model import Config, Fusion, TransformerBlock
+from model import Config, Fusion
 from tests.course.figures import AUDIO, FILLS, new_figure
 
 WORDS = ["party", "table", "coffee", "garden", "letter", "window"]
@@ -35,10 +35,9 @@ class Task:
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
-        half = DIM // 2
         # One half of a frame tells the word, the other half tells the mood.
-        self.spoken = torch.randn(len(WORDS), half, generator=generator)
-        self.moods = torch.randn(len(MOODS), half, generator=generator)
+        self.spoken = torch.randn(len(WORDS), DIM // 2, generator=generator)
+        self.moods = torch.randn(len(MOODS), DIM // 2, generator=generator)
         # A written word has a vector of its own. So the model has to learn which spoken
         # word belongs to which written word.
         self.written = torch.randn(len(WORDS), DIM, generator=generator)
@@ -67,9 +66,9 @@ class Task:
         which = torch.randint(3, (n, 1))
         asked = words.gather(1, which).squeeze(1)
         label = moods.gather(1, which).squeeze(1)
-        sounds = torch.cat([self.spoken[spoken], self.moods[mood]], dim=-1)
-        silence = (spoken < 0).unsqueeze(-1)
-        audio = sounds.masked_fill(silence, 0.0) + 0.3 * torch.randn(n, N_FRAMES, DIM)
+        audio = torch.cat([self.spoken[spoken], self.moods[mood]], dim=-1)
+        audio[spoken < 0] = 0.0
+        audio += 0.3 * torch.randn(n, N_FRAMES, DIM)
         clips = {"audio": audio, "label": label, "spoken": spoken, "mood": mood}
         return {**clips, "text": self.ask(asked), "asked": asked}
 
@@ -111,7 +110,6 @@ def learn(task: Task, fusion: str, n_steps: int) -> Listener:
     return listener.eval()
 
 
-@torch.no_grad()
 def accuracy(listener: Listener, clips: dict[str, Tensor]) -> float:
     """Compute the share of right answers."""
     right = listener(clips).argmax(dim=1) == clips["label"]
@@ -119,35 +117,18 @@ def accuracy(listener: Listener, clips: dict[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def look(block: TransformerBlock, clips: dict[str, Tensor]) -> Tensor:
+def look(listener: Listener, clips: dict[str, Tensor]) -> Tensor:
     """Compute the weights of Eq. (1), CMT(A→T): (n, 4, 24), one row for each token."""
+    block = listener.fusion.blocks["audio-to-text"]
     mask = torch.ones(clips["audio"].shape[:2], dtype=torch.bool)
     return block.attend(clips["text"], clips["audio"], mask)[1]
 
 
-def share_on_asked(weights: Tensor, clips: dict[str, Tensor]) -> float:
+def weight_on_asked(listener: Listener, clips: dict[str, Tensor]) -> float:
     """Add up the weight that the asked token gives to the frames of its word."""
     frames = clips["spoken"] == clips["asked"].unsqueeze(1)  # (n, 24)
-    return (weights[:, ASKED] * frames).sum(dim=1).mean().item()
-
-
-def edges(clips: dict[str, Tensor], word: int) -> tuple[float, float]:
-    """Find where a word begins and ends in the first clip, in frames."""
-    frames = (clips["spoken"][0] == word).nonzero()
-    return frames.min().item() - 0.5, frames.max().item() + 0.5
-
-
-def draw_weights(ax, weights: Tensor, clips: dict[str, Tensor], word: int) -> None:
-    """Draw the weights (4, 24) of one clip, with a red box around the asked word."""
-    tokens = [token.replace("<word>", WORDS[word]) for token in TOKENS]
-    ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
-    ax.set_yticks(range(len(tokens)), tokens)
-    ax.set_ylabel("token")
-    left, right = edges(clips, word)
-    # A cell is one unit wide and high, and its number is in its middle.
-    across = [left, right, right, left, left]
-    down = [ASKED - 0.5, ASKED - 0.5, ASKED + 0.5, ASKED + 0.5, ASKED - 0.5]
-    ax.plot(across, down, color="#c0392b", linewidth=3)
+    weights = look(listener, clips)[:, ASKED]  # (n, 24)
+    return (weights * frames).sum(dim=1).mean().item()
 
 
 def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> None:
@@ -162,18 +143,20 @@ def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> N
 
     # Above is the clip: where each word is said, and in which mood.
     top.set(title="the clip: three words, each in a mood", yticks=[], ylim=(0, 1))
-    pairs = set(
-        zip(clips["spoken"][0].tolist(), clips["mood"][0].tolist(), strict=True)
-    )
-    pairs.remove((-1, -1))  # frames without a word
-    for word, mood in pairs:
-        left, right = edges(clips, word)
+    spoken = clips["spoken"][0]
+    edges = {}  # of each word, in frames. A frame is one unit wide around its number
+    for word in sorted(set(spoken.tolist()) - {-1}):
+        frames = (spoken == word).nonzero()
+        left = frames.min().item() - 0.5
+        right = frames.max().item() + 0.5
+        edges[word] = (left, right)
+        mood = clips["mood"][0, frames[0]].item()
         top.axvspan(left, right, color=FILLS[AUDIO])
         name = f"{WORDS[word]}\n{MOODS[mood]}"
         top.text((left + right) / 2, 0.5, name, ha="center", va="center")
 
     # Below are the weights, for two questions about this clip.
-    first, second, _ = sorted(word for word, _ in pairs)
+    first, second, _ = edges
     questions = [
         ("before training", before, first),
         ("after training", after, first),
@@ -181,9 +164,17 @@ def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> N
     ]
     for ax, (when, listener, word) in zip(panels, questions, strict=True):
         clips["text"] = task.ask(torch.tensor([word]))
-        weights = look(listener.fusion.blocks["audio-to-text"], clips)[0]
-        draw_weights(ax, weights, clips, word)
+        weights = look(listener, clips)[0]
+        ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
+        tokens = [token.replace("<word>", WORDS[word]) for token in TOKENS]
+        ax.set_yticks(range(len(tokens)), tokens)
+        ax.set_ylabel("token")
         ax.set_title(f"{when}, the question: how was {WORDS[word]} said?")
+        # A red box is around the asked word.
+        left, right = edges[word]
+        across = [left, right, right, left, left]
+        down = [ASKED - 0.5, ASKED - 0.5, ASKED + 0.5, ASKED + 0.5, ASKED - 0.5]
+        ax.plot(across, down, color="#c0392b", linewidth=3)
     panels[-1].set_xlabel("frame of the audio (red: where the asked word is said)")
     label = "weight of Eq. (1): each row sums to 1"
     figure.colorbar(panels[0].images[0], ax=panels, label=label)
@@ -206,12 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
         listener = learn(task, fusion, N_STEPS)
         print(f"made-up task: {fusion:8} {accuracy(listener, test):6.1%} right")
     before = learn(task, "cmt-a2t", 0)
-    for when, model in (("before", before), ("after", listener)):
-        weights = look(model.fusion.blocks["audio-to-text"], test)
-        share = share_on_asked(weights, test)
-        print(
-            f"weight of the asked token on the frames of its word, {when}: {share:.0%}"
-        )
+    what = "weight of the asked token on the frames of its word"
+    print(f"{what}, before: {weight_on_asked(before, test):.0%}")
+    print(f"{what}, after: {weight_on_asked(listener, test):.0%}")
     path = args.dir / "which-frame.png"
     draw_picture(task, before, listener, path)
     print(path)

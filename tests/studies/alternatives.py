@@ -82,10 +82,12 @@ model.py
 
 [A6] Beyond the edge of a dialogue, its first or its last text is repeated.
 data.py
-- windows.append(window)
-+ inside = [other for other in window if other >= 0]
-+ nearest = range(row - half, row + half + 1)
-+ windows.append([min(max(other, inside[0]), inside[-1]) for other in nearest])
+- return torch.from_numpy(windows)
++ for row, window in enumerate(windows):
++     inside = window[window >= 0]
++     neighbours = np.arange(row - size // 2, row + size // 2 + 1)
++     windows[row] = neighbours.clip(inside[0], inside[-1])
++ return torch.from_numpy(windows)
 
 [A7] CMT adds its queries. This is a flag of train.py: --cma-residual
 
@@ -145,9 +147,9 @@ train.py
 - parameters = list(model.parameters())
 + scratch = {"params": list(model.parameters()), "lr": args.lr_frozen}
 + parameters = []
-- return make_adamw(parameters,
+- return AdamW(
 + parameters = [{"params": parameters}, scratch]
-+ return make_adamw(parameters,
++ return AdamW(
 
 [A12] The upstreams' dropout is on while fine-tuning, without layerdrop and SpecAugment.
 data.py
@@ -162,8 +164,8 @@ data.py
 
 [A13] Every silent window of a clip is removed.
 data.py
-- first = (power >= threshold).nonzero()[0]
-- x = x[int(first) * WINDOW :]
+- first = int((power >= threshold).nonzero()[0])
+- x = x[first * WINDOW :]
 + rest = x[len(power) * WINDOW :]  # less than a window
 + x = x.unfold(0, WINDOW, WINDOW)[power >= threshold].flatten()
 + if len(rest) and rest.square().mean() >= threshold:

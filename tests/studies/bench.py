@@ -100,6 +100,7 @@ def frozen_epoch(
     corpus = make_corpus(n if modality == "audio" else 16 * n)
     inputs = {row: torch.tensor([row]) for row in range(len(corpus))}
     source = code.data.Source(None, inputs, corpus, folder, DEVICE)
+    source.keep = True  # as after fill(), which decides it
     # 3 to 5 s of audio, or 3 to 25 word pieces.
     shortest, longest = {"audio": (149, 249), "text": (3, 25)}[modality]
     torch.manual_seed(0)

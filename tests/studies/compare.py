@@ -6,11 +6,11 @@ Each folder holds the runs of one system, for example runs/toy/mmt-frozen. A run
 and a run of B are a pair if they have the same fold and seed. Both were tested on the
 same utterances. The command answers two questions:
 
-1. How large is the difference, and do all seeds show it? For each pair, B minus A. Over
-   all pairs, the mean and the standard deviation. For each seed, its mean.
+1. How large is the difference, and do all seeds show it? B minus A has a mean and a
+   standard deviation over all pairs, and a mean for each seed.
 2. Can the difference be an accident of which utterances were tested? McNemar's test and
-   a bootstrap over dialogues. Here each fold has one pair, of its lowest seed, so that
-   each utterance counts once.
+   a bootstrap over dialogues answer this. Here each fold has one pair, of its lowest
+   seed, so that each utterance counts once.
 
 Read `mcnemar` and `bootstrap` first. The rest finds the pairs and prints.
 """
@@ -24,13 +24,10 @@ from statistics import fmean, stdev
 import numpy as np
 
 from data import CLASSES, InputError, run_command
-from evaluate import TABLE_1, FinishedRun, find_runs, format_table
+from evaluate import TABLE_1, FinishedRun, Runs, find_runs, format_table
 
 METRICS = ("wa", "ua")
 DRAWS = 2000
-# The percentile bootstrap is too narrow if there are few things to draw. Ten is a rule
-# of thumb.
-ENOUGH_DIALOGUES = 10
 
 
 # --- The two tests --------------------------------------------------------------------
@@ -74,10 +71,8 @@ def bootstrap(counts_a: np.ndarray, counts_b: np.ndarray) -> np.ndarray:
     so we draw n dialogues from ours with replacement, the same ones for A and B, and
     measure the difference on them. We do this 2,000 times. The interval leaves out the
     lowest and the highest 2.5 % of the differences. This is the percentile bootstrap
-    (Efron and Tibshirani 1993, chapter 13).
-
-    Neighbouring turns are alike, so we draw whole dialogues instead of single
-    utterances.
+    (Efron and Tibshirani 1993, chapter 13). It draws whole dialogues instead of single
+    utterances, because neighbouring turns are alike.
     """
     n = len(counts_a)
     rng = np.random.default_rng(0)
@@ -93,68 +88,64 @@ def bootstrap(counts_a: np.ndarray, counts_b: np.ndarray) -> np.ndarray:
 
 # --- The pairs and the report ---------------------------------------------------------
 
-Pair = tuple[FinishedRun, FinishedRun]
+Pairs = dict[tuple[int, int], tuple[FinishedRun, FinishedRun]]  # by fold and seed
 
 
-def name(runs: list[FinishedRun], letter: str) -> str:
-    """Name the system of some runs. Raises InputError if they are a mixture."""
+def read_system(folder: Path) -> tuple[str, Runs]:
+    """Read the runs of one system, and name it. Raises InputError for a mixture."""
+    runs, damaged = find_runs(folder)
     names = set()
     for run in runs:
         system = run.config["system"]
         names.add(f"Sys. {system} ({TABLE_1[system][0]}), {run.config['title']}")
-    if len(names) != 1:
-        raise InputError(
-            f"{letter} needs the finished runs of one system, and has {sorted(names)}"
-        )
-    return names.pop()
+    if damaged or len(names) != 1:
+        problems = [*damaged, f"{folder} must have one system, and has {sorted(names)}"]
+        raise InputError("\n".join(problems))
+    return names.pop(), runs
 
 
-def find_pairs(runs_a: list[FinishedRun], runs_b: list[FinishedRun]) -> list[Pair]:
-    """Pair the runs of two systems by fold and seed, in this order.
+def find_pairs(runs_a: Runs, runs_b: Runs) -> Pairs:
+    """Pair the runs of two systems.
 
     Raises InputError if there is no pair, or if the two runs of a pair were tested on
     different utterances.
     """
-    partners = {fold_and_seed(run): run for run in runs_b}
-    pairs = []
-    for a in sorted(runs_a, key=fold_and_seed):
-        b = partners.get(fold_and_seed(a))
-        if b is None:
-            continue
-        if tested_on(a) != tested_on(b):
-            raise InputError(f"{a.folder} and {b.folder} have different test data")
-        pairs.append((a, b))
+    partners = {(run.config["fold"], run.config["seed"]): run for run in runs_b}
+    pairs = {}
+    for a in runs_a:
+        key = (a.config["fold"], a.config["seed"])
+        if key in partners:
+            pairs[key] = (a, partners[key])
     if not pairs:
         raise InputError("A and B have no run of the same fold and seed")
-    return pairs
+    for a, b in pairs.values():
+        tested = []
+        for run in (a, b):
+            tested.append([(row["utterance"], row["label"]) for row in run.predictions])
+        if tested[0] != tested[1]:
+            raise InputError(f"{a.folder} and {b.folder} have different test data")
+    return dict(sorted(pairs.items()))
 
 
-def fold_and_seed(run: FinishedRun) -> tuple[int, int]:
-    return run.config["fold"], run.config["seed"]
-
-
-def tested_on(run: FinishedRun) -> list[tuple[str, str]]:
-    return [(row["utterance"], row["label"]) for row in run.predictions]
-
-
-def describe_differences(corpus: str, pairs: list[Pair]) -> str:
+def describe_differences(corpus: str, pairs: Pairs) -> str:
     """Format how much the pairs differ, over all of them and for each seed."""
-    seeds = sorted({a.config["seed"] for a, _ in pairs})
-    folds = sorted({a.config["fold"] for a, _ in pairs})
+    folds = sorted({fold for fold, _ in pairs})
+    seeds = sorted({seed for _, seed in pairs})
     table = [["", "A", "B", "B minus A", *[f"seed {seed}" for seed in seeds]]]
     for metric in METRICS:
-        values_a = [100 * a.result[metric] for a, _ in pairs]
-        values_b = [100 * b.result[metric] for _, b in pairs]
-        every = []
-        by_seed = defaultdict(list)
-        for (a, _), x, y in zip(pairs, values_a, values_b, strict=True):
-            every.append(y - x)
-            by_seed[a.config["seed"]].append(y - x)
-        cell = f"{fmean(every):+.2f}"
-        if len(every) > 1:
-            cell += f" ± {stdev(every):.2f}"
-        row = [metric.upper(), f"{fmean(values_a):.2f}", f"{fmean(values_b):.2f}", cell]
-        table.append([*row, *[f"{fmean(by_seed[seed]):+.2f}" for seed in seeds]])
+        values_a = {key: 100 * a.result[metric] for key, (a, _) in pairs.items()}
+        values_b = {key: 100 * b.result[metric] for key, (_, b) in pairs.items()}
+        differences = {key: values_b[key] - values_a[key] for key in pairs}
+        mean = f"{fmean(differences.values()):+.2f}"
+        if len(pairs) > 1:
+            mean += f" ± {stdev(differences.values()):.2f}"
+        row = [metric.upper()]
+        row += [f"{fmean(values.values()):.2f}" for values in (values_a, values_b)]
+        row.append(mean)
+        for seed in seeds:
+            of_seed = [differences[key] for key in pairs if key[1] == seed]
+            row.append(f"{fmean(of_seed):+.2f}")
+        table.append(row)
     title = (
         f"{corpus}, in %: mean ± standard deviation over {len(pairs)} pair(s), folds "
         f"{folds}, seeds {seeds}"
@@ -162,18 +153,17 @@ def describe_differences(corpus: str, pairs: list[Pair]) -> str:
     return (
         format_table(title, table)
         + "\nFolds have training data in common, so these pairs are not independent.\n"
-        "Believe a sign that several seeds agree on.\n"
+        "Believe a sign that all seeds have.\n"
     )
 
 
-def describe_tests(corpus: str, pairs: list[Pair]) -> str:
+def describe_tests(corpus: str, pairs: Pairs) -> str:
     """Format McNemar's test and the bootstrap, on one pair for each fold."""
-    first = {}  # by fold
-    for a, b in pairs:
-        first.setdefault(a.config["fold"], (a, b))
+    first = {}  # by fold. The pairs are in the order of their seeds
+    for (fold, _), pair in pairs.items():
+        first.setdefault(fold, pair)
     only_a = 0
     only_b = 0
-    n = 0
     # One confusion matrix per dialogue, of A and of B.
     counts = defaultdict(lambda: np.zeros((2, 4, 4), dtype=int))
     for a, b in first.values():
@@ -186,43 +176,31 @@ def describe_tests(corpus: str, pairs: list[Pair]) -> str:
             counts[dialog][1, truth, guess_b] += 1
             only_a += guess_a == truth != guess_b
             only_b += guess_b == truth != guess_a
-            n += 1
-    seeds = sorted({a.config["seed"] for a, _ in first.values()})
-    p = mcnemar(only_a, only_b)
-    text = (
-        f"{corpus}: one pair for each of {len(first)} fold(s), seeds {seeds}: "
-        f"{n} predictions in {len(counts)} dialogues\n"
-        f"{corpus}: only A is right in {only_a}, only B in {only_b}. "
-        f"McNemar's exact test: p = {p:.3g}\n"
-    )
-
     matrices = np.array(list(counts.values()))  # (dialogues, 2, 4, 4)
     total_a, total_b = matrices.sum(axis=0)
+    text = (
+        f"{corpus}: one pair for each of {len(first)} fold(s), the lowest seed: "
+        f"{total_a.sum()} predictions in {len(counts)} dialogue(s)\n"
+        f"{corpus}: only A is right in {only_a}, only B in {only_b}. "
+        f"McNemar's exact test: p = {mcnemar(only_a, only_b):.3g}\n"
+    )
     differences = 100 * (accuracies(total_b) - accuracies(total_a))  # (2,)
     low, high = 100 * bootstrap(matrices[:, 0], matrices[:, 1])  # (2,) each
     for k, metric in enumerate(METRICS):
-        text += f"{corpus}: {metric.upper()} of B minus A: {differences[k]:+.2f} points"
-        if len(counts) > 1:
-            text += f", 95 % interval {low[k]:+.2f} to {high[k]:+.2f}"
-            if low[k] <= 0 <= high[k]:
-                text += " (contains 0: no difference is shown)"
-        text += "\n"
-    if len(counts) == 1:
-        return text + "There is no interval, because there is one dialogue.\n"
-
-    few = len(counts) < ENOUGH_DIALOGUES
-    if few:
-        text += f"With {len(counts)} dialogues, the intervals cannot be trusted.\n"
-    # Both McNemar's test and the first interval are about WA.
-    shown_by_interval = not low[0] <= 0 <= high[0]
-    if (p < 0.05) != shown_by_interval:
-        belief = "believe neither" if few else "believe the interval"
         text += (
-            "They disagree about WA: McNemar's test assumes that utterances are "
-            "independent,\nand the interval only that dialogues are. The turns of a "
-            f"dialogue are alike, so {belief}.\n"
+            f"{corpus}: {metric.upper()} of B minus A: {differences[k]:+.2f} points, "
+            f"95 % interval {low[k]:+.2f} to {high[k]:+.2f}"
         )
-    return text
+        if low[k] <= 0 <= high[k]:
+            text += " (contains 0: no difference is shown)"
+        text += "\n"
+    # Ten is a rule of thumb. With fewer things to draw, the interval is too narrow.
+    if len(counts) < 10:
+        text += "There are fewer than 10 dialogues, so do not trust the intervals.\n"
+    return (
+        text + "If McNemar's test and the interval disagree about WA, believe the\n"
+        "interval: its dialogues are more independent than the turns of a dialogue.\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -230,18 +208,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("a", type=Path, metavar="FOLDER_A", help="runs of one system")
     parser.add_argument("b", type=Path, metavar="FOLDER_B", help="runs of another")
     args = parser.parse_args(arguments)
-    runs_a, damaged_a = find_runs(args.a)
-    runs_b, damaged_b = find_runs(args.b)
-    name_a = name(runs_a, "A")
-    name_b = name(runs_b, "B")
+    name_a, runs_a = read_system(args.a)
+    name_b, runs_b = read_system(args.b)
     pairs = find_pairs(runs_a, runs_b)
-    corpora = {run.config["corpus"] for run in pairs[0]}
+    corpora = {run.config["corpus"] for run in (runs_a[0], runs_b[0])}
     corpus = " and ".join(sorted(corpora))
     print(f"A: {name_a}\nB: {name_b}\n")
     print(describe_differences(corpus, pairs))
     print(describe_tests(corpus, pairs))
-    if damaged_a + damaged_b:
-        raise InputError("\n".join(damaged_a + damaged_b))
 
 
 if __name__ == "__main__":

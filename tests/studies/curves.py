@@ -2,8 +2,7 @@
 
     python -m tests.studies.curves RUNS DIR     (needs matplotlib)
 
-Above is the loss over the epochs, and below the UA on the development speaker. Each
-colour is a run. A triangle marks the last epoch before fine-tuning.
+Each fold has a colour, and each seed has a line style.
 """
 
 import argparse
@@ -11,15 +10,21 @@ import json
 from pathlib import Path
 
 from data import InputError, run_command
-from evaluate import TABLE_1, FinishedRun, find_runs, grouped
+from evaluate import TABLE_1, Runs, find_runs, grouped
+
+PANELS = {
+    "train_loss": "training loss",
+    "dev_loss": "development loss",
+    "dev_ua": "UA in development",
+}
+LINE_STYLES = ["solid", "dashed", "dotted", "dashdot"]
 
 
 def read_log(path: Path) -> list[dict]:
     """Read log.jsonl, one dict per epoch. Raises InputError if it is damaged."""
-    rows = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            rows.append(json.loads(line))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
     except ValueError as problem:
         raise InputError(f"{path}: damaged, {problem}") from None
     if not rows:
@@ -27,46 +32,63 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def draw_curves(runs: list[FinishedRun]):
+def describe(config: dict) -> str:
+    """Name the corpus, the system and the settings of a run, from its config.json."""
+    corpus, *settings = config["title"].split(", ")
+    corpus = "Toy corpus" if corpus == "toy" else f"Corpus {corpus}"
+    model, _, phase = TABLE_1[config["system"]][0].rpartition(" ")
+    system = f"system {config['system']} ({model}, {phase})"
+    return ", ".join([corpus, system, *settings])
+
+
+def draw_curves(runs: Runs):
     """Draw the curves of the runs of one system: a matplotlib figure."""
     try:
+        import matplotlib
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.lines import Line2D
     except ImportError as problem:
         raise InputError(f"{problem}: pip install matplotlib") from None
-    figure = Figure((7, 6.5), dpi=200, layout="constrained")
-    loss, ua = figure.subplots(2, 1, sharex=True)
-    # Careful: without points, the curve of a single epoch is invisible.
-    style = {"marker": ".", "markersize": 4}
-    for number, run in enumerate(runs):
+    # Large enough for the last row of a lecture hall, on a slide 12 inches wide.
+    matplotlib.rcParams.update({"font.size": 16})
+    figure = Figure((12, 9), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
+    axes = figure.subplots(len(PANELS), 1, sharex=True)
+    legend = {}
+    folds = sorted({run.config["fold"] for run in runs})
+    colours = {fold: f"C{k}" for k, fold in enumerate(folds)}
+    for fold, colour in colours.items():
+        legend[f"fold {fold}"] = Line2D([], [], color=colour, linewidth=3)
+    seeds = sorted({run.config["seed"] for run in runs})
+    styles = {seed: LINE_STYLES[k % 4] for k, seed in enumerate(seeds)}
+    for seed, style in styles.items():
+        legend[f"seed {seed}"] = Line2D([], [], color="black", linestyle=style)
+
+    for run in runs:
+        colour = colours[run.config["fold"]]
         log = read_log(run.folder / "log.jsonl")
-        epochs = [row["epoch"] for row in log]
-        dev_loss = [row["dev_loss"] for row in log]
-        train_loss = [row["train_loss"] for row in log]
-        dev_ua = [100 * row["dev_ua"] for row in log]
-        colour = f"C{number}"
-        label = f"fold {run.config['fold']}, seed {run.config['seed']}"
-        loss.plot(epochs, dev_loss, colour, label=label, **style)
-        loss.plot(epochs, train_loss, colour, linestyle="dotted", **style)
-        ua.plot(epochs, dev_ua, colour, **style)
-        for row in log:
-            if row["event"] == "finetune":
-                loss.plot(row["epoch"], row["dev_loss"], colour, marker="v")
-                ua.plot(row["epoch"], 100 * row["dev_ua"], colour, marker="v")
-    # One entry in the legend explains all triangles.
+        for ax, name in zip(axes, PANELS, strict=True):
+            epochs = [row["epoch"] for row in log]
+            values = [row[name] for row in log]
+            style = styles[run.config["seed"]]
+            ax.plot(epochs, values, color=colour, linestyle=style)
+            marks = {epochs[-1]: "o"}
+            if run.result["finetune_epoch"]:
+                marks[run.result["finetune_epoch"]] = "v"
+            for epoch, mark in marks.items():
+                ax.plot(epoch, values[epoch - 1], mark, color=colour, markersize=8)
+    legend["training stops"] = Line2D([], [], color="black", marker="o", linewidth=0)
     if any(run.result["finetune_epoch"] for run in runs):
-        loss.plot([], [], "kv", label="fine-tuning starts after this epoch")
-    loss.legend(ncols=2)
-    loss.set_ylabel("cross-entropy (dotted: training)")
-    ua.set_ylabel("UA on the development speaker, in %")
-    ua.set_xlabel("epoch")
-    ua.xaxis.set_major_locator(MaxNLocator(integer=True))
-    system = runs[0].config["system"]
-    figure.suptitle(
-        f"Emotion recognition: training of {TABLE_1[system][0]} (Sys. {system})\n"
-        f"corpus and settings: {runs[0].config['title']}",
-        parse_math=False,
-    )
+        triangle = Line2D([], [], color="black", marker="v", linewidth=0)
+        legend["fine-tuning\nstarts after"] = triangle
+
+    for ax, label in zip(axes, PANELS.values(), strict=True):
+        ax.set_ylabel(label)
+    axes[-1].yaxis.set_major_formatter("{x:.0%}")
+    axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(legend.values(), legend.keys(), loc="outside right upper")
+    figure.suptitle(describe(runs[0].config), parse_math=False, wrap=True)
     return figure
 
 

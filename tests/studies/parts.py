@@ -16,14 +16,19 @@ from collections import defaultdict
 from pathlib import Path
 
 from data import CLASSES, InputError, Utterance, read_iemocap, run_command
-from evaluate import FinishedRun, find_runs, format_table, grouped, metrics
+from evaluate import Runs, find_runs, format_table, grouped, metrics
+
+
+def plain(text: str) -> str:
+    """Leave out case and punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def seen_elsewhere(corpus: list[Utterance]) -> dict[str, bool]:
     """Tell for each id whether its text also occurs in another session.
 
-    Ignores case and punctuation. A text that occurs twice in one session is not seen,
-    because one session is never both trained and tested on.
+    A text that occurs twice in one session is not seen, because one session is never
+    both trained and tested on.
     """
     sessions = defaultdict(set)  # by text
     for u in corpus:
@@ -31,44 +36,41 @@ def seen_elsewhere(corpus: list[Utterance]) -> dict[str, bool]:
     return {u.id: len(sessions[plain(u.text)]) > 1 for u in corpus}
 
 
-def plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def parts_of(
-    rows: list[dict[str, str]], seen: dict[str, bool]
-) -> dict[str, list[dict[str, str]]]:
-    """Sort predictions into parts, by name.
+def parts_of(row: dict[str, str], seen: dict[str, bool]) -> list[str]:
+    """Name the parts that a prediction belongs to.
 
     seen   by id, empty if the corpus is not at hand
     """
-    parts = {"all": rows}
+    name = row["utterance"]
+    parts = ["all", f"speaker {row['speaker']}", f"class {row['label']}"]
     # Only the dialogues of IEMOCAP have these names, so other corpora lack these parts.
-    for part, kind in (("improvised", "impro"), ("scripted", "script")):
-        pattern = re.compile(rf"Ses\d\d[FM]_{kind}")
-        parts[part] = [row for row in rows if pattern.match(row["utterance"])]
+    if re.match(r"Ses\d\d[FM]_impro", name):
+        parts.append("improvised")
+    if re.match(r"Ses\d\d[FM]_script", name):
+        parts.append("scripted")
     if seen:
-        parts["text seen"] = [row for row in rows if seen[row["utterance"]]]
-        parts["text not seen"] = [row for row in rows if not seen[row["utterance"]]]
-    for speaker in sorted({row["speaker"] for row in rows}):
-        parts[f"speaker {speaker}"] = [row for row in rows if row["speaker"] == speaker]
-    for label in CLASSES:
-        parts[f"class {label}"] = [row for row in rows if row["label"] == label]
-    return {part: members for part, members in parts.items() if members}
+        if name not in seen:
+            raise InputError(f"{name} is not in the corpus of --iemocap")
+        parts.append("text seen" if seen[name] else "text not seen")
+    return parts
 
 
-def describe_parts(runs: list[FinishedRun], seen: dict[str, bool]) -> str:
+def describe_parts(runs: Runs, seen: dict[str, bool]) -> str:
     """Format one table for the runs of one title, a row for each system and part."""
     table = [["Sys.", "part", "predictions", "WA", "UA"]]
     for system, group in grouped(runs, "system").items():
-        predictions = [row for run in group for row in run.predictions]
-        for part, rows in parts_of(predictions, seen).items():
-            truth = [CLASSES.index(row["label"]) for row in rows]
-            guesses = [CLASSES.index(row["prediction"]) for row in rows]
+        classes = defaultdict(list)  # by part: (truth, guess)
+        for run in group:
+            for row in run.predictions:
+                truth = CLASSES.index(row["label"])
+                guess = CLASSES.index(row["prediction"])
+                for part in parts_of(row, seen):
+                    classes[part].append((truth, guess))
+        for part, pairs in sorted(classes.items()):
+            truth, guesses = zip(*pairs, strict=True)
             scores = metrics(truth, guesses)
-            wa = f"{100 * scores['wa']:.2f}"
-            ua = f"{100 * scores['ua']:.2f}"
-            table.append([str(system), part, str(len(rows)), wa, ua])
+            percents = [f"{100 * scores[name]:.2f}" for name in ("wa", "ua")]
+            table.append([str(system), part, str(len(pairs)), *percents])
     title = runs[0].config["title"]
     title = f"Parts of the test data, {title}, in %, all runs pooled"
     return format_table(title, table)
@@ -80,19 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
     help_text = "the corpus of these runs, for the texts"
     parser.add_argument("--iemocap", type=Path, metavar="DIR", help=help_text)
     args = parser.parse_args(arguments)
-
     runs, damaged = find_runs(args.runs)
     seen = {}
     if args.iemocap:
         corpus, _ = read_iemocap(args.iemocap)
         seen = seen_elsewhere(corpus)
-        for run in runs:
-            for row in run.predictions:
-                if row["utterance"] not in seen:
-                    raise InputError(
-                        f"{run.folder}: {row['utterance']} is not in {args.iemocap}. "
-                        "Name the corpus of these runs"
-                    )
     for group in grouped(runs, "title").values():
         print(describe_parts(group, seen))
     if damaged:

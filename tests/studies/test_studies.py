@@ -3,7 +3,6 @@
 import doctest
 import itertools
 import json
-import random
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 import data
 from evaluate import find_runs
-from tests.conftest import change, neutral, write_run
+from tests.conftest import neutral, write_run
 from tests.studies import bench, compare, curves, parts, select_on_test
 
 # --- Is a difference real? ------------------------------------------------------------
@@ -27,58 +26,37 @@ def test_mcnemar_against_all_outcomes_of_the_coins(counts):
     assert doctest.testmod(compare).attempted == 1
 
 
-def test_bootstrap_against_a_loop_over_drawn_dialogues():
-    chance = random.Random(0)
-    dialogs = []  # lists of (truth, guess of A, guess of B)
-    for d in range(12):
-        rows = []
-        for _ in range(5 + d):
-            y = chance.randrange(4)
-            a = y if chance.random() < 0.5 else chance.randrange(4)
-            b = y if chance.random() < 0.5 + 0.03 * d else chance.randrange(4)
-            rows.append((y, a, b))
-        dialogs.append(rows)
-
-    def accuracies(rows, system):
-        right = [row[0] == row[system] for row in rows]
-        recalls = []
-        for y in {row[0] for row in rows}:
-            of_class = [r for r, row in zip(right, rows, strict=True) if row[0] == y]
-            recalls.append(np.mean(of_class))
-        return np.array([np.mean(right), np.mean(recalls)])
-
-    draws = []
-    for _ in range(1500):
-        rows = sum(chance.choices(dialogs, k=12), [])
-        draws.append(accuracies(rows, 2) - accuracies(rows, 1))
-    counts = np.zeros((2, 12, 4, 4), dtype=int)
-    for d, rows in enumerate(dialogs):
-        for y, a, b in rows:
-            counts[0, d, y, a] += 1
-            counts[1, d, y, b] += 1
-    expected = np.percentile(draws, [2.5, 97.5], axis=0)
-    np.testing.assert_allclose(compare.bootstrap(*counts), expected, atol=0.015)
+def test_bootstrap_of_two_dialogues_reaches_from_one_to_the_other():
+    counts = np.zeros((2, 2, 4, 4), dtype=int)  # system, dialogue, truth, guess
+    # In dialogue 0, A takes both classes for class 0, and B knows them.
+    counts[0, 0, [0, 1], [0, 0]] = (3, 1)
+    counts[1, 0, [0, 1], [0, 1]] = (3, 1)
+    # In dialogue 1, A alone knows one of two utterances.
+    counts[0, 1, 0, [0, 1]] = 1
+    counts[1, 1, 0, 1] = 2
+    # One draw in four has dialogue 0 twice, one in four has dialogue 1 twice.
+    low, high = compare.bootstrap(*counts)
+    assert low.tolist() == [-0.5, -0.5]
+    assert high.tolist() == [0.25, 0.5]  # WA from 3 / 4 to 1, UA from 1 / 2 to 1
 
 
-def run_compare(capsys, root, a, b):
-    """Compare two systems that ran once, from the rows of their predictions."""
-    write_run(root / "a" / "run", frozen=True, rows=a)
-    write_run(root / "b" / "run", rows=b)
-    compare.main([str(root / "a"), str(root / "b")])
-    return capsys.readouterr().out
+def write_systems(root, runs_a, runs_b):
+    """Write runs (fold, seed, rows) of Sys. 17 and Sys. 18. Returns their folders."""
+    for system, runs in (("a", runs_a), ("b", runs_b)):
+        for fold, seed, rows in runs:
+            folder = root / system / f"{fold}-{seed}"
+            write_run(folder, frozen=system == "a", fold=fold, seed=seed, rows=rows)
+    return [str(root / "a"), str(root / "b")]
 
 
 def test_differences_are_paired_by_fold_and_seed(tmp_path, capsys):
+    def runs(counts):
+        return [(f, seed, neutral(right, fold=f)) for f, seed, right in counts]
+
     # Fold 3 has no partner in B, and seed 2 none in A.
-    for system, runs in {
-        "a": [(1, 0, 4), (2, 0, 2), (1, 1, 5), (3, 0, 1)],
-        "b": [(1, 0, 5), (2, 0, 6), (1, 1, 2), (2, 2, 8)],
-    }.items():
-        for fold, seed, right in runs:
-            folder = tmp_path / system / f"{fold}-{seed}"
-            run = {"fold": fold, "seed": seed, "rows": neutral(right, fold=fold)}
-            write_run(folder, frozen=system == "a", **run)
-    compare.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    a = runs([(1, 0, 4), (2, 0, 2), (1, 1, 5), (3, 0, 1)])
+    b = runs([(1, 0, 5), (2, 0, 6), (1, 1, 2), (2, 2, 8)])
+    compare.main(write_systems(tmp_path, a, b))
     out = capsys.readouterr().out
     # +1, +4 and -3 of 8 are +12.5, +50 and -37.5 points: 25 / 3 in the mean.
     sd = np.std([12.5, 50, -37.5], ddof=1)
@@ -87,76 +65,43 @@ def test_differences_are_paired_by_fold_and_seed(tmp_path, capsys):
     assert row in [[cell.strip() for cell in line[1:-1]] for line in lines]
     assert "A: Sys. 17 (MMT frozen), toy" in out and "B: Sys. 18" in out
     # An utterance counts once: fold 1 with seed 0 alone, and fold 2.
-    assert "16 predictions in 2 dialogues" in out
+    assert "16 predictions in 2 dialogue(s)" in out and "do not trust" in out
     assert "only A is right in 0, only B in 5" in out and "p = 0.0625" in out  # 2 / 2^5
     assert "WA of B minus A: +31.25 points" in out
     for line in out.splitlines():
-        if "." in line and any(c.isdigit() for c in line) and line[0] not in "|W":
+        if ": " in line and any(c.isdigit() for c in line):
             assert "toy" in line
 
 
+def test_equal_systems_have_an_interval_that_contains_0(tmp_path, capsys):
+    rows = neutral(12, 20, dialogs=10)
+    compare.main(write_systems(tmp_path, [(5, 0, rows)], [(5, 0, rows)]))
+    out = capsys.readouterr().out
+    assert "p = 1\n" in out and "do not trust" not in out
+    assert out.count("+0.00 to +0.00 (contains 0: no difference is shown)") == 2
+
+
+A_FOLDER = [(5, 0, neutral(6))]
+OTHER_LABEL = [*neutral(6)[:-1], (neutral(6)[-1][0], 2, 3)]
+
+
 @pytest.mark.parametrize(
-    ("dialogs", "trusted", "interval"), [(1, True, 0), (2, False, 2), (10, True, 2)]
+    ("runs", "changes", "message"),
+    [
+        ([(2, 0, neutral(6, fold=2))], {}, "no run of the same fold and seed"),
+        ([(5, 0, neutral(6, 9))], {}, "different test data"),
+        ([(5, 0, OTHER_LABEL)], {}, "different test data"),
+        ([(5, 0, None)], {"frozen": True}, "must have one system"),
+        ([(5, 0, None)], {"title": "toy, context=5"}, "must have one system"),
+        ([(5, 0, None)], {"wa": 0.1}, "damaged"),
+    ],
 )
-def test_few_dialogues_have_no_interval_or_one_that_cannot_be_trusted(
-    dialogs, trusted, interval, tmp_path, capsys
-):
-    rows = neutral(12, 20, dialogs=dialogs)
-    out = run_compare(capsys, tmp_path, rows, rows)
-    assert "p = 1\n" in out and "+0.00 points" in out and "disagree" not in out
-    assert out.count("95 % interval") == interval
-    assert out.count("+0.00 to +0.00 (contains 0: no difference is shown)") == interval
-    assert ("cannot be trusted" in out) != trusted
-    assert ("There is no interval" in out) == (dialogs == 1)
-
-
-@pytest.mark.parametrize(("dialogs", "belief"), [(3, "neither"), (12, "the interval")])
-def test_where_mcnemar_alone_shows_a_difference(dialogs, belief, tmp_path, capsys):
-    # All that B alone gets right is in one dialogue. Draws without it are equal.
-    n = 12 * dialogs
-    a, b = neutral(0, n, dialogs=dialogs), neutral(12, n, dialogs=dialogs)
-    out = run_compare(capsys, tmp_path, a, b)
-    assert "p = 0.000488" in out  # 2 / 2^12
-    assert "They disagree about WA" in out and f"believe {belief}" in out
-
-
-def test_where_the_interval_alone_shows_a_difference(tmp_path, capsys):
-    # In five of ten dialogues, B is right once more. Few draws have none of these five.
-    names = [f"Ses05F_impro{d:02}_F000" for d in range(10)]
-    a = [(name, 0, 3) for name in names]
-    b = [(name, 0, 0 if d < 5 else 3) for d, name in enumerate(names)]
-    out = run_compare(capsys, tmp_path, a, b)
-    assert "p = 0.0625" in out and "disagree about WA" in out and "trusted" not in out
-    assert "believe the interval" in out
-
-
-def test_mixtures_and_unlike_test_data_are_refused(tmp_path, capsys):
-    a = write_run(tmp_path / "a" / "1", frozen=True).parent
-    b = write_run(tmp_path / "b" / "1").parent
-    write_run(tmp_path / "two" / "1")
-    write_run(tmp_path / "two" / "2", frozen=True)
-    write_run(tmp_path / "settings" / "1")
-    write_run(tmp_path / "settings" / "2", fold=2, title="toy, context=5")
-    write_run(tmp_path / "fold" / "1", fold=2)
-    write_run(tmp_path / "longer" / "1", rows=neutral(6, 9))
-    name, _, guess = neutral(6)[-1]
-    write_run(tmp_path / "label" / "1", rows=[*neutral(6)[:-1], (name, 2, guess)])
-    for folder, message in (
-        ("two", "B needs the finished runs of one system"),
-        ("settings", "B needs the finished runs of one system"),
-        ("fold", "no run of the same fold and seed"),
-        ("longer", "different test data"),
-        ("label", "different test data"),
-    ):
-        with pytest.raises(data.InputError, match=message):
-            compare.main([str(a), str(tmp_path / folder)])
-    with pytest.raises(data.InputError, match="A needs"):
-        compare.main([str(tmp_path / "two"), str(a)])
-    # A damaged run is named after the comparison of the others.
-    change(write_run(b / "3", fold=3) / "result.json", b"{", b"")
-    with pytest.raises(data.InputError, match="/b/3"):
-        compare.main([str(a), str(b)])
-    assert "B minus A" in capsys.readouterr().out
+def test_mixtures_and_unlike_test_data_are_refused(runs, changes, message, tmp_path):
+    folders = write_systems(tmp_path, A_FOLDER, runs)
+    if changes:
+        write_run(tmp_path / "b" / "another", fold=1, **changes)
+    with pytest.raises(data.InputError, match=message):
+        compare.main(folders)
 
 
 # --- Parts ----------------------------------------------------------------------------
@@ -169,29 +114,23 @@ def test_parts_pool_the_runs_of_a_system(tmp_path, capsys):
         ("Ses05F_script01_1_F000", 2, 2),
         ("Ses05F_script01_1_F001", 0, 0),
     ]
-    write_run(tmp_path / "0", frozen=True, rows=rows)
-    again = [(name, y, 0) for name, y, _ in rows]
-    write_run(tmp_path / "1", frozen=True, seed=1, rows=again)
+    write_run(tmp_path / "0", rows=rows)
+    write_run(tmp_path / "1", seed=1, rows=[(name, y, 0) for name, y, _ in rows])
     # Other corpora are neither improvised nor scripted, whatever their names.
     write_run(tmp_path / "2", corpus="mine", rows=[("manuscript_1", 1, 1)])
     parts.main([str(tmp_path)])
     _, mine, toy = capsys.readouterr().out.split("Parts of")
-    found = {}
-    for line in toy.splitlines():
-        if line.startswith("| 17"):
-            _, part, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-            found[part] = " ".join(cells)
-    assert found == {
-        "all": "8 75.00 66.67",  # recalls of 5 / 6 and 1 / 2
-        "improvised": "4 75.00 75.00",
-        "scripted": "4 75.00 75.00",
-        "speaker Ses05F": "6 83.33 75.00",
-        "speaker Ses05M": "2 50.00 50.00",
-        "class neu": "6 83.33 83.33",
-        "class ang": "2 50.00 50.00",
-    }
-    assert "toy" in toy and "mine" in mine
-    assert "scripted" not in mine and "improvised" not in mine
+    assert "mine" in mine and "scripted" not in mine
+    assert "toy" in toy
+    assert [line.split("|")[2:6] for line in toy.splitlines()[4:11]] == [
+        [" all            ", " 8           ", " 75.00 ", " 66.67 "],
+        [" class ang      ", " 2           ", " 50.00 ", " 50.00 "],
+        [" class neu      ", " 6           ", " 83.33 ", " 83.33 "],
+        [" improvised     ", " 4           ", " 75.00 ", " 75.00 "],
+        [" scripted       ", " 4           ", " 75.00 ", " 75.00 "],
+        [" speaker Ses05F ", " 6           ", " 83.33 ", " 75.00 "],
+        [" speaker Ses05M ", " 2           ", " 50.00 ", " 50.00 "],
+    ]
 
 
 def test_a_text_is_seen_if_another_session_has_it(small_corpus, tmp_path, capsys):
@@ -226,38 +165,41 @@ def make_log(dev_losses, trigger=None):
 
 def test_curves_show_every_epoch_and_mark_the_trigger(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    losses = [0.5, 0.4, 0.3, 0.35]
-    for fold, trigger in ((1, 2), (2, None)):
-        write_run(
-            tmp_path / "runs" / str(fold), fold=fold, log=make_log(losses, trigger)
-        )
-    runs, _ = find_runs(tmp_path / "runs")
-    figure = curves.draw_curves(runs)
-    loss, ua = figure.axes
-    marks = [line for line in loss.lines if len(line.get_xdata()) == 1]
-    assert [line.get_xydata().tolist() for line in marks] == [[[2, 0.4]]]
-    assert marks[0].get_marker() == "v"
-    dev, train = loss.lines[:2]
-    assert dev.get_xydata().tolist() == [[i + 1, x] for i, x in enumerate(losses)]
-    assert train.get_ydata().tolist() == [1.0, 0.8, 0.6, 0.7]
-    assert train.get_linestyle() == ":"
-    assert ua.lines[0].get_ydata().tolist() == pytest.approx([50, 60, 70, 65])
-    labels = [text.get_text() for text in loss.get_legend().get_texts()]
-    assert labels[:2] == ["fold 1, seed 0", "fold 2, seed 0"] and len(labels) == 3
-    figure.draw_without_rendering()
-    ticks = [float(tick.get_text().replace("−", "-")) for tick in ua.get_xticklabels()]
-    assert all(tick == int(tick) for tick in ticks)
-    title = figure.get_suptitle()
-    assert "Emotion recognition" in title and "MMT fine-tuned" in title
-    assert "toy" in title
+    runs = tmp_path / "runs"
+    log = make_log([0.5, 0.4, 0.3, 0.35], trigger=2)
+    write_run(runs / "0", fold=1, log=log)
+    write_run(runs / "1", fold=1, seed=1, log=log)
+    write_run(runs / "2", fold=2, log=make_log([0.9]))
+    figure = curves.draw_curves(find_runs(runs)[0])
+    lines = {}
+    for ax in figure.axes:
+        curve, stop, trigger, *_ = ax.lines
+        lines[ax.get_ylabel()] = curve.get_ydata().tolist()
+        assert curve.get_xdata().tolist() == [1, 2, 3, 4]
+        assert (stop.get_xdata()[0], trigger.get_xdata()[0]) == (4, 2)
+        # A fold has a colour, a seed has a line style.
+        looks = [(x.get_color(), x.get_linestyle()) for x in ax.lines[0:7:3]]
+        assert looks == [("C0", "-"), ("C0", "--"), ("C1", "-")]
+        # A run of one epoch is visible.
+        assert ax.lines[-1].get_marker() == "o"
+    assert lines == {
+        "training loss": [1.0, 0.8, 0.6, 0.7],
+        "development loss": [0.5, 0.4, 0.3, 0.35],
+        "UA in development": [0.5, 0.6, 0.7, 0.65],
+    }
+    assert figure.get_suptitle() == "Toy corpus, system 18 (MMT, fine-tuned)"
 
-    curves.main([str(tmp_path / "runs"), str(tmp_path / "pictures")])
+    curves.main([str(runs), str(tmp_path / "pictures")])
     (path,) = (tmp_path / "pictures").iterdir()
     assert f"{path}: toy, Sys. 18" in capsys.readouterr().out
-    for damage in ('{"epoch": 1', ""):
-        (runs[0].folder / "log.jsonl").write_text(damage)
-        with pytest.raises(data.InputError, match="log.jsonl: damaged"):
-            curves.draw_curves(runs)
+
+
+@pytest.mark.parametrize("content", ['{"epoch": 1', ""])
+def test_a_damaged_log_is_named(content, tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(content)
+    with pytest.raises(data.InputError, match="log.jsonl: damaged"):
+        curves.read_log(path)
 
 
 # --- Selecting on test ----------------------------------------------------------------
@@ -306,6 +248,9 @@ def test_selected_epochs_are_beside_the_last_one(tmp_path):
         ["fold2-seed0", "65.00", "60.00", "85.00"],
         ["mean", "65.00", "60.00", "80.00"],
     ]
+
+
+# --- Speed ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
