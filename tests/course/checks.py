@@ -1,6 +1,7 @@
 """The checks of the nine exercises. They accept every right answer, whatever its style.
 
-    python -m tests.course.classroom check     all nine
+    python -m tests.course.classroom check                  all nine
+    python -m tests.course.classroom check --exercise 5     one
 
 Each exercise is marked in the code. Write its body from the docstring and the paper. A
 check that fails asks a question that leads on. The checks never look at a solution, and
@@ -30,23 +31,32 @@ def compare(actual, expected, question: str, *mistakes: tuple) -> None:
     assert actual is not None, NOTHING
     actual = torch.as_tensor(actual).detach()
     expected = torch.as_tensor(expected, dtype=torch.float32)
-    shapes = f"your shape is {(*actual.shape,)}, expected {(*expected.shape,)}"
-    assert actual.shape == expected.shape, f"{question}\n{shapes}"
+    shapes = f"Your shape: {(*actual.shape,)}. Expected: {(*expected.shape,)}"
+    assert actual.shape == expected.shape, with_facts(question, shapes)
     close = torch.isclose(actual.float(), expected, atol=1e-4)
     if close.all():
         return
     for value, question_of_mistake in mistakes:
         if torch.allclose(actual.float(), torch.as_tensor(value).float(), atol=1e-3):
             question = question_of_mistake
+    place = ""
     if expected.numel() > 12:
         # That is too much to read, so show the first number that differs.
         first = tuple((~close).nonzero()[0].tolist())
-        question += f"\nat {list(first)}:"
+        place = f" at {list(first)}"
         actual, expected = actual[first], expected[first]
     expected = expected.to(actual.dtype)
-    raise AssertionError(
-        f"{question}\nyours:    {rounded(actual)}\nexpected: {rounded(expected)}"
-    )
+    facts = f"Yours{place}: {rounded(actual)}. Expected: {rounded(expected)}"
+    raise AssertionError(with_facts(question, facts))
+
+
+def with_facts(question: str, facts: str) -> str:
+    """End the question, and put the facts in the next line.
+
+    A table shows both in one line, so the question needs an end.
+    """
+    end = "" if question.endswith(("?", ".")) else "."
+    return f"{question}{end}\n{facts}"
 
 
 def rounded(x: Tensor) -> list:
@@ -275,13 +285,28 @@ def check_4(forward: Callable) -> None:
     assert answer is not None, NOTHING
     question = "the texts are the channels: 1 + 10 * 3 + 100 * 5 = 531 [A4]"
     shared = "do the texts of a window share gates? Each is an utterance for each_text"
-    mistake = ([[[1593.0], [10926.0]]], shared)
-    compare(answer[0], [[[531.0], [3642.0]]], question, mistake)
+    own_row = "does each text keep its own row of the mask?"
+    compare(
+        answer[0],
+        [[[531.0], [3642.0]]],
+        question,
+        ([[[1593.0], [10926.0]]], shared),
+        ([[[796.5], [5463.0]]], own_row),
+    )
     # The second text has one token, so its gate is 1/2. The third does not exist.
     mask = tensor([[[True, True], [True, False], [False, False]]])
     x, x_mask = forward(extractor, states[:3], mask)
     question = "1 + 10 * 3 * 1/2 + 100 * 0 = 16: what is where no token is? [A6]"
-    compare(x, [[[16.0], [1502.0]]], question, ([[[46.5], [4503.0]]], shared))
+    zeroed = "at a position where only a neighbour has a token, X_T is real [A5]: "
+    zeroed += "is yours 0 there?"
+    compare(
+        x,
+        [[[16.0], [1502.0]]],
+        question,
+        ([[[46.5], [4503.0]]], shared),
+        ([[[16.0], [0.0]]], zeroed),
+        ([[[1.0], [17.0]]], own_row),
+    )
     compare(
         x_mask,
         [[1.0, 1.0]],
@@ -292,15 +317,22 @@ def check_4(forward: Callable) -> None:
     assert x_mask.dtype == torch.bool, f"a mask is bool, and yours is {x_mask.dtype}"
 
     # Two windows, two features, a bias, and a kernel that looks at the feature before.
-    # Window 2, token 0: -7 - 10 * 5 * 2/2 - 100 * 7 * 1/2 = -407, and 0.5 * 5 less at
-    # its second feature.
+    # Window 1, token 0: -7 - 10 * 5 * 2/2 - 100 * 7 * 1/2 = -407, and 0.5 * 5 less at
+    # its second feature. The texts have 0, 2, 1 and 2, 1, 0 tokens, so a mask that is
+    # transposed has another order.
     extractor = text_extractor(2, {**kernel, (1, 1, 0): 0.5}, -7.0)
-    states = tensor([1.0, 2, 3, -5, -6, -7]).view(6, 1, 1).repeat(1, 1, 2)
-    window_2 = tensor([[[False, False], [True, True], [True, False]]])
-    x, x_mask = forward(extractor, states, torch.cat([mask, window_2]))
-    expected = [[[9, 9.75], [1495, 1495]], [[-407, -409.5], [-5067, -5070]]]
-    question = "the whole Conv2d, and nothing behind it? Which steps are whose?"
-    compare(x, expected, question)
+    states = tensor([-5.0, -6, -7, 1, 2, 3]).view(6, 1, 1).repeat(1, 1, 2)
+    window_1 = tensor([[[False, False], [True, True], [True, False]]])
+    x, x_mask = forward(extractor, states, torch.cat([window_1, mask]))
+    transposed = [[[-757, -759.5], [-4967, -4970]], [[9, 9.75], [1493, 1493]]]
+    both_ways = [[[73, 69.5], [-6997, -6996.5]], [[-2, -1.5], [987, 987]]]
+    compare(
+        x,
+        [[[-407, -409.5], [-5067, -5070]], [[9, 9.75], [1495, 1495]]],
+        "the whole Conv2d, and nothing behind it? Which steps are whose?",
+        (transposed, own_row),
+        (both_ways, own_row),
+    )
     compare(x_mask, [[1.0, 1.0], [1.0, 1.0]], "each window has a mask of its own")
 
 
@@ -329,9 +361,12 @@ def check_5(forward: Callable) -> None:
     h = block.norm1(x_t)
     h = x_t + block.attend(h, h, all_3)[0]
     norm_first = h + block.feed_forward(block.norm2(h))
+    h = x_t + block.attend(block.norm1(x_t), x_t, all_3)[0]
+    norm_of_target = h + block.feed_forward(block.norm2(h))
     question = "with itself as source it is the vanilla block: add and norm, twice [A8]"
-    mistake = "norm first? The Transformer of 2017 adds, then normalises [A8]"
-    compare(x, expected, question, (norm_first, mistake))
+    mistake = "is the norm before the sublayer? [A8] says post-norm"
+    mistakes = [(norm_first, mistake), (norm_of_target, mistake)]
+    compare(x, expected, question, *mistakes)
 
     # Queries of the target, keys and values of the source.
     x = forward(cross, x_t, x_s, all_5)
@@ -364,11 +399,13 @@ def check_5(forward: Callable) -> None:
     # Drop everything: what is left is what the two sublayers are added to. `nn.Dropout`
     # calls one of the two functions, too.
     rates = []
+    shapes = []
 
     def drop_everything(x, p=0.5, training=True, inplace=False):
         if not training:
             return x
         rates.append(p)
+        shapes.append(x.shape)
         return torch.zeros_like(x)
 
     block.train()
@@ -378,6 +415,9 @@ def check_5(forward: Callable) -> None:
         with mock.patch.object(torch, "dropout", drop_everything):
             x = forward(block, x_t, x_s, all_5)
     assert rates, "where is the dropout?"
+    # The weights of the attention have another shape than its output.
+    question = "dropout is applied to the output of each sublayer, before the add"
+    assert all(shape == x_t.shape for shape in shapes), question
     question = "dropout is after each of the two sublayers: x + dropout(sublayer(x))"
     compare(x, block.norm2(block.norm1(x_t)), question)
     assert set(rates) == {0.1}, f"the dropout of this block is 0.1, yours is {rates}"
@@ -439,12 +479,20 @@ def small_corpus() -> list:
 
 
 def check_7(split: Callable) -> None:
+    import data
+
     corpus = small_corpus()
 
     def parts_of(corpus, fold, seed):
         parts = split(corpus, fold, seed)
         assert parts is not None, NOTHING
         return [list(part) for part in parts]
+
+    def parts_without_error(corpus, seed, question):
+        try:
+            return parts_of(corpus, 2, seed)
+        except data.InputError:
+            raise AssertionError(question) from None
 
     def dev_speakers(fold=2, seeds=range(12)):
         return [corpus[parts_of(corpus, fold, seed)[1][0]].speaker for seed in seeds]
@@ -454,19 +502,24 @@ def check_7(split: Callable) -> None:
         return random.getstate(), torch.get_rng_state().tolist(), numpy_state
 
     for seed in range(12):
-        parts = parts_of(corpus, 2, seed)
+        question = "InputError: can your draw give a speaker of the test session?"
+        parts = parts_without_error(corpus, seed, question)
         rows = sum(parts, [])
         are_rows = all(isinstance(row, (int, np.integer)) for row in rows)
         assert are_rows, "return rows of the corpus, which are whole numbers"
         labels = {corpus[row].label for row in rows}
-        assert None not in labels, "one has no label: take only the four classes"
+        question = "one utterance has no label (None): leave it out of all three"
+        assert None not in labels, question
         learn, dev, test = ({corpus[row].speaker for row in part} for part in parts)
         assert test == {"Ses02F", "Ses02M"}, "test on the whole session, and no other"
         assert not dev & test, "the development speaker is of the test session"
         assert not learn & test, "speakers of the test session are in training"
         assert dev, "nothing to develop on: can a speaker of the test session be drawn?"
-        assert len(dev) == 1, "develop on all utterances of one speaker"
-        assert not learn & dev, "the development speaker is left in training"
+        in_both = set(parts[0]) & set(parts[1])
+        assert not in_both, "the development speaker is left in training"
+        question = "one speaker is in train and in dev: is dev one whole speaker?"
+        assert not learn & dev, question
+        assert len(dev) == 1, "develop on one speaker: your dev has more"
         assert len(rows) == len(set(rows)) == 20, "a row is missing, or is there twice"
         again = parts_of(corpus, 2, seed)
         assert again == parts, "the same seed gives another split"
@@ -504,8 +557,9 @@ def check_7(split: Callable) -> None:
     quiet = corpus[:]
     for k in [0, 1, 15, 16]:  # Ses01F and Ses03M
         quiet[k] = replace(quiet[k], emotion="xxx")
-    are_full = all(parts_of(quiet, 2, seed)[1] for seed in range(12))
-    assert are_full, "a speaker without an utterance of the four classes was drawn"
+    question = "a speaker without an utterance of the four classes was drawn"
+    for seed in range(12):
+        assert parts_without_error(quiet, seed, question)[1], question
     # Session 2 has the rows 6 to 11.
     parts = {"test": corpus[12:], "train": corpus[:3] + corpus[6:12]}
     parts["dev"] = corpus[6:12]
@@ -537,14 +591,25 @@ def check_8(step: Callable) -> None:
             answer = step(patience, loss)
             assert answer is not None, NOTHING
             letters += answer[0]
-            count = f"{patience.since_best} of {patience.stop_after}"
-            is_due = patience.since_best >= patience.stop_after
-            question = f"it answers {answer!r} at since_best = {count}"
-            assert (answer == "stop") == is_due, f"{question}. If both are due, stop"
+            limit = patience.stop_after
+            is_due = patience.since_best >= limit
+            question = f"it answers {answer!r} at since_best = {patience.since_best} "
+            question += f"of {limit}"
+            if not is_due:
+                assert answer != "stop", f"{question}: is that too early?"
+            elif answer == "finetune":
+                raise AssertionError(f"{question}. If both are due, stop")
+            else:
+                question += ", but the training stops there: is it > or >=?"
+                assert answer == "stop", question
             if answer == "stop":
                 break
         return letters
 
+    # 1.1 and 1.3 are both higher than 1.0, so the answers must be equal.
+    question = "losses 1.0, 1.2, 1.1: is 1.1 lower than the best?"
+    second = answers(1.0, 1.2, 1.1, finetune_after=2)
+    assert second == answers(1.0, 1.2, 1.3, finetune_after=2), question
     twos = [2.0] * 10
     try:
         frozen = answers(1.0, *twos, finetune_after=None)
@@ -555,9 +620,6 @@ def check_8(step: Callable) -> None:
     assert ten.count("f") == 1, "fine-tuning starts once"
     assert ten[5] == "f", "too early or late? The fifth without a lower loss triggers"
     assert answers(*[1.0] * 11)[5] == "f", "is an equal loss lower? It is not"
-    falling = answers(1.0, 2.0, 1.9, 1.8, 1.7, 1.6)
-    question = "lower than the epoch before is not lower than the lowest"
-    assert falling[-1] == "f", question
     question = "two counters? One goes on: 5 epochs to the trigger, 10 to the stop [A9]"
     assert ten == "cccccfccccs", question
     again = answers(1.0, *twos[:6], 0.5, *twos)

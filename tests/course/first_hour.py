@@ -23,6 +23,11 @@ def show(name: str, x: Tensor, meaning: str) -> None:
     print(f"{name:12} {str(tuple(x.shape)):12} {' '.join(numbers):28} {meaning}")
 
 
+def plus(counts: list[int]) -> str:
+    """Write a sum of counts, without the zeros."""
+    return " + ".join(str(count) for count in counts if count)
+
+
 def main() -> None:
     torch.manual_seed(11)
     print(f"{'tensor':12} {'shape':12} {'its first numbers':28} what it is")
@@ -40,10 +45,13 @@ def main() -> None:
     text_mask = token_mask[windows] & exists  # a missing neighbour has no real step
     text = tokens[windows][text_mask]  # (N, L, D)
     labels = torch.tensor([0, 2, 1])  # neu, ang, hap
-    show("audio", audio, "WavLM's states: N = 6 + 4 + 5 frames, 3 layers, width 8")
+    frames = plus(audio_mask.sum(dim=1).tolist())
+    show("audio", audio, f"WavLM's states: N = {frames} frames, 3 layers, width 8")
     show("audio_mask", audio_mask, "True where a turn has a frame")
     show("windows", windows, "the turns before, at and after each turn; -1: none")
-    show("text", text, "BERT's states: N = (5 + 2) + (5 + 2 + 3) + (2 + 3) tokens")
+    counts = text_mask.sum(dim=2).tolist()
+    token_sums = " + ".join(f"({plus(window)})" for window in counts)
+    show("text", text, f"BERT's states: N = {token_sums} tokens")
     show("text_mask", text_mask, "True where a text has a token; none before turn 0")
 
     config = Config("mmt", 3, 8, 3, 8, dim=4, n_context=3)
@@ -62,7 +70,7 @@ def main() -> None:
     condensed = (gates[turn].unsqueeze(-1) * audio).sum(dim=1)
     x_a = acoustic(audio, audio_mask)
     each = textual.each_text(text, text_mask.flatten(0, 1)).unflatten(0, (3, 3))
-    show("turn", turn, "which turn each of the 15 frames belongs to")
+    show("turn", turn, f"which turn each of the {len(audio)} frames belongs to")
     show("condensed", condensed, "the layers, scaled by the turn's gates and summed")
     show("X_A", x_a, "the acoustic features: a sequence of frames for each turn")
     show("each", each, "the same for each text of each window; zeros if it is missing")
