@@ -537,7 +537,7 @@ def read_corpus(args: Namespace) -> tuple[str, Corpus]:
             print(f"left out: {problem}")
         return f"{args.iemocap.resolve().name}-partial", corpus
     if args.toy:
-        advice = f"Delete {args.iemocap}, and: python data.py toy {args.iemocap}"
+        advice = f"Delete {args.iemocap}, then: python data.py toy {args.iemocap}"
         name = "toy"
     else:
         advice = "Add --partial to train without these dialogues"

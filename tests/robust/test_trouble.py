@@ -230,7 +230,7 @@ def test_a_half_deleted_toy_says_which_folder_may_go(tmp_path, monkeypatch):
     data.write_toy(train.TOY)
     next(train.TOY.rglob("*.wav")).unlink()
     with pytest.raises(
-        InputError, match=f"Delete {train.TOY}, and: python data.py toy"
+        InputError, match=f"Delete {train.TOY}, then: python data.py toy"
     ):
         train.main(["--out", "runs", "--cache", "cache"])
 
