@@ -355,14 +355,14 @@ class Source:
 
     def __call__(self, rows: list[int]) -> list[Tensor]:
         if self.live is None:
-            missing = [row for row in rows if row not in self.kept]
-            states = dict(
-                zip(missing, self.readers.map(self.read, missing), strict=True)
-            )
-            if self.keep:
-                for row in missing:
-                    self.kept[row] = states[row].to(self.device)
-            states.update(self.kept)
+            states = {row: self.kept[row] for row in rows if row in self.kept}
+            missing = [row for row in rows if row not in states]
+            read = self.readers.map(self.read, missing)
+            for row, x in zip(missing, read, strict=True):
+                if self.keep:
+                    x = x.to(self.device)
+                    self.kept[row] = x
+                states[row] = x
             return [states[row] for row in rows]
         # Each row is computed once, even if it is in several windows. Inputs share a
         # forward pass if the number of binary digits of their lengths is the same. So

@@ -15,7 +15,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import fmean, stdev
@@ -313,11 +313,12 @@ class Recognizer:
             )
 
         # Treat the turns as a corpus of one dialogue. Its sources are live, so they
-        # compute the states. The wav and the label of the other turns are never used.
+        # compute the states. Only the target has a label, so only it is prepared, with
+        # the texts of its window.
         turns = [*before, text or "", *after]
-        corpus = [
-            Utterance("", 1, "", "", 0.0, 0.0, turn, "neu", wav) for turn in turns
-        ]
+        corpus = [Utterance("", 1, "", "", 0.0, 0.0, turn, "", None) for turn in turns]
+        target = len(before)
+        corpus[target] = replace(corpus[target], emotion="neu", wav=wav)
         n_context = self.model.config.n_context
         sources = {}
         for modality, upstream in self.upstreams.items():
@@ -325,7 +326,7 @@ class Recognizer:
             sources[modality] = Source(upstream, inputs, corpus, Path(), "cpu")
             sources[modality].live = upstream
         windows = data.context_windows(corpus, n_context)
-        return data.batch(torch.tensor([len(before)]), windows, sources, "cpu")
+        return data.batch(torch.tensor([target]), windows, sources, "cpu")
 
 
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:

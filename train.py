@@ -192,8 +192,6 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         print(f"{folder} is finished already")
         return
 
-    warn_of_memory(args, run, sources)
-
     # The three parts of the fold (§3.1), as rows of the corpus.
     splits = data.split(corpus, run.fold, run.seed)
     train_rows, dev_rows, test_rows = [torch.tensor(rows) for rows in splits]
@@ -309,9 +307,9 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         source.close()
 
 
-def warn_of_memory(args: Namespace, run: Run, sources: Sources) -> None:
+def warn_of_memory(args: Namespace, frozen: bool, sources: Sources) -> None:
     """Warn, before hours of frozen epochs, if the GPU is too small for fine-tuning."""
-    if args.device != "cuda" or run.frozen or "audio" not in sources:
+    if args.device != "cuda" or frozen or "audio" not in sources:
         return
     # WavLM-Large and BERT-base need 4 GiB, and 0.7 GiB for each clip of a micro-batch.
     # This is an estimate from the shapes of their tensors.
@@ -615,6 +613,7 @@ def main(arguments: list[str] | None = None) -> None:
     sources = load_sources(args, corpus)
     for fusion, frozen in chosen_systems(args):
         used = {m: sources[m] for m in Config(fusion).modalities}
+        warn_of_memory(args, frozen, used)
         for fold in folds:
             for seed in args.seed:
                 run = Run(name, fusion, frozen, fold, seed)

@@ -144,7 +144,7 @@ def student(folder: Path) -> None:
 
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty")
-    names = [*SHARED, *re.findall(r"!\[.*?\]\((.*?)\)", read("README.md"))]
+    names = [*SHARED]
     for path in (ROOT / COURSE).glob("*.py"):
         if not path.name.startswith(("hunts", "test_")):
             names.append(COURSE / path.name)

@@ -6,6 +6,8 @@ wrong without a word comes first.
 
 import io
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import data
 import evaluate
 import train
 from data import InputError
+from model import Upstream
 from tests.conftest import write_run, write_wav
 
 HEADER = ["text", "emotion", "session", "dialog", "speaker", "wav"]
@@ -148,9 +151,7 @@ def test_unknown_words_are_measured_on_the_corpus(
         words = ["难"] * unknown + ["a"] * (6 - unknown)
         if number > 1 and unknown == 1:
             words = ["a"] * 6
-        corpus[number] = utterance.__class__(
-            **{**utterance.__dict__, "text": " ".join(words)}
-        )
+        corpus[number] = replace(utterance, text=" ".join(words))
     if answer == "error":
         with pytest.raises(InputError, match="75% of all tokens.*--bert"):
             data.prepare(tiny["text"], corpus, 1)
@@ -162,10 +163,6 @@ def test_unknown_words_are_measured_on_the_corpus(
 def test_a_cap_in_the_tokenizers_configuration_does_not_cut_texts(
     tiny_folder, tmp_path
 ):
-    import shutil
-
-    from model import Upstream
-
     folder = shutil.copytree(tiny_folder / "text", tmp_path / "text")
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text())
@@ -175,10 +172,6 @@ def test_a_cap_in_the_tokenizers_configuration_does_not_cut_texts(
 
 @pytest.mark.parametrize("change", ["hidden_act", "num_attention_heads", "moved"])
 def test_the_cache_knows_all_that_shapes_a_state(tiny_folder, tmp_path, change):
-    import shutil
-
-    from model import Upstream
-
     folder = shutil.copytree(tiny_folder / "text", tmp_path / "elsewhere" / "text")
     config = json.loads((folder / "config.json").read_text())
     other = {"hidden_act": "relu", "num_attention_heads": 4, "moved": None}[change]
@@ -200,8 +193,6 @@ def test_two_jobs_never_write_the_same_part_file(tmp_path):
 
 
 def test_an_upstream_that_moved_is_found_by_its_new_place(rows, tmp_path, tiny_folder):
-    import shutil
-
     bert = shutil.copytree(tiny_folder / "text", tmp_path / "bert")
     table = write_table(tmp_path / "t.csv", rows)
     train_text(table, tmp_path, "--upstream", "paper", "--bert", str(bert))
@@ -330,8 +321,7 @@ def test_a_small_gpu_is_warned_of_before_training(monkeypatch, capsys, gibibytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: size)
     args = train.parse_args(["--iemocap", "x"])
     args.device = "cuda"
-    run = train.Run("iemocap", "mmt", False, 5, 0)
-    train.warn_of_memory(args, run, {"audio": None, "text": None})
+    train.warn_of_memory(args, False, {"audio": None, "text": None})
     printed = capsys.readouterr().out
     assert printed.strip().endswith(f"--micro-batch {fits}" if fits else "")
 
