@@ -310,7 +310,7 @@ def test_two_processes_fill_one_cache_and_end_alike(command, finished, tmp_path)
     both = [start(tmp_path / "runs", flags) for _ in range(2)]
     for process in both:
         process.join()
-        assert process.exitcode == 0
+        assert process.exitcode == 0, (tmp_path / "runs.output").read_text()
     assert same_predictions(tmp_path, finished)
     assert not list(tmp_path.rglob("*.part"))
 
