@@ -33,9 +33,8 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
-import uuid
+import tempfile
 import wave
 import zlib
 from collections import Counter, defaultdict
@@ -102,31 +101,32 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     if not sessions:
         raise InputError(f"{root}: no Session1, Session2, ... in it. Name their folder")
     for session in sessions:
-        labels = session / "dialog" / "EmoEvaluation"
-        words = session / "dialog" / "transcriptions"
         # The pattern skips the ._* files of macOS and the folders of single raters.
-        names = {path.name for path in labels.glob("Ses*.txt")}
-        names |= {path.name for path in words.glob("Ses*.txt")}
+        labels = session.glob("dialog/EmoEvaluation/Ses*.txt")
+        words = session.glob("dialog/transcriptions/Ses*.txt")
+        dialogs = {path.stem for path in [*labels, *words]}
         # An empty session has a line in the problems too, for its missing Ses*.txt.
-        for name in sorted(names) or ["Ses*.txt"]:
+        for dialog in sorted(dialogs) or ["Ses*"]:
             try:
-                corpus += read_dialog(session, labels / name, words / name)
+                corpus += read_dialog(session, dialog)
             except (InputError, OSError) as problem:
-                problems.append(f"{labels / name}: {problem}")
+                problems.append(f"{session}, {dialog}: {problem}")
     return corpus, problems
 
 
 # All emotions of the full release. The raters disagree about "xxx".
 LABEL_LINE = re.compile(
-    r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]\s+(?P<id>\w+_[FM]\d\d\d)"
+    r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]"
+    r"\s+(?P<id>(?P<dialog>\w+)_(?P<speaker>[FM])\d\d\d)"
     r"\s+(?P<emotion>neu|hap|exc|ang|sad|fru|sur|fea|dis|oth|xxx)\s+\[.+\]"
 )
 WORDS_LINE = re.compile(r"(?P<id>\w+_[FM]\d\d\d)\s+\[[\d. -]+\]:(?P<text>.*)")
 
 
-def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
+def read_dialog(session: Path, dialog: str) -> Corpus:
     """Read one dialogue, in order. Raises InputError at its first problem."""
-    dialog = labels.stem
+    labels = session / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
+    words = session / "dialog" / "transcriptions" / f"{dialog}.txt"
     number = int(session.name[-1])
     # Every utterance must be in both files.
     labelled = read_lines(labels, LABEL_LINE)
@@ -135,25 +135,22 @@ def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
     if unmatched or not labelled:
         raise InputError(f"{words}: no lines, or unlike the labels: {unmatched[:3]}")
     utterances = []
-    for utterance_id, line in labelled.items():
+    for name, line in labelled.items():
         # The id must match its files, and the recording must be as long as the label.
-        owner, _, turn = utterance_id.rpartition("_")  # Ses01F_impro01, F000
-        if owner != dialog or dialog[:5] != f"Ses0{number}":
-            raise InputError(f"{utterance_id} belongs to another dialogue or session")
+        if line["dialog"] != dialog or dialog[:5] != f"Ses0{number}":
+            raise InputError(f"{name} belongs to another dialogue or session")
         start = float(line["start"])
         end = float(line["end"])
-        wav = session / "sentences" / "wav" / dialog / f"{utterance_id}.wav"
+        wav = session / "sentences" / "wav" / dialog / f"{name}.wav"
         seconds = len(load_wav(wav)) / SAMPLE_RATE
         if abs(seconds - (end - start)) > 0.1:
             raise InputError(f"{wav} lasts {seconds:.2f} s, unlike its label")
         # Careful: in Ses01F_impro01_M000, the speaker is M, and F wore the markers.
-        speaker = dialog[:5] + turn[0]
-        text = " ".join(spoken[utterance_id]["text"].split())
+        speaker = dialog[:5] + line["speaker"]
+        text = " ".join(spoken[name]["text"].split())
         emotion = line["emotion"]
         utterances.append(
-            Utterance(
-                utterance_id, number, dialog, speaker, start, end, text, emotion, wav
-            )
+            Utterance(name, number, dialog, speaker, start, end, text, emotion, wav)
         )
     # The lines of the files are not in the order of time.
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
@@ -192,10 +189,8 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     speakers = sorted({corpus[row].speaker for row in others})
     if not test or len(speakers) < 2:
         sessions = sorted({corpus[row].session for row in targets})
-        raise InputError(
-            f"--fold {fold}: the sessions are {sessions}. A fold is one of them, and "
-            "needs two speakers in the others"
-        )
+        reason = f"the sessions are {sessions}, and two speakers must be in the others"
+        raise InputError(f"--fold {fold}: {reason}")
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
     # The seed draws it, so another --seed gives another speaker. Careful: the partner
     # of this speaker stays in training, with this speaker's turns as context.
@@ -298,17 +293,11 @@ class Source:
     """
 
     def __init__(
-        self,
-        upstream: nn.Module,
-        inputs: dict,
-        corpus: Corpus,
-        folder: Path,
-        device: str,
+        self, upstream, inputs: dict, corpus: Corpus, folder: Path, device: str
     ):
         self.upstream = upstream
         self.inputs = inputs
         self.device = device
-        self.folder = folder
         # Ids from a table may have characters that are not allowed in file names. The
         # checksum changes with the input, so no file has the states of another input.
         self.files = {}
@@ -324,16 +313,13 @@ class Source:
         self.live = None
 
     def fill(self) -> None:
-        """Compute the states that are not in the cache yet.
-
-        Raises InputError for states that do not fit into 16 bits.
-        """
+        """Compute the states that the cache lacks. Raises InputError above 16 bits."""
         # DEVIATION [D1]: the frozen phase reads states from a cache of 16-bit numbers.
         # The paper does not mention a cache. Why: the upstreams run once instead of
         # once per epoch, and 16 bits halve the size of the files.
         missing = [row for row, file in self.files.items() if not file.exists()]
         if missing:
-            print(f"Computing layer states of {len(missing)} inputs: {self.folder}")
+            print(f"{self.upstream.name}: computing {len(missing)} layer states")
         for row in tqdm(missing, leave=False, disable=None):
             # One input at a time: in a batch, the others would change the last digits.
             with torch.inference_mode():
@@ -355,14 +341,11 @@ class Source:
 
     def __call__(self, rows: list[int]) -> list[Tensor]:
         if self.live is None:
-            states = {row: self.kept[row] for row in rows if row in self.kept}
-            missing = [row for row in rows if row not in states]
+            # If not all states fit into memory, none is kept for the next batch.
+            states = self.kept if self.keep else {}
+            missing = set(rows) - states.keys()
             read = self.readers.map(self.read, missing)
-            for row, x in zip(missing, read, strict=True):
-                if self.keep:
-                    x = x.to(self.device)
-                    self.kept[row] = x
-                states[row] = x
+            states.update(zip(missing, read, strict=True))
             return [states[row] for row in rows]
         # Each row is computed once, even if it is in several windows. Inputs share a
         # forward pass if the number of binary digits of their lengths is the same. So
@@ -386,13 +369,11 @@ class Source:
         shape = [int(number) for number in re.findall(r"(\d+)[,)]", header)]
         if math.prod(shape) != len(numbers):
             raise InputError(f"{self.files[row]} is damaged. Delete it")
-        return torch.from_numpy(numbers.reshape(shape))
+        return torch.from_numpy(numbers.reshape(shape)).to(self.device)
 
     def open(self, what: str) -> list[nn.Parameter]:
-        """Copy the upstream and open the "bottom" or "all" of the copy (§2.4).
-
-        Returns the parameters to train. With "nothing", the cached states stay valid.
-        """
+        """Open a copy of the upstream (§2.4). Returns the parameters to train."""
+        # Without any, the cached states stay valid.
         if what == "nothing":
             return []
         # From now on, the states change with every step. Free their memory.
@@ -406,9 +387,7 @@ class Source:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the parameters that fine-tuning changes, by name."""
-        if self.live is None:
-            return {}
-        parameters = self.live.named_parameters()
+        parameters = (self.live or self.upstream).named_parameters()
         return {name: p.detach() for name, p in parameters if p.requires_grad}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -437,8 +416,7 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     for row in rows[rows >= 0].tolist():
         inputs[row] = upstream.prepare(corpus[row].text)
     tokens = torch.cat(list(inputs.values()))
-    is_unknown = tokens == upstream.preprocessor.unk_token_id
-    unknown = is_unknown.float().mean().item()
+    unknown = (tokens == upstream.preprocessor.unk_token_id).float().mean()
     message = f"{upstream.name} does not know {unknown:.0%} of all tokens"
     if unknown > 0.5:
         raise InputError(f"{message}. Give --bert an encoder of this language")
@@ -482,45 +460,36 @@ def batch(rows: Tensor, windows: Tensor, sources: dict, device: str) -> dict:
 
 # --- A corpus of your own: a table with one row per utterance -------------------------
 
-# Of each column: the form of its cells, in words too. The last three are optional.
+# By column: a pattern for its cells, and what the pattern means.
+NAME = (r"[^\0\"]+", "a name")
 COLUMNS = {
     "text": (r"[^\0]*", "one line"),
-    "emotion": (r"[^\0\"]+", "a word"),
+    "emotion": NAME,
     "session": (r"[1-9]\d*", "a number from 1 on"),
-    "dialog": (r"[^\0\"]+", "a name"),
-    "speaker": (r"[^\0\"]+", "a name"),
+    "dialog": NAME,
+    "speaker": NAME,
     "wav": (r"[^\0]*", "a file"),
     "start": (r"\d+(\.\d*)?", "a number of seconds"),
     "id": (r"[^\0\"]*", "a name"),
 }
-REQUIRED = set(COLUMNS) - {"wav", "start", "id"}
-# Plain names of emotions, and the abbreviations of IEMOCAP that replace them.
-PLAIN_NAMES = {
-    "neutral": "neu",
-    "calm": "neu",
-    "happy": "hap",
-    "happiness": "hap",
-    "joy": "hap",
-    "excited": "exc",
-    "angry": "ang",
-    "anger": "ang",
-    "sadness": "sad",
-}
+REQUIRED = ("text", "emotion", "session", "dialog", "speaker")
+# Plain names of emotions.
+LABELS |= {"neutral": 0, "calm": 0, "happy": 1, "happiness": 1, "joy": 1, "excited": 1}
+LABELS |= {"angry": 2, "anger": 2, "sadness": 3}
 
 
 def read_csv(path: str | Path) -> Corpus:
     """Read a corpus from a CSV file in UTF-8, separated by commas, semicolons or tabs.
 
-    The columns wav, start and id are optional. Raises InputError with one line for each
-    row that has a problem.
+    The columns wav, start and id are optional. Raises InputError, a line per bad row.
     """
     path = Path(path)
     # Each line is a row, so that an unpaired quote cannot join rows.
     lines = read_text(path).split("\n")
     separator = max(",;\t", key=lines[0].count)
-    header = next(csv.reader(lines[:1], delimiter=separator))
-    names = [name.strip().lower() for name in header]
-    if len(set(names)) < len(names) or not REQUIRED <= set(names) <= set(COLUMNS):
+    names = [name.strip(' "').lower() for name in lines[0].split(separator)]
+    # Counters also notice a column that occurs twice.
+    if not Counter(REQUIRED) <= Counter(names) <= Counter(list(COLUMNS)):
         raise InputError(f"{path}: line 1 has columns {names}, not {list(COLUMNS)}")
     corpus = []
     problems = []
@@ -560,16 +529,13 @@ def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
     # As in IEMOCAP, an id is <dialogue>_<turn>, and <turn> has no "_".
     dialog = cells["dialog"]
     turn = cells.get("id", "").removeprefix(f"{dialog}_") or f"{number:05}"
-    utterance_id = f"{dialog}_{turn.replace('_', '-')}"
+    name = f"{dialog}_{turn.replace('_', '-')}"
     session = int(cells["session"])
     speaker = cells["speaker"]
     text = " ".join(cells["text"].split())
     emotion = cells["emotion"].lower()
-    emotion = PLAIN_NAMES.get(emotion, emotion)
     time = float(cells.get("start", 0))
-    return Utterance(
-        utterance_id, session, dialog, speaker, time, time, text, emotion, wav
-    )
+    return Utterance(name, session, dialog, speaker, time, time, text, emotion, wav)
 
 
 def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> None:
@@ -579,11 +545,13 @@ def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> N
     seen     where each id, wav, speaker and dialogue was found first
     """
     # An id and a wav belong to one line, a speaker and a dialogue to one session.
+    line = f"line {number}"
+    session = f"session {utterance.session}"
     places = {
-        f"id {utterance.id}": f"line {number}",
-        f"wav {utterance.wav}": f"line {number}",
-        f"speaker {utterance.speaker}": f"session {utterance.session}",
-        f"dialogue {utterance.dialog}": f"session {utterance.session}",
+        f"id {utterance.id}": line,
+        f"wav {utterance.wav}": line,
+        f"speaker {utterance.speaker}": session,
+        f"dialogue {utterance.dialog}": session,
     }
     places.pop("wav None", None)
     for name, place in places.items():
@@ -596,9 +564,9 @@ def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> N
 # It is built to show the ordering of the paper, so it is no evidence for it. An emotion
 # tends to stay from turn to turn, and one sentence in three names it. So context helps
 # the text. The voice shows it in five turns of six, but the audio has no context. So
-# text beats audio, and both together beat either. Each pitch is a multiple of 50 Hz, so
-# all frames of 20 ms of a clip sound the same, and CMT(A->T) cannot pass on the text by
-# its choice of frames [A7].
+# text beats audio, and both together beat either. Pitches are multiples of 50 Hz, so
+# all frames of a clip sound the same, and CMT(A->T) cannot pass on the text by choosing
+# frames [A7].
 
 # By emotion: the pitch in Hz, and how fast the harmonics get weaker.
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
@@ -620,7 +588,7 @@ def write_toy(root: Path) -> None:
                 kind = "impro" if number <= 6 else "script"
                 dialog = f"Ses{session:02}F_{kind}{number:02}"
                 write_toy_dialog(part / f"Session{session}", dialog, rng)
-        (part / "toy.json").write_text("{}\n")  # marks the folder as the toy
+        (part / "toy.json").touch()  # marks the folder as the toy
 
 
 def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> None:
@@ -628,14 +596,11 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
     labels = ""
     words = ""
     mood = "neu"
-    start = 0.5  # seconds
     wavs = folder / "sentences" / "wav" / dialog
     wavs.mkdir(parents=True)
     for turn in range(18):
         if rng.random() < 0.25:
             mood = rng.choice(CLASSES)
-        # The words show the mood in 36 % of the turns, the voice in 78 %. The other
-        # voices are drawn by chance.
         text = rng.choice(FILLERS, rng.integers(2, 5))
         if rng.random() < 0.36:
             text = rng.choice(KEYWORDS[mood], len(text))
@@ -648,10 +613,10 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
         with wave.open(str(wavs / f"{utterance_id}.wav"), "wb") as file:
             file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # 1 channel, 2 bytes
             file.writeframes(samples.tobytes())
-        end = start + len(samples) / SAMPLE_RATE
-        labels += f"[{start:.4f} - {end:.4f}]\t{utterance_id}\t{mood}\t[2, 2, 2]\n"
-        words += f"{utterance_id} [{start:.4f}-{end:.4f}]: {' '.join(text)}\n"
-        start = end + 0.5
+        end = turn + len(samples) / SAMPLE_RATE
+        times = f"[{turn:.4f} - {end:.4f}]"
+        labels += f"{times}\t{utterance_id}\t{mood}\t[2, 2, 2]\n"
+        words += f"{utterance_id} {times}: {' '.join(text)}\n"
     for name, content in [("EmoEvaluation", labels), ("transcriptions", words)]:
         path = folder / "dialog" / name / f"{dialog}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -704,16 +669,14 @@ def checksum(corpus: Corpus) -> str:
 
 def describe(name: str, corpus: Corpus) -> str:
     """Describe a corpus by its counts: all, those of each class, and the others."""
-    dialogs = {u.dialog for u in corpus}
-    speakers = {u.speaker for u in corpus}
+    n_dialogs = len({u.dialog for u in corpus})
+    n_speakers = len({u.speaker for u in corpus})
     labels = Counter(u.label for u in corpus)
     classes = [f"{emotion} {labels[label]}" for label, emotion in enumerate(CLASSES)]
     others = Counter(u.emotion for u in corpus if u.label is None)
-    return (
-        f"{name}: {len(corpus)} utterances, {len(dialogs)} dialogues, {len(speakers)} "
-        f"speakers\nThe four classes: {', '.join(classes)}\n"
-        f"Other emotions, which are only context: {dict(others) or 'none'}"
-    )
+    text = f"{name}: {len(corpus)} utterances, {n_dialogs} dialogues, {n_speakers} "
+    text += f"speakers\nThe four classes: {', '.join(classes)}\n"
+    return text + f"Other emotions, which are only context: {dict(others) or 'none'}"
 
 
 # --- Files, errors, commands ----------------------------------------------------------
@@ -736,22 +699,19 @@ def write_whole(path: Path):
     """Write a file or a folder so that it is complete or absent.
 
     Use it as `with write_whole(path) as part`, and write to `part`. At the end, `part`
-    gets its final name. If the process is killed meanwhile, a file *.part is left
-    behind.
+    becomes `path`. If the process is killed meanwhile, a folder *.part is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random name, because several jobs may write the same file at the same time.
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
+    # Several jobs may write the same file at the same time, each in its own folder.
+    with tempfile.TemporaryDirectory(suffix=".part", dir=path.parent) as folder:
+        part = Path(folder) / "part"
         yield part
-        # A folder cannot replace an existing one. Then another job was faster.
-        if not (part.is_dir() and path.is_dir()):
+        try:
             os.replace(part, path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+        except OSError:
+            # A folder cannot replace an existing one. Then another job was faster.
+            if not (part.is_dir() and path.is_dir()):
+                raise
 
 
 def run_command(main: Callable) -> None:

@@ -5,7 +5,7 @@
     python evaluate.py recognize RUN --wav x.wav --text "I never said that."
         --before "Did you say that?"     the emotion of an utterance of your own
 
-RUNS is a folder of runs, and RUN is the folder of one run, for example
+RUNS is a folder of runs, for example `runs`. RUN is the folder of one run, for example
 runs/toy/mmt-finetuned/fold5-seed0.
 """
 
@@ -154,10 +154,9 @@ def table(name: str, runs: Runs, published: dict) -> str:
     for system, group in grouped(runs, "system").items():
         name_of_system, paper_wa, paper_ua = published[system]
         folds = grouped(group, "fold")
-        numbers = " ".join(str(fold) for fold in folds)
-        row = [str(system), name_of_system, numbers, str(len(group))]
+        row = [str(system), name_of_system, " ".join(map(str, folds)), str(len(group))]
         for metric in ("wa", "ua"):
-            # Average over the seeds first, so that every fold counts once.
+            # Average over the seeds of a fold first, so that every fold counts once.
             means = []
             for runs_of_fold in folds.values():
                 mean = fmean(run.result[metric] for run in runs_of_fold)
@@ -187,8 +186,8 @@ def format_table(title: str, rows: list[list[str]]) -> str:
     rule = ["-" * width for width in widths]
     text = f"{title}\n\n"
     for row in [rows[0], rule, *rows[1:]]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        text += "| " + " | ".join(cells) + " |\n"
+        cells = map(str.ljust, row, widths)
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
@@ -218,26 +217,19 @@ def draw_confusions(runs: Runs, path: Path) -> None:
     for ax, run in zip(axes, runs, strict=True):
         counts = np.array(run.result["confusion"])  # (4, 4)
         size = counts.sum(axis=1)  # (4,)
+        # A row shows the fractions of one class. A class may be missing in the test.
         fractions = counts / size.clip(min=1).reshape(4, 1)
         ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), fraction in np.ndenumerate(fractions):
-            colour = "white" if fraction > 0.5 else "black"
-            ax.text(
-                column, row, f"{fraction:.2f}", color=colour, ha="center", va="center"
-            )
+        for (row, column), value in np.ndenumerate(fractions):
+            color = "white" if value > 0.5 else "black"
+            ax.text(column, row, f"{value:.2f}", color=color, ha="center", va="center")
+        ax.set_xticks(range(4), CLASSES)
+        sizes = [f"{name}\nn = {n}" for name, n in zip(CLASSES, size, strict=True)]
+        ax.set_yticks(range(4), sizes)
         system = run.config["system"]
-        ax.set(
-            title=f"Sys. {system} (UA: {run.result['ua']:.2%})\n{TABLE_1[system][0]}, "
-            f"fold {run.config['fold']}, seed {run.config['seed']}",
-            xticks=range(4),
-            xticklabels=CLASSES,
-            xlabel="Predictions",
-            yticks=range(4),
-            yticklabels=[
-                f"{name}\nn = {n}" for name, n in zip(CLASSES, size, strict=True)
-            ],
-            ylabel="Groundtruth",
-        )
+        title = "Sys. {system} (UA: {ua:.2%})\n{name}, fold {fold}, seed {seed}"
+        title = title.format(system=system, name=TABLE_1[system][0], **run.result)
+        ax.set(title=title, xlabel="Predictions", ylabel="Groundtruth")
     figure.savefig(path)
 
 
@@ -245,8 +237,8 @@ def draw(runs: Runs, folder: Path) -> None:
     """Draw one picture for each title, and print the path of the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, group in grouped(runs, "title").items():
-        # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. If none of them has run,
-        # draw the first four runs.
+        # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. If none of them has run, draw the
+        # first four runs.
         session_5 = grouped(group, "fold")[5]
         systems = grouped(session_5, "system")
         panels = [systems[n][0] for n in (4, 8, 18, 7) if n in systems]
@@ -262,10 +254,6 @@ class Recognizer:
     """Recognize the emotion of utterances of your own with a finished run.
 
     Raises InputError if the run is not finished, or if its upstreams have changed.
-
-    >>> recognizer = Recognizer("runs/toy/mmt-finetuned/fold5-seed0")  # doctest: +SKIP
-    >>> recognizer.recognize("x.wav", "I never said that.")  # doctest: +SKIP
-    {"neu": 0.1, "hap": 0.1, "ang": 0.7, "sad": 0.1}
     """
 
     def __init__(self, folder: str | Path):
@@ -304,12 +292,11 @@ class Recognizer:
         """Make the arguments of the model for one utterance, as training does."""
         if isinstance(before, str) or isinstance(after, str):
             raise InputError("the turns before and after must be lists of texts")
-        given = {"audio": wav is not None, "text": text is not None}
-        used = {modality: modality in self.upstreams for modality in given}
-        if given != used:
+        arguments = {"audio": wav, "text": text}
+        given = {m for m, argument in arguments.items() if argument is not None}
+        if given != self.upstreams.keys():
             raise InputError(
-                f"{self.run.folder} uses {list(self.upstreams)}. Give it a wav for "
-                "audio, a text for text, and nothing else"
+                f"{self.run.folder} takes {list(self.upstreams)}, no other"
             )
 
         # Treat the turns as a corpus of one dialogue. Its sources are live, so they
@@ -331,10 +318,8 @@ class Recognizer:
 
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     """Load an upstream. Raises InputError if it is incomplete or of unknown type."""
-    advice = (
-        "To train, choose another with --wavlm or --bert. To recognize, write its new "
-        "path into the run's config.json. Delete a folder tiny-..., it is written again"
-    )
+    advice = "To train, choose another with --wavlm or --bert. To recognize, write its "
+    advice += "new path into config.json. Delete a folder tiny-..., it is written again"
     with reading(f"{modality} encoder {name}", advice):
         return Upstream(name, modality, precision)
 
@@ -362,9 +347,7 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a finished run. Raises InputError if its files are damaged or disagree."""
     if not (folder / "result.json").exists():
         below = [str(path.parent) for path in folder.rglob("result.json")]
-        raise InputError(
-            f"{folder} is not a finished run. Runs below it: {below or 'none'}"
-        )
+        raise InputError(f"{folder} is not a finished run. Below it are runs: {below}")
     with reading(folder, "A file of this run is damaged"):
         config = read_json(folder / "config.json")
         result = read_json(folder / "result.json")
@@ -432,13 +415,14 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
 
     Prints a line for each run that is not finished. Raises InputError without any run.
     """
-    runs = {}
+    runs = []
     first_of_title = {}
     problems = []
     # result.json is written last. A run without it is not finished.
     files = list(root.rglob("log.jsonl")) + list(root.rglob("result.json"))
-    folders = {path.parent for path in files}
-    for folder in sorted(folders):
+    if not files:
+        raise InputError(f"{root}: no run in it. Give the --out of train.py")
+    for folder in sorted({file.parent for file in files}):
         if not (folder / "result.json").exists():
             print(f"{folder}: not finished. Run its train.py command again to resume")
             continue
@@ -448,20 +432,12 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
             problems.append(str(problem))
             continue
         # A table compares runs of one title. Their corpus must be the same.
-        config = run.config
-        title = config["title"]
-        first = first_of_title.setdefault(title, run)
-        key = (title, config["system"], config["fold"], config["seed"])
-        if config["corpus_checksum"] != first.config["corpus_checksum"]:
-            other = first.folder
-            problems.append(f"{folder}: left out, on another corpus than {other}")
-        elif key in runs:
-            problems.append(f"{folder}: left out, a duplicate of {runs[key].folder}")
-        else:
-            runs[key] = run
-    if not folders:
-        raise InputError(f"{root}: no run in it. Give the --out of train.py")
-    return list(runs.values()), problems
+        first = first_of_title.setdefault(run.config["title"], run)
+        if run.config["corpus_checksum"] != first.config["corpus_checksum"]:
+            problems.append(f"{folder}: left out, on other data than {first.folder}")
+            continue
+        runs.append(run)
+    return runs, problems
 
 
 # --- The commands ---------------------------------------------------------------------

@@ -2,9 +2,8 @@
 
     python model.py     print every block of the main system with shapes and parameters
 
-Read this file with §2 of the paper and its Figures 1 to 3 open. It begins with the
-equations. The feature extractors (Fig. 2), the fusion (Fig. 3) and the whole recognizer
-(Fig. 1) follow. The two pre-trained encoders that feed it come last.
+Read this file with §2 of the paper and its Figures 1 to 3 open. The equations are
+first, then Fig. 2, Fig. 3 and Fig. 1. The two pre-trained encoders come last.
 
 Symbol      meaning                                              in the paper
 ------      --------------------------------------------------   ---------------------
@@ -101,8 +100,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     x (B, T, F), mask (B, T) -> (B, F)
 
     For example, [[1], [3], [9]] with the mask [True, True, False] gives [2]. Padding is
-    never read, so it may contain anything, even NaN. Without a real step, the result is
-    0.
+    never read, so it may be anything, even NaN. Without a real step, the result is 0.
     """
     total = x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)  # (B, F)
     # Careful: without the clamp, an utterance without a real step is 0 / 0 = NaN.
@@ -122,8 +120,7 @@ def cross_modal_attention(
 
     Each step of the target takes a weighted mean of the values of the source. The
     weights of a step (a row) sum to 1 over the real steps of the source. A source
-    without a real step gives zeros. The padding of the source may contain any finite
-    number.
+    without a real step gives zeros. The padding of the source may be any finite number.
     """
     q = x_t @ w_q  # (B, T_t, d_k)
     k = x_s @ w_k  # (B, T_s, d_k)
@@ -169,12 +166,12 @@ class SqueezeExcitation(nn.Module):
         # UNSPECIFIED [A2]: the channels of S&E. The paper says "layer-wise", and "the
         # reduction ratio is simply the number of layers". We take the layers as
         # channels, so the bottleneck has L / L = 1 unit. Another reading: the features
-        # are the channels (tests/studies).
+        # (tests/studies).
         self.reduce = nn.Linear(n_layers, 1)  # W_1, b_1
         self.expand = nn.Linear(1, n_layers)  # W_2, b_2
         # DEVIATION [D2]: b_1 starts at 1, the paper names no initial value. Why: if the
         # ReLU gives 0 for all utterances, it passes no gradient, and their gates stay
-        # equal. Starting at 1 makes that unlikely. train.py warns if it happens.
+        # equal. Starting at 1 makes that unlikely.
         nn.init.ones_(self.reduce.bias)
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
@@ -196,10 +193,9 @@ class FeatureExtractor(nn.Module):
     def __init__(self, n_layers: int, width: int, dim: int):
         super().__init__()
         self.se = SqueezeExcitation(n_layers)
-        # UNSPECIFIED [A3]: the projector. It is "an MLP with Layer-Normalization" in
-        # §2.1 and "a Fully-Connected (FC) Layer and Layer Normalization" in §1. We
-        # follow §1, as the author's other code does. Another reading: a hidden layer
-        # (tests/studies).
+        # UNSPECIFIED [A3]: the projector is "an MLP with Layer-Normalization" in §2.1,
+        # "a Fully-Connected (FC) Layer and Layer Normalization" in §1. We follow §1,
+        # like the author's other code. Another reading: a hidden layer (tests/studies).
         self.linear = nn.Linear(width, dim)
         self.norm = nn.LayerNorm(dim)
 
@@ -239,16 +235,15 @@ class TextFeatureExtractor(nn.Module):
     # EXERCISE 4 (25 min): delete the body, write it again; pytest -m ex4
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         B, C, _ = mask.shape
-        # UNSPECIFIED [A6]: what is beyond the edge of a dialogue. We put zeros. Another
-        # reading: repeat the last text (tests/studies). A missing neighbour has no real
-        # step, so its map is zero.
+        # UNSPECIFIED [A6]: what is beyond the edge of a dialogue. We put zeros: a
+        # missing neighbour has no real step, so its map is zero. Another reading: the
+        # last text again (tests/studies).
         x = self.each_text(states, mask.flatten(0, 1))  # (B * C, T, d)
         x = x.unflatten(0, (B, C))  # (B, C, T, d)
         x = self.conv(x)  # (B, 1, T, d)
         x = x.squeeze(1)  # (B, T, d)
-        # UNSPECIFIED [A5]: which steps of X_T are real. We take every position where
-        # any of the texts has a token. Another reading: the target's own tokens
-        # (tests/studies).
+        # UNSPECIFIED [A5]: which steps of X_T are real. We take the positions where any
+        # text has a token. Another reading: the target's own tokens (tests/studies).
         return x, mask.any(dim=1)
 
 
@@ -270,10 +265,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         # UNSPECIFIED [A8]: heads, depth, width, norm and positions. Eq. (1) has one
         # head and no output matrix. "The same backbone as the vanilla Transformer"
-        # (§2.2) means post-norm, 4 d hidden units, ReLU and a dropout of 0.1. We use
-        # one block, and add no positions, because both upstreams have added theirs.
-        # Another reading: two heads, two hidden units, a dropout of 0.5
-        # (tests/studies).
+        # (§2.2) means post-norm, 4 d hidden units, ReLU, dropout 0.1. We use one block,
+        # and add no positions, because both upstreams have added theirs. Another
+        # reading: two heads, two hidden units, dropout 0.5 (tests/studies).
         self.w_q = nn.Parameter(torch.empty(dim, dim))  # W_Q (d_t, d_k)
         self.w_k = nn.Parameter(torch.empty(dim, dim))  # W_K (d_s, d_k)
         self.w_v = nn.Parameter(torch.empty(dim, dim))  # W_V (d_s, d_v)
@@ -287,14 +281,12 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.residual = residual
 
-    def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute Eq. (1) with the matrices of this block."""
-        return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
-
     # EXERCISE 5 (35 min): delete the body, write it again; pytest -m ex5
     def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor) -> Tensor:
-        attended, _ = self.attend(x_t, x_s, mask_s)  # (B, T_t, d)
-        x = self.dropout(attended)
+        attended, _ = cross_modal_attention(
+            x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s
+        )
+        x = self.dropout(attended)  # (B, T_t, d)
         if self.residual:
             x = x_t + x
         x = self.norm1(x)
@@ -318,8 +310,7 @@ class Fusion(nn.Module):
             # UNSPECIFIED [A7]: whether CMT has the residual connection of the vanilla
             # block around its attention. With it, the text itself would pass through
             # CMT(A->T), which should then score like BERT. In Table 1 it scores like
-            # audio (Sys. 9, 10). So we leave it out. Another reading: --cma-residual
-            # (tests/studies).
+            # audio (Sys. 9, 10). So we leave it out. Another reading: --cma-residual.
             residual = source == target or config.cma_residual
             name = f"{source}-to-{target}"
             self.blocks[name] = TransformerBlock(config.dim, residual)
@@ -359,11 +350,10 @@ class EmotionRecognizer(nn.Module):
             )
         self.fusion = Fusion(config)
 
-        # UNSPECIFIED [A16]: which modules are meant by "a dropout layer (0.5) between
-        # every two modules" (§3.2). We take the boxes of Fig. 1: extractor, fusion,
-        # classifier. Fig. 1a has no fusion, so a unimodal system has one dropout.
-        # Another reading: before the projector, as in the author's other code
-        # (tests/studies).
+        # UNSPECIFIED [A16]: the modules meant by "a dropout layer (0.5) between every
+        # two modules" (§3.2). We take the boxes of Fig. 1: extractor, fusion,
+        # classifier. Fig. 1a has no fusion, so unimodal systems have one. Another
+        # reading: before the projector, like the author's other code (tests/studies).
         self.dropout = nn.Dropout(config.dropout)
         self.fusion_dropout = nn.Identity()
         if len(config.modalities) == 2:
@@ -379,21 +369,14 @@ class EmotionRecognizer(nn.Module):
             nn.Linear(dim, config.n_classes),
         )
 
-    def features(
-        self, audio: tuple | None = None, text: tuple | None = None
-    ) -> tuple[dict, dict]:
-        """Compute X_A and X_T (Fig. 2): x (B, T, d) and mask (B, T), by modality."""
+    def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
         x = {}
         mask = {}
         if "audio" in self.extractor:
             states, mask["audio"] = audio
-            x["audio"] = self.extractor["audio"](states, mask["audio"])
+            x["audio"] = self.extractor["audio"](states, mask["audio"])  # X_A
         if "text" in self.extractor:
-            x["text"], mask["text"] = self.extractor["text"](*text)
-        return x, mask
-
-    def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
-        x, mask = self.features(audio, text)
+            x["text"], mask["text"] = self.extractor["text"](*text)  # X_T
         for modality in x:
             x[modality] = self.dropout(x[modality])  # (B, T, d)
         fused = self.fusion_dropout(self.fusion(x, mask))  # (B, d * paths)
@@ -416,10 +399,9 @@ class Upstream(nn.Module):
     modality    "audio" (WavLM and its relatives) or "text" (BERT and its relatives)
     precision   "fp32", or "bf16" for matrix products in 16 bits
 
-    `prepare` turns one input into the numbers that the encoder reads. These never
-    change. A call turns a list of prepared inputs into a list of states. Raises OSError
-    or ValueError if the encoder cannot be loaded, is of an unknown type, or lacks a
-    part.
+    `prepare` turns one input into the numbers that the encoder reads. A call turns a
+    list of prepared inputs into a list of states. Raises OSError or ValueError if the
+    encoder cannot be loaded, is of an unknown type, or lacks a part.
     """
 
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
@@ -459,8 +441,8 @@ class Upstream(nn.Module):
         if self.modality == "audio":
             prepared = self.preprocessor(raw.numpy(), sampling_rate=16000)
             return torch.from_numpy(prepared["input_values"][0])
-        # UNSPECIFIED [A19]: tags such as [LAUGHTER]. We leave them in the text. Another
-        # reading: remove them (tests/studies).
+        # UNSPECIFIED [A19]: tags such as [LAUGHTER]. We keep them. Another reading:
+        # remove them (tests/studies).
         prepared = self.preprocessor(raw, truncation=True, max_length=self.max_tokens)
         return torch.tensor(prepared["input_ids"])
 
@@ -494,9 +476,8 @@ class Upstream(nn.Module):
         """Unfreeze "nothing", the "bottom" or "all". Returns these parameters."""
         # §2.4: "we only fine-tune the feature extractor part, i.e., CNN encoders in
         # WavLM and input embeddings in BERT".
-        # UNSPECIFIED [A21]: whether the LayerNorm of BERT's embeddings belongs to the
-        # "input embeddings". We say yes. Another reading: only the embedding tables
-        # (tests/studies).
+        # UNSPECIFIED [A21]: whether these include the LayerNorm of BERT's embeddings.
+        # We say yes. Another reading: only the embedding tables (tests/studies).
         bottom = "feature_extractor." if self.modality == "audio" else "embeddings."
         opened = []
         for name, parameter in self.model.named_parameters():
@@ -601,8 +582,7 @@ TINY_CNN = {
 def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
     """Write a WavLM and a BERT of one layer with random weights, for from_pretrained.
 
-    They are in folder/audio and folder/text. The vocabulary has every word of `texts`,
-    and letters for all other words.
+    The vocabulary has every word of `texts`, and letters for all other words.
     """
     transformers = import_transformers()
 

@@ -16,8 +16,6 @@ A run trains one system on one fold with one seed, in a folder of its own:
 
 The folder's name lists every setting that differs from the defaults of its corpus. The
 same command resumes a run after the last epoch of its checkpoint.
-
-Read `Patience` first, then `train`, from top to bottom.
 """
 
 import argparse
@@ -84,15 +82,14 @@ class Patience:
         If both are due, the answer is "stop".
         """
         # UNSPECIFIED [A17]: what "decreased" means. We take any lower loss. Another
-        # reading: lower by one part in 10,000, as in the author's other code
-        # (tests/studies).
+        # reading: lower by one in 10,000, like the author's other code (tests/studies).
         if dev_loss < self.best:
             self.best = dev_loss
             self.since_best = 0
         else:
             self.since_best += 1
-        # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs for every
-        # system. Another reading: it stops after 5, when others start to fine-tune
+        # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs, as for
+        # others. Another reading: after 5, when others start to fine-tune
         # (tests/studies).
         if self.since_best >= self.stop_after:
             return "stop"
@@ -140,10 +137,7 @@ def train_epoch(
 def measure(
     model: nn.Module, batch: Callable, rows: Tensor, args: Namespace
 ) -> tuple[dict, Tensor]:
-    """Compute loss, WA, UA and confusion matrix without dropout.
-
-    Returns them, and the log-probabilities that they are computed from (n, 4).
-    """
+    """Compute loss, WA, UA and confusion matrix, and the log-probabilities (n, 4)."""
     model.eval()
     all_logits = []
     all_labels = []
@@ -159,10 +153,7 @@ def measure(
 
 
 def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> AdamW:
-    """Unfreeze what --open names, by default the bottom of the upstreams (§2.4).
-
-    Returns a new optimizer.
-    """
+    """Unfreeze what --open names in the upstreams (§2.4). Returns a new optimizer."""
     parameters = list(model.parameters())
     for source in sources.values():
         parameters += source.open(args.open)
@@ -265,7 +256,6 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
             "seconds": time.perf_counter() - started,
         }
         log.append(row)
-        # From the next epoch on, the upstreams are fine-tuned (§2.4).
         if event == "finetune":
             optimizer = start_finetuning(model, sources, args)
             finetune_epoch = epoch
@@ -300,8 +290,8 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         "seconds": sum(row["seconds"] for row in log),
     }
     write_json(folder / "result.json", result)
-    title = config["title"]
-    print(f"{title}: WA {test['wa']:.2%}, UA {test['ua']:.2%} on the test session")
+    line = "{title}: WA {wa:.2%}, UA {ua:.2%} on the test session"
+    print(line.format(title=config["title"], **test))
     # The next system, fold or seed starts with frozen upstreams again.
     for source in sources.values():
         source.close()
@@ -311,8 +301,7 @@ def warn_of_memory(args: Namespace, frozen: bool, sources: Sources) -> None:
     """Warn, before hours of frozen epochs, if the GPU is too small for fine-tuning."""
     if args.device != "cuda" or frozen or "audio" not in sources:
         return
-    # WavLM-Large and BERT-base need 4 GiB, and 0.7 GiB for each clip of a micro-batch.
-    # This is an estimate from the shapes of their tensors.
+    # By estimate, WavLM-Large and BERT-base need 4 GiB, and 0.7 GiB for each clip.
     gibibytes = torch.cuda.mem_get_info()[1] / 2**30
     fits = int((gibibytes - 4) / 0.7)
     if fits < (args.micro_batch or args.batch_size):
@@ -321,10 +310,8 @@ def warn_of_memory(args: Namespace, frozen: bool, sources: Sources) -> None:
 
 def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
     """Print one row of the log."""
-    line = (
-        "epoch {epoch:2} {phase:8} train loss {train_loss:.4f}  dev loss {dev_loss:.4f}"
-        " WA {dev_wa:.1%} UA {dev_ua:.1%}  {seconds:.1f} s  "
-    )
+    line = "epoch {epoch:2} {phase:8} train loss {train_loss:.4f}  "
+    line += "dev loss {dev_loss:.4f} WA {dev_wa:.1%} UA {dev_ua:.1%}  {seconds:.1f} s  "
     if row["since_best"] == 0:
         line += "dev loss improved"
     else:
@@ -413,25 +400,9 @@ SETTINGS = (
 ).split()
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1 on, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def fraction(text: str) -> float:
-    """Read a number from 0 to 1, for argparse."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return number
-
-
-def fold(text: str) -> int | str:
-    """Read the number of a session, or "all", for argparse."""
-    return text if text == "all" else positive(text)
+def number(text: str) -> int | str:
+    """Read the number of a system or a session, or "all", for argparse."""
+    return text if text == "all" else int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -450,22 +421,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--fusion", default="mmt", choices=FUSIONS, help="Fig. 3, Table 1")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--frozen", action="store_true", help="no fine-tuning: Sys. 1, 3, 5, ...")
-    systems = [str(number) for number in range(1, 19)]
+    known = list(range(1, 19)) + ["all"]
     either(
-        "--system", nargs="+", choices=[*systems, "all"], metavar="N", help="Table 1"
+        "--system", nargs="+", type=number, choices=known, metavar="N", help="Table 1"
     )
-    add("--fold", nargs="+", type=fold, default=[5], help="or all")
+    add("--fold", nargs="+", type=number, default=[5], metavar="K", help="or all")
     add("--seed", nargs="+", type=int, default=[0], help="draws dev [A14]")
     # the machine
     devices = ["cpu"]
-    if torch.backends.mps.is_available():
-        devices.insert(0, "mps")
-    if torch.cuda.is_available():
-        devices.insert(0, "cuda")
-    add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--out", type=Path, default=Path("runs"), help="for runs")
-    add("--cache", type=Path, default=Path("cache"), help="for states")
-    add("--micro-batch", type=positive, help="split batches: less memory")
+    if torch.accelerator.is_available():  # "cuda" or "mps"
+        devices.append(torch.accelerator.current_accelerator().type)
+    add("--device", choices=devices, default=devices[-1], help="where to compute")
+    add("--out", type=Path, default="runs", help="for runs")
+    add("--cache", type=Path, default="cache", help="for states")
+    add("--micro-batch", type=int, help="split batches: less memory")
     # the upstreams
     add("--upstream", default="paper", choices=["paper", "tiny"], help="tiny: random")
     add("--wavlm", default="microsoft/wavlm-large", help="a name, or a folder")
@@ -473,15 +442,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of upstreams")
     add("--open", default="bottom", choices=["nothing", "bottom", "all"], help="§2.4")
     # the constants of §3.2, and one open point
-    add("--lr-frozen", type=fraction, default=1e-3, help="learning rate at first")
-    add("--lr-finetune", type=fraction, default=1e-5, help="learning rate, fine-tuning")
-    add("--weight-decay", type=fraction, default=1e-3, help="of AdamW")
-    add("--batch-size", type=positive, default=32, help="utterances")
-    add("--dropout", type=fraction, default=0.5, help="between modules")
-    add("--context", type=positive, default=9, help="texts, an odd number")
-    add("--finetune-after", type=positive, default=5, help="epochs without a decrease")
-    add("--stop-after", type=positive, default=10, help="epochs without a decrease")
-    add("--max-epochs", type=positive, help="a cap, the paper has none [A15]")
+    add("--lr-frozen", type=float, default=1e-3, help="learning rate at first")
+    add("--lr-finetune", type=float, default=1e-5, help="learning rate, fine-tuning")
+    add("--weight-decay", type=float, default=1e-3, help="of AdamW")
+    add("--batch-size", type=int, default=32, help="utterances")
+    add("--dropout", type=float, default=0.5, help="between modules")
+    add("--context", type=int, default=9, help="texts, an odd number")
+    add("--finetune-after", type=int, default=5, help="epochs without a decrease")
+    add("--stop-after", type=int, default=10, help="epochs without a decrease")
+    add("--max-epochs", type=int, help="a cap, the paper has none [A15]")
     add("--cma-residual", action="store_true", help="add the target in CMT [A7]")
     return parser
 
@@ -492,6 +461,14 @@ def parse_args(arguments: list[str] | None) -> Namespace:
     args = parser.parse_args(arguments)
     if args.context % 2 == 0:
         parser.error("--context: expected an odd number")
+    # Whole numbers are counts. The others are rates, or the fraction of dropout.
+    for name, value in vars(args).items():
+        bad_count = type(value) is int and value < 1
+        bad_rate = type(value) is float and not 0 <= value <= 1
+        if bad_count or bad_rate:
+            flag = name.replace("_", "-")
+            limits = "counts start at 1, rates are from 0 to 1"
+            parser.error(f"--{flag} {value}: {limits}")
 
     # Runs with the toy or with tiny upstreams have defaults that end them quickly.
     root = args.iemocap or TOY
@@ -513,10 +490,7 @@ def parse_args(arguments: list[str] | None) -> Namespace:
 
 
 def read_corpus(args: Namespace) -> tuple[str, Corpus]:
-    """Read the corpus: its name in reports, and its utterances.
-
-    Raises InputError with all problems of the corpus.
-    """
+    """Read the corpus and its name. Raises InputError with all of its problems."""
     if args.corpus:
         name = args.corpus.stem
         if name in ("iemocap", "toy"):
@@ -553,7 +527,7 @@ def chosen_systems(args: Namespace) -> list[tuple[str, bool]]:
         return [(args.fusion, args.frozen)]
     if "all" in args.system:
         return SYSTEMS
-    return [SYSTEMS[int(number) - 1] for number in args.system]
+    return [SYSTEMS[number - 1] for number in args.system]
 
 
 def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
@@ -562,10 +536,8 @@ def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
     if "all" in folds:
         folds = sorted({u.session for u in corpus if u.label is not None})
     if len({u.label for u in corpus} - {None}) < len(CLASSES):
-        raise InputError(
-            "a class has no utterance. Names of emotions are "
-            f"{[*data.LABELS, *data.PLAIN_NAMES]}"
-        )
+        names = list(data.LABELS)
+        raise InputError(f"a class has no utterance. Names of emotions are {names}")
     # Fail now, rather than after earlier folds have been trained.
     for fold in folds:
         data.split(corpus, fold, seed=0)
@@ -584,8 +556,7 @@ def load_sources(args: Namespace, corpus: Corpus) -> Sources:
         if not folder.exists():
             with data.write_whole(folder) as part:
                 make_tiny_upstreams(part, [u.text for u in corpus])
-        folder = folder.resolve()
-        names = {"audio": str(folder / "audio"), "text": str(folder / "text")}
+        names = {modality: str(folder.resolve() / modality) for modality in names}
 
     used = set()
     for fusion, _ in chosen_systems(args):
