@@ -313,13 +313,13 @@ class Source:
         self.live = None
 
     def fill(self) -> None:
-        """Compute the states that the cache lacks. Raises InputError above 16 bits."""
+        """Compute missing states. Raises InputError if one does not fit into 16 bits."""
         # DEVIATION [D1]: the frozen phase reads states from a cache of 16-bit numbers.
         # The paper does not mention a cache. Why: the upstreams run once instead of
         # once per epoch, and 16 bits halve the size of the files.
         missing = [row for row, file in self.files.items() if not file.exists()]
         if missing:
-            print(f"{self.upstream.name}: computing {len(missing)} layer states")
+            print(f"{self.upstream.name}: computing states of {len(missing)} inputs")
         for row in tqdm(missing, leave=False, disable=None):
             # One input at a time: in a batch, the others would change the last digits.
             with torch.inference_mode():
@@ -373,7 +373,7 @@ class Source:
 
     def open(self, what: str) -> list[nn.Parameter]:
         """Open a copy of the upstream (§2.4). Returns the parameters to train."""
-        # Without any, the cached states stay valid.
+        # Without parameters to train, the cached states stay valid.
         if what == "nothing":
             return []
         # From now on, the states change with every step. Free their memory.
@@ -473,7 +473,7 @@ COLUMNS = {
     "id": (r"[^\0\"]*", "a name"),
 }
 REQUIRED = ("text", "emotion", "session", "dialog", "speaker")
-# Plain names of emotions.
+# Plain names of emotions, for tables.
 LABELS |= {"neutral": 0, "calm": 0, "happy": 1, "happiness": 1, "joy": 1, "excited": 1}
 LABELS |= {"angry": 2, "anger": 2, "sadness": 3}
 
