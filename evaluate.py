@@ -173,7 +173,7 @@ def table(name: str, runs: Runs, published: dict) -> str:
 
 
 def grouped(runs: Runs, key: str) -> dict:
-    """Group runs by their "title", "system" or "fold", in order."""
+    """Group runs by "title", "system" or "fold", in order. A missing group is empty."""
     groups = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.config[key]):
         groups[run.config[key]].append(run)

@@ -236,8 +236,8 @@ class TextFeatureExtractor(nn.Module):
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         B, C, _ = mask.shape
         # UNSPECIFIED [A6]: what is beyond the edge of a dialogue. We put zeros: a
-        # missing neighbour has no real step, so its map is zero. Another reading: the
-        # last text again (tests/studies).
+        # missing neighbour has no real step, so its map is zero. Another reading:
+        # repeat the last text (tests/studies).
         x = self.each_text(states, mask.flatten(0, 1))  # (B * C, T, d)
         x = x.unflatten(0, (B, C))  # (B, C, T, d)
         x = self.conv(x)  # (B, 1, T, d)
@@ -352,8 +352,9 @@ class EmotionRecognizer(nn.Module):
 
         # UNSPECIFIED [A16]: the modules meant by "a dropout layer (0.5) between every
         # two modules" (§3.2). We take the boxes of Fig. 1: extractor, fusion,
-        # classifier. Fig. 1a has no fusion, so unimodal systems have one. Another
-        # reading: before the projector, like the author's other code (tests/studies).
+        # classifier. Fig. 1a has no fusion, so a unimodal system has one dropout.
+        # Another reading: before the projector, like the author's other code
+        # (tests/studies).
         self.dropout = nn.Dropout(config.dropout)
         self.fusion_dropout = nn.Identity()
         if len(config.modalities) == 2:
@@ -478,10 +479,10 @@ class Upstream(nn.Module):
         # WavLM and input embeddings in BERT".
         # UNSPECIFIED [A21]: whether these include the LayerNorm of BERT's embeddings.
         # We say yes. Another reading: only the embedding tables (tests/studies).
-        bottom = "feature_extractor." if self.modality == "audio" else "embeddings."
+        prefix = "feature_extractor." if self.modality == "audio" else "embeddings."
         opened = []
         for name, parameter in self.model.named_parameters():
-            if what == "all" or (what == "bottom" and name.startswith(bottom)):
+            if what == "all" or (what == "bottom" and name.startswith(prefix)):
                 opened.append(parameter.requires_grad_(True))
         return opened
 
@@ -513,7 +514,7 @@ def import_transformers():
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # PyTorch warns about the kinds of mask in WavLM's attention. Its result is right.
+    # PyTorch warns about the masks in WavLM's attention, but the result is right.
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     return transformers
 

@@ -299,11 +299,11 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
 
 def warn_of_memory(args: Namespace, frozen: bool, sources: Sources) -> None:
     """Warn, before hours of frozen epochs, if the GPU is too small for fine-tuning."""
-    if args.device != "cuda" or frozen or "audio" not in sources:
+    opens_wavlm = "audio" in sources and not frozen and args.open != "nothing"
+    if args.device != "cuda" or not opens_wavlm:
         return
     # By estimate, WavLM-Large and BERT-base need 4 GiB, and 0.7 GiB for each clip.
-    gibibytes = torch.cuda.mem_get_info()[1] / 2**30
-    fits = int((gibibytes - 4) / 0.7)
+    fits = int((torch.cuda.mem_get_info()[1] / 2**30 - 4) / 0.7)
     if fits < (args.micro_batch or args.batch_size):
         print(f"warning: too little GPU memory. Use --micro-batch {max(fits, 1)}")
 
@@ -370,7 +370,7 @@ def write_config(folder: Path, config: dict) -> None:
 
 def save(folder: Path, state: dict) -> None:
     """Write log.jsonl for people, and checkpoint.pt."""
-    # Write into memory first. If the disk is full, torch.save raises no OSError.
+    # Write to memory first. On a full disk, torch.save raises a RuntimeError.
     content = io.BytesIO()
     torch.save(state, content)
     with data.write_whole(folder / "log.jsonl") as part:
@@ -426,7 +426,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--system", nargs="+", type=number, choices=known, metavar="N", help="Table 1"
     )
     add("--fold", nargs="+", type=number, default=[5], metavar="K", help="or all")
-    add("--seed", nargs="+", type=int, default=[0], help="draws dev [A14]")
+    add("--seed", nargs="+", type=int, default=[0], help="also draws dev [A14]")
     # the machine
     devices = ["cpu"]
     if torch.accelerator.is_available():  # "cuda" or "mps"
