@@ -192,8 +192,8 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
         reason = f"the sessions are {sessions}, and two speakers must be in the others"
         raise InputError(f"--fold {fold}: {reason}")
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
-    # The seed draws it, so another --seed gives another speaker. Careful: the partner
-    # of this speaker stays in training, with this speaker's turns as context.
+    # The seed draws it, so another --seed may give another speaker. Careful: the
+    # partner of this speaker stays in training, with this speaker's turns as context.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [row for row in others if corpus[row].speaker != dev_speaker]
     dev = [row for row in others if corpus[row].speaker == dev_speaker]
@@ -341,7 +341,7 @@ class Source:
 
     def __call__(self, rows: list[int]) -> list[Tensor]:
         if self.live is None:
-            # If not all states fit into memory, none is kept for the next batch.
+            # If all states fit into memory, `states` is the store that keeps them.
             states = self.kept if self.keep else {}
             missing = set(rows) - states.keys()
             read = self.readers.map(self.read, missing)
@@ -361,8 +361,8 @@ class Source:
 
     def read(self, row: int) -> Tensor:
         """Read the states of one utterance (T, L, D) from the cache."""
-        # Careful: np.load uses Python's parser for the header of a file, and the parser
-        # sometimes fails in threads. So we look for the shape ourselves: (T, L, D).
+        # Careful: np.load's parser of headers sometimes fails in threads. So we look
+        # for the shape (T, L, D) ourselves. np.save fills the header up to 128 bytes.
         with self.files[row].open("rb") as file:
             header = file.read(128).decode("latin-1")
             numbers = np.fromfile(file, np.float16)
@@ -401,7 +401,7 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
 
     For audio these are the clips of utterances of the four classes. For text they are
     the texts in the windows of these utterances. Raises InputError if a wav is missing,
-    or if the encoder does not know most of the words.
+    or if most tokens are unknown to the encoder.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
     inputs = {}
@@ -488,7 +488,7 @@ def read_csv(path: str | Path) -> Corpus:
     lines = read_text(path).split("\n")
     separator = max(",;\t", key=lines[0].count)
     names = [name.strip(' "').lower() for name in lines[0].split(separator)]
-    # Counters also notice a column that occurs twice.
+    # All required columns, no unknown one, and none twice.
     if not Counter(REQUIRED) <= Counter(names) <= Counter(list(COLUMNS)):
         raise InputError(f"{path}: line 1 has columns {names}, not {list(COLUMNS)}")
     corpus = []
@@ -539,7 +539,7 @@ def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
 
 
 def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> None:
-    """Raise InputError if lines share an id or a wav, or sessions share a speaker.
+    """Raise InputError if lines share an id or wav, or sessions a speaker or dialogue.
 
     number   the number of the line
     seen     where each id, wav, speaker and dialogue was found first
@@ -683,7 +683,7 @@ def describe(name: str, corpus: Corpus) -> str:
 
 
 class InputError(Exception):
-    """Something about the user's input is wrong: one line per problem."""
+    """The user's input is wrong. The message has one line per problem."""
 
 
 def read_text(path: Path) -> str:

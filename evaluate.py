@@ -129,7 +129,7 @@ TABLE_2 = {
 class FinishedRun:
     """A finished run, as read from the files of its folder.
 
-    Its title in config.json is its corpus, with the settings that are not defaults.
+    config["title"] is the corpus, followed by the settings that are not defaults.
     """
 
     folder: Path
@@ -395,7 +395,7 @@ def load_checkpoint(path: Path, run: dict) -> dict:
 
     run   corpus, fusion, frozen, fold and seed, for example from config.json
 
-    Raises InputError if the file is damaged, or if its run is another one.
+    Raises InputError if the file is damaged, or belongs to another run.
     """
     advice = "Restore it from a copy, or move it elsewhere to start this run again"
     with reading(path, advice):
@@ -456,7 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--wav", type=Path, help="16-bit mono WAV")
     command.add_argument("--text", help="its words")
     for flag in ("--before", "--after"):
-        command.add_argument(flag, nargs="+", default=[])
+        command.add_argument(flag, nargs="+", default=[], help="texts of turns")
     args = parser.parse_args(arguments)
 
     if args.command == "recognize":

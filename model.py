@@ -427,7 +427,7 @@ class Upstream(nn.Module):
         self.checksum = self.compute_checksum()
 
     def train(self, mode: bool = True) -> "Upstream":
-        """Stay in evaluation mode, whatever the mode of the module around this one."""
+        """Stay in evaluation mode, even if train() is called."""
         # UNSPECIFIED [A12]: the upstreams' own dropout. The cache needs it off, because
         # it stores each state once and dropout is random. We also leave it off while
         # fine-tuning, where nothing requires it. Another reading: switch it on then, as
@@ -501,7 +501,7 @@ def frame_count(samples: Tensor | int, config) -> Tensor | int:
     """Count the frames of a CNN encoder, layer by layer: samples -> frames of 20 ms.
 
     For WavLM this is floor((samples - 400) / 320) + 1.
-    PAPER-ERROR [E3]: 50 frames for each second (§2.1). 1 s gives 49, and 5 s give 249.
+    PAPER-ERROR [E3]: §2.1 has 50 frames per second. 1 s gives 49, and 5 s give 249.
     """
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         samples = (samples - kernel) // stride + 1

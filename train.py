@@ -8,7 +8,7 @@
 A run trains one system on one fold with one seed, in a folder of its own:
 
     RUNS/<corpus>/<fusion>-<frozen|finetuned>[-<setting>=<value>...]/fold<k>-seed<n>/
-        config.json       everything that tells this run from another
+        config.json       everything that distinguishes this run from others
         log.jsonl         one line per epoch
         checkpoint.pt     the state after the last epoch
         predictions.csv   one line per test utterance
@@ -44,7 +44,7 @@ Sources = dict[str, Source]  # by modality: "audio", "text"
 
 @dataclass(frozen=True)
 class Run:
-    """What one run trains: a system (fusion, frozen), on a fold, with a seed."""
+    """One run: a system (fusion, frozen), trained on a fold with a seed."""
 
     corpus: str
     fusion: str
@@ -88,7 +88,7 @@ class Patience:
             self.since_best = 0
         else:
             self.since_best += 1
-        # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs, as for
+        # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs, as for the
         # others. Another reading: after 5, when others start to fine-tune
         # (tests/studies).
         if self.since_best >= self.stop_after:
@@ -159,9 +159,9 @@ def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> Ada
         parameters += source.open(args.open)
     # §3.2: the learning rate during fine-tuning is 1e-5.
     # UNSPECIFIED [A11]: which parameters have this rate, and whether AdamW keeps its
-    # averages of the gradients. One rate is named, so all parameters get it, from a new
-    # AdamW. Another reading: what is trained from scratch keeps 1e-3, as in the
-    # author's other code (tests/studies).
+    # moment estimates. One rate is named, so all parameters get it, from a new AdamW.
+    # Another reading: what is trained from scratch keeps 1e-3, as in the author's other
+    # code (tests/studies).
     return AdamW(
         parameters, args.lr_finetune, weight_decay=args.weight_decay, fused=True
     )
@@ -332,7 +332,7 @@ def run_folder(args: Namespace, run: Run) -> Path:
 
 
 def describe_run(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> dict:
-    """Collect all that tells this run from another, for config.json."""
+    """Collect everything that distinguishes this run from others, for config.json."""
     model = {
         "fusion": run.fusion,
         "n_context": args.context,
@@ -360,8 +360,8 @@ def write_config(folder: Path, config: dict) -> None:
     if not path.exists():
         write_json(path, config)
     old = evaluate.read_json(path)
-    # An upstream may have moved, and these two keys name its folder. Its weights must
-    # be the same, which weights_checksums shows.
+    # Two keys name the folders of the upstreams, which may have moved. Their weights
+    # must be the same, which weights_checksums shows.
     for key, value in config.items():
         if key not in ("title", "upstreams") and old.get(key) != value:
             difference = f"{key} {old.get(key)} instead of {value}"
@@ -470,7 +470,8 @@ def parse_args(arguments: list[str] | None) -> Namespace:
             limits = "counts start at 1, rates are from 0 to 1"
             parser.error(f"--{flag} {value}: {limits}")
 
-    # Runs with the toy or with tiny upstreams have defaults that end them quickly.
+    # Runs on the toy or on tiny upstreams end after 38 epochs. Parse again, because
+    # flags that were given have priority.
     root = args.iemocap or TOY
     toy = not args.corpus and (root == TOY or (root / "toy.json").exists())
     if toy:
