@@ -19,7 +19,7 @@ Here is one utterance on its way from the disk to the model:
     load_wav       31,129 samples at 16 kHz, between -1 and 1
     clip           It is shorter than 5 s. If it begins with sound, all of it is kept.
     WavLM          97 frames x 25 layers x 1024, kept in the cache as 16-bit numbers
-    BERT           k word pieces x 13 x 768, and as much for each of its neighbours
+    BERT           k word pieces x 13 x 768, and its neighbours with their own k
     batch          audio: states (N, 25, 1024) of all N frames, mask (32, T_A)
                    text: states (N, 13, 768) of all N word pieces, mask (32, 9, T_T)
 """
@@ -56,7 +56,7 @@ CLASSES = ("neu", "hap", "ang", "sad")  # the order of Fig. 4
 # improvised or scripted. Four facts are easily missed:
 #   - The letter in the name of a dialogue says who wore the markers for motion capture.
 #     The letter in the last part of an utterance's id says who speaks.
-#   - The lines of the files are not in the order of time, and turns overlap.
+#   - The lines of the files are not in chronological order, and turns overlap.
 #   - 48 lines of the transcripts have ids with XX. They have no label and no recording.
 #   - 5,531 of 10,039 utterances have one of the four emotions. All 10,039 are context.
 
@@ -67,7 +67,7 @@ LABELS = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}
 
 @dataclass(frozen=True)
 class Utterance:
-    """One turn of a dialogue. A corpus is a list of these, in the order of time."""
+    """One turn of a dialogue. A corpus is a list of them, dialogue by dialogue."""
 
     id: str  # Ses01F_impro01_M003
     session: int  # 1: the fold that tests on it
@@ -91,9 +91,8 @@ Corpus = list[Utterance]
 def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     """Read the corpus in `root`, the folder that holds Session1, Session2, ...
 
-    Returns the utterances, dialogue by dialogue in the order of time, and the problems.
-    A dialogue with a problem is left out, and has one line in the problems. Raises
-    InputError if there is no session.
+    Returns the utterances, sorted by dialogue and time, and the problems. A dialogue
+    with a problem is left out and listed. Raises InputError if there is no session.
     """
     corpus = []
     problems = []
@@ -105,7 +104,7 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
         labels = session.glob("dialog/EmoEvaluation/Ses*.txt")
         words = session.glob("dialog/transcriptions/Ses*.txt")
         dialogs = {path.stem for path in [*labels, *words]}
-        # An empty session has a line in the problems too, for its missing Ses*.txt.
+        # An empty session is a problem too: its Ses*.txt is missing.
         for dialog in sorted(dialogs) or ["Ses*"]:
             try:
                 corpus += read_dialog(session, dialog)
@@ -114,7 +113,7 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     return corpus, problems
 
 
-# All emotions of the full release. The raters disagree about "xxx".
+# All emotions of the full release. "xxx" means that the raters disagreed.
 LABEL_LINE = re.compile(
     r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]"
     r"\s+(?P<id>(?P<dialog>\w+)_(?P<speaker>[FM])\d\d\d)"
@@ -125,42 +124,42 @@ WORDS_LINE = re.compile(r"(?P<id>\w+_[FM]\d\d\d)\s+\[[\d. -]+\]:(?P<text>.*)")
 
 def read_dialog(session: Path, dialog: str) -> Corpus:
     """Read one dialogue, in order. Raises InputError at its first problem."""
-    labels = session / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
-    words = session / "dialog" / "transcriptions" / f"{dialog}.txt"
+    label_file = session / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
+    words_file = session / "dialog" / "transcriptions" / f"{dialog}.txt"
+    labels = read_lines(label_file, LABEL_LINE)
+    words = read_lines(words_file, WORDS_LINE)
+    unmatched = sorted(labels.keys() ^ words.keys())
+    if unmatched or not labels:
+        raise InputError(f"labels and words differ, or are empty: {unmatched[:3]}")
+
     number = int(session.name[-1])
-    # Every utterance must be in both files.
-    labelled = read_lines(labels, LABEL_LINE)
-    spoken = read_lines(words, WORDS_LINE)
-    unmatched = sorted(labelled.keys() ^ spoken.keys())
-    if unmatched or not labelled:
-        raise InputError(f"{words}: no lines, or unlike the labels: {unmatched[:3]}")
     utterances = []
-    for name, line in labelled.items():
-        # The id must match its files, and the recording must be as long as the label.
-        if line["dialog"] != dialog or dialog[:5] != f"Ses0{number}":
+    for name, label in labels.items():
+        if label["dialog"] != dialog or dialog[:5] != f"Ses0{number}":
             raise InputError(f"{name} belongs to another dialogue or session")
-        start = float(line["start"])
-        end = float(line["end"])
+        # In the full release, the recording is as long as its label, to a millisecond.
+        start = float(label["start"])
+        end = float(label["end"])
         wav = session / "sentences" / "wav" / dialog / f"{name}.wav"
         seconds = len(load_wav(wav)) / SAMPLE_RATE
         if abs(seconds - (end - start)) > 0.1:
             raise InputError(f"{wav} lasts {seconds:.2f} s, unlike its label")
+
         # Careful: in Ses01F_impro01_M000, the speaker is M, and F wore the markers.
-        speaker = dialog[:5] + line["speaker"]
-        text = " ".join(spoken[name]["text"].split())
-        emotion = line["emotion"]
+        speaker = dialog[:5] + label["speaker"]
+        text = " ".join(words[name]["text"].split())
+        emotion = label["emotion"]
         utterances.append(
             Utterance(name, number, dialog, speaker, start, end, text, emotion, wav)
         )
-    # The lines of the files are not in the order of time.
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
 
 
 def read_lines(path: Path, pattern: re.Pattern) -> dict[str, re.Match]:
     """Find the lines of utterances in a file, by the id of the utterance.
 
-    Lines of another form are skipped: headings, single raters, ids with XX. A damaged
-    line is skipped too. read_dialog notices that, because its id is missing here.
+    Other lines are skipped: headings, the ratings of a single rater, ids with XX. So is
+    a damaged line. read_dialog notices that, because its id is missing here.
     """
     lines = {}
     for line in read_text(path).split("\n"):
@@ -179,8 +178,8 @@ def read_lines(path: Path, pattern: re.Pattern) -> dict[str, re.Match]:
 def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     """Leave one session out (§3.1): the rows of the corpus for train, dev and test.
 
-    All of them are rows of the four classes. Test is session `fold`. Dev is one speaker
-    of the other sessions, drawn by fold and seed (§3.2). Train is all others. Raises
+    All of them are of the four classes. Test is session `fold`. Dev is one speaker of
+    the other sessions, drawn by fold and seed (§3.2). Train is all others. Raises
     InputError if one of the three would be empty.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
@@ -189,7 +188,7 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     speakers = sorted({corpus[row].speaker for row in others})
     if not test or len(speakers) < 2:
         sessions = sorted({corpus[row].session for row in targets})
-        reason = f"the sessions are {sessions}, and two speakers must be in the others"
+        reason = f"the sessions are {sessions}, and the others need two speakers"
         raise InputError(f"--fold {fold}: {reason}")
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
     # The seed draws it, so another --seed may give another speaker. Careful: the
@@ -203,8 +202,8 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
 def context_windows(corpus: Corpus, size: int = 9) -> Tensor:
     """Find the neighbours of each utterance (§3.2): rows of the corpus (n, size).
 
-    Column size // 2 is the utterance itself, and -1 means no neighbour. Neighbours are
-    of either speaker and of any emotion, and always of the same dialogue. A dialogue of
+    Column size // 2 is the utterance itself, and -1 means no neighbour. Neighbours have
+    either speaker and any emotion, but are always of the same dialogue. A dialogue of
     three in rows 0 to 2 with size 3 gives [[-1, 0, 1], [0, 1, 2], [1, 2, -1]].
     """
     windows = np.full((len(corpus), size), -1)
@@ -226,8 +225,8 @@ WINDOW = 400  # samples, 25 ms: WavLM needs this many for its first frame
 def load_wav(path: str | Path) -> Tensor:
     """Load a WAV file of one channel and 16 bits: (n,) float32 at 16 kHz, in [-1, 1].
 
-    Other rates are resampled. Raises InputError if the file has another format, with
-    the command that converts it, and OSError if it cannot be read.
+    Other usual rates are resampled. Raises InputError if the file has another format,
+    with the command that converts it, and OSError if it cannot be read.
     """
     advice = "Convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"
     try:
@@ -255,14 +254,14 @@ def clip(x: Tensor) -> Tensor:
     """Keep at most five seconds from the first sound on (§3.2): (n,) -> (m,), m >= 400.
 
     "Audios are clipped into 5 seconds ... by trimming or padding". We do not pad short
-    clips to 5 s, because a mask hides padding. WavLM needs at least 400 samples.
+    clips to 5 s, because padding is masked. WavLM needs at least 400 samples.
     """
     missing = max(WINDOW - len(x), 0)
     x = nn.functional.pad(x, (0, missing))
     # UNSPECIFIED [A13]: "we trim the voiced 5 seconds of audio ... at the beginning".
     # We remove what comes before the first sound. A window of 25 ms is silent if its
     # power is more than 60 dB below that of the loudest. Another reading: remove every
-    # silent window, as in the author's other code (tests/studies).
+    # silent window, as in the author's other code.
     power = x.unfold(0, WINDOW, WINDOW).square().mean(dim=1)  # (n // 400,)
     threshold = power.max() * 1e-6  # -60 dB
     first = int((power >= threshold).nonzero()[0])
@@ -273,11 +272,11 @@ def clip(x: Tensor) -> Tensor:
 # --- Layer states: from the cache, or from the upstream itself ------------------------
 # While an upstream is frozen (§2.4), the states of an utterance never change. So they
 # are computed once and kept in files. A clip of 5 s has 249 x 25 x 1024 numbers, which
-# take 12.7 MB. All 5,531 clips of IEMOCAP take at most 46 GB. When fine-tuning opens an
-# upstream, its states change at every step, and are computed for every batch.
+# take 12.7 MB. IEMOCAP's 5,531 clips, most of them shorter, take at most 46 GB. When
+# fine-tuning opens an upstream, its states are computed again for every batch.
 
-# States are kept in memory if all of them fit. A frozen step on 32 clips needs the
-# reserve beside them, by estimate. Without CUDA, the limit does not ask the machine.
+# States stay in memory if all states of a modality fit. The reserve is our estimate for
+# a frozen step on 32 clips. Without CUDA, the limit is fixed.
 GPU_RESERVE = 8 * 2**30  # bytes
 CPU_LIMIT = 4 * 2**30  # bytes
 
@@ -287,7 +286,7 @@ class Source:
 
     upstream   a frozen model.Upstream
     inputs     its prepared inputs, by row of the corpus
-    corpus     the ids of its utterances name the files
+    corpus     gives each file its name, the id of the utterance
     folder     where the files of the cache are
     device     where the model is
     """
@@ -305,15 +304,15 @@ class Source:
             name = re.sub(r"[^A-Za-z0-9.-]", "_", corpus[row].id)
             checksum = zlib.crc32(prepared.numpy().tobytes())
             self.files[row] = folder / f"{name}-{checksum:08x}.npy"
-        self.kept = {}  # states in memory, by row
-        self.keep = False
+        self.memory = {}  # states by row
+        self.fits = False  # whether all of them stay in memory
         # Eight threads read files from a disk faster than one.
         self.readers = ThreadPoolExecutor(8)
-        # The copy that is fine-tuned. Without one, the states come from the cache.
+        # The upstream that computes the states. Without it, the cache has them.
         self.live = None
 
     def fill(self) -> None:
-        """Compute missing states. Raises InputError if one does not fit into 16 bits."""
+        """Compute missing states. Raises InputError if one overflows 16 bits."""
         # DEVIATION [D1]: the frozen phase reads states from a cache of 16-bit numbers.
         # The paper does not mention a cache. Why: the upstreams run once instead of
         # once per epoch, and 16 bits halve the size of the files.
@@ -325,31 +324,32 @@ class Source:
             with torch.inference_mode():
                 states = self.upstream([self.inputs[row]])[0].half()  # (T, L, D)
             if not states.isfinite().all():
-                raise InputError(f"{self.files[row].stem}: a state exceeds 16 bits")
+                raise InputError(f"{self.files[row].stem}: not finite in 16 bits")
             # Careful: with a full disk, np.save to a file loses data without any error.
             content = io.BytesIO()
             np.save(content, states.cpu().numpy())
             with write_whole(self.files[row]) as part:
                 part.write_bytes(content.getvalue())
 
+        # Decide whether all states stay in memory.
         room = CPU_LIMIT
         if self.device == "cuda":
             room = torch.cuda.mem_get_info()[0] - GPU_RESERVE
         size = sum(file.stat().st_size for file in self.files.values())
-        # PyTorch rounds sizes up, here by 8 %. States of texts take 10 % beside audio.
-        self.keep = 1.2 * size < room
+        # PyTorch rounds sizes up, by 8 % here. Texts add less than 10 % to audio.
+        self.fits = 1.2 * size < room
 
     def __call__(self, rows: list[int]) -> list[Tensor]:
         if self.live is None:
             # If all states fit into memory, `states` is the store that keeps them.
-            states = self.kept if self.keep else {}
+            states = self.memory if self.fits else {}
             missing = set(rows) - states.keys()
             read = self.readers.map(self.read, missing)
             states.update(zip(missing, read, strict=True))
             return [states[row] for row in rows]
         # Each row is computed once, even if it is in several windows. Inputs share a
         # forward pass if the number of binary digits of their lengths is the same. So
-        # the longest is less than twice as long as the shortest, with little padding.
+        # the longest is less than twice as long as the shortest, and padding is small.
         groups = defaultdict(list)
         for row in sorted(set(rows)):
             groups[len(self.inputs[row]).bit_length()].append(row)
@@ -377,7 +377,7 @@ class Source:
         if what == "nothing":
             return []
         # From now on, the states change with every step. Free their memory.
-        self.kept.clear()
+        self.memory.clear()
         self.live = copy.deepcopy(self.upstream)
         return self.live.open(what)
 
@@ -481,14 +481,14 @@ LABELS |= {"angry": 2, "anger": 2, "sadness": 3}
 def read_csv(path: str | Path) -> Corpus:
     """Read a corpus from a CSV file in UTF-8, separated by commas, semicolons or tabs.
 
-    The columns wav, start and id are optional. Raises InputError, a line per bad row.
+    Columns wav, start, id are optional. Raises InputError with one line per bad row.
     """
     path = Path(path)
     # Each line is a row, so that an unpaired quote cannot join rows.
     lines = read_text(path).split("\n")
     separator = max(",;\t", key=lines[0].count)
     names = [name.strip(' "').lower() for name in lines[0].split(separator)]
-    # All required columns, no unknown one, and none twice.
+    # Look for missing, unknown and repeated columns.
     if not Counter(REQUIRED) <= Counter(names) <= Counter(list(COLUMNS)):
         raise InputError(f"{path}: line 1 has columns {names}, not {list(COLUMNS)}")
     corpus = []
@@ -514,6 +514,7 @@ def read_csv(path: str | Path) -> Corpus:
 
 def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
     """Turn one row into an utterance. Raises InputError at its first problem."""
+    # DictReader puts None for a missing cell, and surplus cells under the key None.
     if None in row or None in row.values():
         raise InputError("its number of cells differs from line 1")
     cells = {name: cell.strip() for name, cell in row.items()}
@@ -563,10 +564,9 @@ def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> N
 # --- The toy corpus: tones and made-up sentences, in the layout of IEMOCAP ------------
 # It is built to show the ordering of the paper, so it is no evidence for it. An emotion
 # tends to stay from turn to turn, and one sentence in three names it. So context helps
-# the text. The voice shows it in five turns of six, but the audio has no context. So
-# text beats audio, and both together beat either. Pitches are multiples of 50 Hz, so
-# all frames of a clip sound the same, and CMT(A->T) cannot pass on the text by choosing
-# frames [A7].
+# the text. The voice shows it in five turns out of six, but the audio has no context.
+# So text beats audio, and both together beat either. Pitches are multiples of 50 Hz, so
+# all frames of a clip sound the same, and CMT(A->T) cannot pass on the text [A7].
 
 # By emotion: the pitch in Hz, and how fast the harmonics get weaker.
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
@@ -601,6 +601,7 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
     for turn in range(18):
         if rng.random() < 0.25:
             mood = rng.choice(CLASSES)
+        # 36 % of the texts show the mood. 22 % of the voices are drawn by chance.
         text = rng.choice(FILLERS, rng.integers(2, 5))
         if rng.random() < 0.36:
             text = rng.choice(KEYWORDS[mood], len(text))
@@ -636,7 +637,7 @@ def make_tone(pitch: float, fall: float, rng: np.random.Generator) -> np.ndarray
 
 # --- The counts of the full release ---------------------------------------------------
 
-# By session: the dialogues, the utterances, and those of five emotions.
+# By session: the number of dialogues, of utterances, and of those with each emotion.
 COUNTED = ("dialogues", "utterances", "ang", "hap", "exc", "sad", "neu")
 SESSION_COUNTS = {
     1: (28, 1819, 229, 135, 143, 194, 384),
@@ -696,10 +697,10 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def write_whole(path: Path):
-    """Write a file or a folder so that it is complete or absent.
+    """Write a file or a folder so that it is complete, or stays as it was.
 
     Use it as `with write_whole(path) as part`, and write to `part`. At the end, `part`
-    becomes `path`. If the process is killed meanwhile, a folder *.part is left behind.
+    becomes `path`. If the process is killed first, a folder *.part is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several jobs may write the same file at the same time, each in its own folder.
@@ -709,13 +710,14 @@ def write_whole(path: Path):
         try:
             os.replace(part, path)
         except OSError:
-            # A folder cannot replace an existing one. Then another job was faster.
+            # It fails if the folder exists already. Then another job was faster.
             if not (part.is_dir() and path.is_dir()):
                 raise
 
 
 def run_command(main: Callable) -> None:
-    """Run a command. Wrong input gets a sentence and exit 1, a bug gets a traceback."""
+    """Run a command. Wrong input gets a sentence and exit 1, and a bug a traceback."""
+    # A terminal that lacks a character must not end the run.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace", line_buffering=True)
     try:
@@ -737,7 +739,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.command == "toy":
         if args.dir.exists():
-            raise InputError(f"{args.dir}: it exists already. Name a new folder")
+            raise InputError(f"{args.dir}: already exists. Name a new folder")
         write_toy(args.dir)
         return
     corpus, problems = read_iemocap(args.dir)
@@ -745,7 +747,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(describe(args.dir.name, corpus))
     if problems:
         raise InputError("\n".join([*problems, f"{len(problems)} problem(s)"]))
-    print(f"{args.dir}: all counts are those of the full release")
+    print(f"{args.dir}: all counts match the full release")
 
 
 if __name__ == "__main__":
