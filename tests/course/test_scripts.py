@@ -1,7 +1,6 @@
 """The scripts of the course run, and their numbers are right."""
 
 import codecs
-import math
 import re
 
 import numpy as np
@@ -10,8 +9,6 @@ import torch
 
 from tests.conftest import ROOT
 from tests.course import first_hour, trace
-
-# --- The first hour -------------------------------------------------------------------
 
 
 def test_the_first_hour_shows_every_tensor_and_its_loss_is_right(monkeypatch, capsys):
@@ -41,85 +38,57 @@ def test_the_first_hour_shows_every_tensor_and_its_loss_is_right(monkeypatch, ca
     assert zeros in codecs.decode(answers, "rot13")
 
 
-# --- The trace, again with NumPy and without model.py ---------------------------------
-
-
 def norm(x):
     return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
 
 
-def feature(steps):
-    """Fig. 2a of steps (T, 2 layers, 2): gates, s, W s, X."""
-    h = max(0, steps.mean((0, 2)).sum() / 4)
-    gates = 1 / (1 + np.exp([-h, h]))
-    s = np.einsum("l,tld->td", gates, steps)
-    projected = np.column_stack([s, s.sum(1)])
-    return gates, s, projected, norm(projected)
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
 
 
-def cmt(target, source):
-    """One path of Fig. 3d whose W_Q, W_K, W_V are 1: scores, weights, out, x, h."""
-    scores = target @ source.T / math.sqrt(3)
-    weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    x = norm(weights @ source)
-    fed = x + np.maximum(0, x) * [0, 0, 1]
-    return scores, weights, weights @ source, x, norm(fed)
-
-
-def read_trace(text):
-    """Collect [(title, numbers)]. The numbers start in column 63 of a line."""
-    blocks = []
-    for line in text.splitlines():
-        numbers = [float(x) for x in re.findall(r"-?\d[\d.e-]*", line[63:])]
-        if line[:63].strip():
-            blocks.append((line[:63], []))
-        blocks[-1][1].extend(numbers)
-    return blocks
-
-
-def test_the_trace_is_right(capsys):
+def test_each_line_of_the_trace_follows_from_the_lines_above_it(capsys):
     trace.main()
-    out = capsys.readouterr().out
-    blocks = read_trace(out)
+    lines = []  # (equation, rows of numbers), which start in column 63
+    for line in capsys.readouterr().out.splitlines():
+        if line[10:63].strip():
+            lines.append((line[10:62].strip(), []))
+        rows = re.findall(r"\(([-\d. e]+)\)", line[62:])
+        lines[-1][1].extend([float(x) for x in row.split()] for row in rows)
 
-    def check(title, expected, occurrence=0):
-        found = [numbers for name, numbers in blocks if title in name][occurrence]
-        assert found == pytest.approx(np.ravel(expected).tolist(), abs=1e-3), title
+    def check(equation, expected):
+        """Compare the next line with this equation. Returns its numbers."""
+        name, rows = next((name, rows) for name, rows in lines if equation in name)
+        np.testing.assert_allclose(rows, expected, atol=6e-3, err_msg=name)
+        del lines[: lines.index((name, rows)) + 1]
+        return np.array(rows)
 
-    # Fig. 2a. The squeeze is 2 and 2, so h is 1. The third step is padding.
-    gates, s, projected, x_a = feature(np.array([[[1, 3], [0, 2]], [[3, 1], [2, 4]]]))
-    check("squeeze", [2, 2])
-    check("h = ReLU", 1)
-    check("gates = ", gates)
-    check("s = gate_1", s)
-    check("W s = (s1", projected)
-    check("X_A = ", [*x_a, np.zeros(3)])
+    def first(equation):
+        return np.array(next(rows for name, rows in lines if equation in name))
 
-    # Fig. 2b. The last text has one token less than the others.
-    before = feature(np.array([[[1, 1], [0, 2]], [[2, 0], [1, 1]]]))
-    target = feature(np.array([[[0, 1], [1, 2]], [[4, 0], [2, 2]]]))
-    after = feature(np.array([[[2, 2], [0, 0]]]))
-    maps = np.array([before[3], target[3], [*after[3], np.zeros(3)]])
-    x_t = maps[0] / 2 + maps[1] + maps[2] / 2
-    check("gates of the three", [before[0], target[0], after[0]])
-    check("each text through", maps)
-    check("X_T = ", x_t)
-    assert re.search(r"\[A5\] +\(True True\)", out)
+    # Fig. 2a. Each layer has a mean of 2, so h is 1. The third step is padding.
+    frames = first("WavLM's states").reshape(2, 2, 2)  # (T, L, D)
+    check("squeeze", [frames.mean((0, 2))])
+    check("h = ReLU", [[(2 + 2) / 4]])
+    gates = check("gates = ", [[1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]])
+    s = check("s = gate_1", np.einsum("l,tld->td", gates[0], frames))
+    projected = check("W s = (s1", np.column_stack([s, s.sum(1)]))
+    x_a = check("X_A = ", [*norm(projected), [0, 0, 0]])
+
+    # Fig. 2b. The squeezes of the three texts are 1 and 1, 1.25 and 1.75, 2 and 0.
+    h = np.array([2, 3, 2]) / 4
+    check("gates of the three", 1 / (1 + np.exp([-h, h])).T)
+    before, target, after = first("each text through").reshape(3, 2, 3)
+    x_t = check("X_T = ", before / 2 + target + after / 2)
 
     # Fig. 3d. Padding of the source has a score and no weight.
     pooled = []
-    for path, (target, source) in enumerate([(x_t, x_a), (x_a, x_t)]):
-        scores, weights, out, x, h = cmt(target, source)
-        padding = ((0, 0), (0, 1 - path))
-        check("Q K^T", np.pad(scores, padding), path)
-        check("softmax over", np.pad(weights, padding), path)
-        check("times V", out, path)
-        check("x = Norm", x, path)
-        check("Norm(x +", h, path)
-        check("mean over the target", h.mean(0), path)
-        pooled.append(h.mean(0))
-    u = np.maximum(0, sum(pooled))
-    logits = np.array([*u, -u.sum()])
-    check("u = ReLU", u)
-    check("logits = ", logits)
-    check("softmax: neu", np.exp(logits) / np.exp(logits).sum())
+    for target, source, n in [(x_t, x_a, 2), (x_a[:2], x_t, 2)]:
+        scores = check("Q K^T", target @ source.T / 3**0.5)
+        padding = [[0] * (len(source) - n)] * len(scores)
+        weights = check("softmax", np.hstack([softmax(scores[:, :n]), padding]))
+        x = check("x = Norm", norm(check("times V", weights @ source)))
+        h = check("Norm(x +", norm(x + np.maximum(0, x) * [0, 0, 1]))
+        pooled.append(check("mean over the target", [h.mean(0)]))
+    (u,) = check("u = ReLU", np.maximum(0, sum(pooled)))
+    logits = check("logits = ", [[*u, -u.sum()]])
+    check("softmax: neu", softmax(logits))

@@ -24,10 +24,10 @@ from tests.course.figures import AUDIO, FILLS, new_figure
 WORDS = ["party", "table", "coffee", "garden", "letter", "window"]
 MOODS = ["neutral", "happy", "angry", "sad"]
 TOKENS = ["how", "was", "<word>", "said"]  # the text, with a place for a word
+ASKED = TOKENS.index("<word>")  # the token that names the word
 N_FRAMES = 24  # a clip of half a second
 DIM = 16  # d
 N_STEPS = 600  # of the optimizer, seconds of training
-ASKED = TOKENS.index("<word>")  # the token that names the word
 
 
 class Task:
@@ -84,16 +84,14 @@ class Listener(nn.Module):
 
     def __init__(self, fusion: str):
         super().__init__()
-        config = Config(fusion)
-        self.modalities = config.modalities
-        self.fusion = Fusion(config)
+        self.fusion = Fusion(Config(fusion))
         self.classifier = nn.Linear(DIM * len(self.fusion.paths), len(MOODS))
 
     def forward(self, clips: dict[str, Tensor]) -> Tensor:
-        x = {modality: clips[modality] for modality in self.modalities}
         # Every frame and every token is real.
-        mask = {m: torch.ones(x[m].shape[:2], dtype=torch.bool) for m in x}
-        return self.classifier(self.fusion(x, mask))
+        shapes = {m: clips[m].shape[:2] for m in ("audio", "text")}
+        mask = {m: torch.ones(shape, dtype=torch.bool) for m, shape in shapes.items()}
+        return self.classifier(self.fusion(clips, mask))
 
 
 def learn(task: Task, fusion: str, n_steps: int) -> Listener:
@@ -110,6 +108,7 @@ def learn(task: Task, fusion: str, n_steps: int) -> Listener:
     return listener.eval()
 
 
+@torch.no_grad()
 def accuracy(listener: Listener, clips: dict[str, Tensor]) -> float:
     """Compute the share of right answers."""
     right = listener(clips).argmax(dim=1) == clips["label"]
@@ -131,7 +130,7 @@ def weight_on_asked(listener: Listener, clips: dict[str, Tensor]) -> float:
     return (weights * frames).sum(dim=1).mean().item()
 
 
-def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> None:
+def draw_picture(task: Task, before: Listener, after: Listener):
     """Draw one clip, and the weights of three questions about it."""
     torch.manual_seed(4)
     clips = task.draw(1)
@@ -147,13 +146,11 @@ def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> N
     edges = {}  # of each word, in frames. A frame is one unit wide around its number
     for word in sorted(set(spoken.tolist()) - {-1}):
         frames = (spoken == word).nonzero()
-        left = frames.min().item() - 0.5
-        right = frames.max().item() + 0.5
-        edges[word] = (left, right)
+        edges[word] = (frames.min().item() - 0.5, frames.max().item() + 0.5)
         mood = clips["mood"][0, frames[0]].item()
-        top.axvspan(left, right, color=FILLS[AUDIO])
+        top.axvspan(*edges[word], color=FILLS[AUDIO])
         name = f"{WORDS[word]}\n{MOODS[mood]}"
-        top.text((left + right) / 2, 0.5, name, ha="center", va="center")
+        top.text(sum(edges[word]) / 2, 0.5, name, ha="center", va="center")
 
     # Below are the weights, for two questions about this clip.
     first, second, _ = edges
@@ -164,28 +161,26 @@ def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> N
     ]
     for ax, (when, listener, word) in zip(panels, questions, strict=True):
         clips["text"] = task.ask(torch.tensor([word]))
-        weights = look(listener, clips)[0]
-        ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
-        tokens = [token.replace("<word>", WORDS[word]) for token in TOKENS]
-        ax.set_yticks(range(len(tokens)), tokens)
+        weights = look(listener, clips)[0].numpy()
+        image = ax.imshow(weights, aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
+        ax.set_yticks(
+            range(4), [token.replace("<word>", WORDS[word]) for token in TOKENS]
+        )
         ax.set_ylabel("token")
         ax.set_title(f"{when}, the question: how was {WORDS[word]} said?")
-        # A red box is around the asked word.
-        left, right = edges[word]
-        across = [left, right, right, left, left]
-        down = [ASKED - 0.5, ASKED - 0.5, ASKED + 0.5, ASKED + 0.5, ASKED - 0.5]
-        ax.plot(across, down, color="#c0392b", linewidth=3)
+        # A red box is around the asked word. Its row is the third of four.
+        red = {"edgecolor": "#c0392b", "linewidth": 3, "fill": False}
+        ax.axvspan(*edges[word], ymin=0.25, ymax=0.5, **red)
     panels[-1].set_xlabel("frame of the audio (red: where the asked word is said)")
     label = "weight of Eq. (1): each row sums to 1"
-    figure.colorbar(panels[0].images[0], ax=panels, label=label)
-    figure.savefig(path)
+    figure.colorbar(image, ax=panels, label=label)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="See cross-modal attention at work.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="for the picture")
     args = parser.parse_args(arguments)
-    args.dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the tensors are small
 
     task = Task()
@@ -200,8 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     what = "weight of the asked token on the frames of its word"
     print(f"{what}, before: {weight_on_asked(before, test):.0%}")
     print(f"{what}, after: {weight_on_asked(listener, test):.0%}")
+    args.dir.mkdir(parents=True, exist_ok=True)
     path = args.dir / "which-frame.png"
-    draw_picture(task, before, listener, path)
+    draw_picture(task, before, listener).savefig(path)
     print(path)
 
 
