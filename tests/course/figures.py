@@ -2,8 +2,7 @@
 
     python -m tests.course.figures DIR     needs matplotlib
 
-    figure-1.png    the multimodal framework
-    figure-2.png    the feature extractors
+    figure-2.png    the feature extractors, and what follows them (Fig. 1)
     figure-3.png    the nine fusions: who asks (Q), and who answers (K, V)
     cmt-block.png   the inside of a cross-modal Transformer, CMT
 
@@ -74,37 +73,20 @@ def draw(ax, boxes: dict[str, tuple], arrows: list[str]) -> None:
     ax.axis("off")
 
 
-def draw_figure_1():
-    """Draw Fig. 1: the multimodal framework."""
-    figure = new_figure(13, 5, "Fig. 1: emotion from two modalities")
-    boxes = {
-        "wav": (0, 2, "waveforms", AUDIO),
-        "wavlm": (1.7, 2, "WavLM", AUDIO),
-        "x_a": (3.4, 2, "Feature\nExtractor\nX_A (B, 249, 16)", AUDIO),
-        "texts": (0, 0, "nine texts:\n4 before, the\ntarget, 4 after", TEXT),
-        "bert": (1.7, 0, "BERT", TEXT),
-        "x_t": (3.4, 0, "Text Feature\nExtractor\nX_T (B, 20, 16)", TEXT),
-        "fusion": (4.9, 1, "Fusion\n(B, 32)", BOTH),
-        "classifier": (6.1, 1, "classifier", BOTH),
-        "logits": (7.2, 1, "logits\n(B, 4)", BOTH),
-    }
-    arrows = ["wav wavlm x_a fusion classifier logits", "texts bert x_t fusion"]
-    draw(figure.subplots(), boxes, arrows)
-    return figure
-
-
-def draw_figure_2():
-    """Draw Fig. 2: the feature extractors without their upstreams."""
-    title = "Fig. 2: from layer states to features, for audio (above) and text (below)"
-    title += "\nB utterances, which have N real time steps together"
-    figure = new_figure(13, 7.5, title)
+def draw_figures_1_and_2():
+    """Draw Fig. 1 and 2: from layer states to logits."""
+    title = "Fig. 1 and 2: from layer states to features, and to the four classes\n"
+    title += "B utterances, which have N real time steps together"
+    figure = new_figure(18, 7.5, title)
     boxes = {
         "x_a": (5.3, 3, "X_A\n(B, 249, 16)", AUDIO),
         "maps": (5.3, 0, "nine maps\n(B, 9, 20, 16)", TEXT),
-        "conv": (6.5, 0, "Conv2D\n9 to 1", TEXT),
-        "x_t": (7.7, 0, "X_T\n(B, 20, 16)", TEXT),
+        "conv": (6.6, 0, "Conv2D\n9 to 1", TEXT),
+        "x_t": (7.8, 0, "X_T\n(B, 20, 16)", TEXT),
+        "fusion": (8.9, 1.5, "Fusion\n(B, 32)", BOTH),
+        "logits": (10.5, 1.5, "classifier:\nlogits (B, 4)", BOTH),
     }
-    arrows = ["audio-project x_a", "text-project maps conv x_t"]
+    arrows = ["audio-project x_a fusion logits", "text-project maps conv x_t fusion"]
     # Both modalities have the same boxes up to Project & Norm.
     for y, m, states, mask, gates in [
         (3, "audio", "WavLM\n(N, 25, 1024)", "(B, 249)", "(B, 25)"),
@@ -186,8 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.dir.mkdir(parents=True, exist_ok=True)
     for name, draw_picture in [
-        ("figure-1.png", draw_figure_1),
-        ("figure-2.png", draw_figure_2),
+        ("figure-2.png", draw_figures_1_and_2),
         ("figure-3.png", draw_figure_3),
         ("cmt-block.png", draw_cmt_block),
     ]:

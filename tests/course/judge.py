@@ -6,7 +6,6 @@ file, because an answer may print anything.
 
 import importlib
 import operator
-import os
 import runpy
 import sys
 import traceback
@@ -56,12 +55,7 @@ def explain(problem: BaseException) -> str:
     )
 
 
-def main() -> None:
+if __name__ == "__main__":
     number, file = sys.argv[1:]
     sentence = verdict(int(number))
     Path(file).write_text(sentence, encoding="utf-8", errors="replace")
-    os._exit(0)  # without waiting for threads of the answer
-
-
-if __name__ == "__main__":
-    main()

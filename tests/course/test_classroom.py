@@ -75,9 +75,7 @@ HOSTILE = {
     "sys.exit('passed')": "it stops with SystemExit in line 2 of model.py: passed",
     "raise SystemExit('exercise 1 is yours to write first')": "exercise 1 is yours",
     "os._exit(0)": "Python ends before",
-    "return input()": "it stops with EOFError in line 2 of model.py",
     "raise ValueError('|\\n\\ud800' + 1000 * 'x')": "it stops with ValueError",
-    "threading.Thread(target=time.sleep, args=[60]).start(); return 42": "passed",
     "while True: pass": "it does not end",
     "return 42\ndef (": "it stops with SyntaxError: ",
 }
@@ -105,7 +103,7 @@ def judged(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("body", HOSTILE)
 def test_an_answer_has_the_verdict_that_it_deserves(body, judged):
-    code = f"def masked_mean():\n    {body}\nimport os, sys, threading, time"
+    code = f"def masked_mean():\n    {body}\nimport os, sys"
     expected = HOSTILE[body]
     sentence = judged(code, 1, 0.3 if "not end" in expected else 60)
     assert sentence.startswith(expected)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import model
 from model import Config, EmotionRecognizer
 from tests.conftest import ROOT
 from tests.course import figures, pictures, which_frame
@@ -24,7 +25,7 @@ def test_the_figures_are_drawn_with_the_paths_of_the_code(tmp_path, monkeypatch)
 
     monkeypatch.setattr(figures, "draw", keep)
     figures.main([str(tmp_path)])
-    names = ["cmt-block.png", "figure-1.png", "figure-2.png", "figure-3.png"]
+    names = ["cmt-block.png", "figure-2.png", "figure-3.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     # CMT(s→t) takes its queries from t (§2.2). The last panel of Fig. 3 is MMT.
     to_text = {"text to-text: Q", "audio to-text: K, V", "to-text out"}
@@ -89,77 +90,69 @@ TEXT_MASK = torch.arange(7) < torch.tensor(
 
 
 @pytest.fixture
-def load(tiny):
-    """A function that makes an untrained recognizer, and its inputs."""
-    pytest.importorskip("matplotlib")
+def draw(tiny, tmp_path, monkeypatch):
+    """A function that draws the pictures of an untrained model.
 
-    def load(fusion, system):
+    It returns the model, its inputs, and the figures by file name.
+    """
+    pytest.importorskip("matplotlib")
+    figures = {}
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, path: figures.update({path.name: figure}),
+    )
+
+    def draw(fusion, system):
         torch.manual_seed(0)
-        config = {"title": "toy, x=1", "system": system, "fold": 5, "seed": 0}
+        net = EmotionRecognizer(Config(fusion, 2, 48, 2, 48)).eval()
         audio = torch.randn(6, 2, 48), torch.ones(1, 6, dtype=torch.bool)
         inputs = {"audio": audio, "text": (torch.randn(11, 2, 48), TEXT_MASK[None])}
-        recognizer = SimpleNamespace(
-            run=SimpleNamespace(config=config),
-            model=EmotionRecognizer(Config(fusion, 2, 48, 2, 48)).eval(),
-            upstreams=tiny,
-            inputs=lambda wav, text, before, after: inputs,
-        )
-        return recognizer, inputs
+        config = {"title": "toy, x=1", "system": system, "fold": 5, "seed": 0}
+        recognizer = SimpleNamespace(run=SimpleNamespace(config=config))
+        recognizer.model = net
+        recognizer.upstreams = tiny
+        recognizer.inputs = lambda wav, text, before, after: inputs
+        monkeypatch.setattr(pictures, "Recognizer", lambda folder: recognizer)
+        pictures.main(["RUN", str(tmp_path), "--wav", "x.wav", "--text", TEXT])
+        return net, inputs, figures
 
-    return load
-
-
-@pytest.mark.parametrize(
-    ("fusion", "system", "names"),
-    [("lf", 16, ["gates.png"]), ("mmt", 18, ["attention.png", "gates.png"])],
-)
-def test_a_run_has_its_pictures(fusion, system, names, load, tmp_path, monkeypatch):
-    recognizer, _ = load(fusion, system)
-    monkeypatch.setattr(pictures, "Recognizer", lambda folder: recognizer)
-    savefig = "matplotlib.figure.Figure.savefig"
-    monkeypatch.setattr(savefig, lambda figure, path: path.touch())
-    pictures.main(["RUN", str(tmp_path), "--wav", "x.wav", "--text", TEXT])
-    # Late fusion has no cross-modal block, so it has no attention.png.
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    return draw
 
 
-@torch.no_grad()
-def test_the_gates_are_those_of_the_clip_and_of_the_target(load):
-    recognizer, inputs = load("mmt", 18)
-
+def test_the_gates_are_those_of_the_clip_and_of_the_target(draw, monkeypatch):
     # The only clip has the gates 0.1. Text 4 of 0 to 8, the target, has the gates 0.5.
-    def number_gates(states, mask):
+    def number_gates(self, states, mask):
         return torch.arange(1, len(mask) + 1).unsqueeze(1).expand(-1, 2) / 10
 
-    extractor = recognizer.model.extractor
-    for owner in (extractor["audio"], extractor["text"].each_text):
-        owner.se.forward = number_gates
-    figure = pictures.draw_gates(recognizer, inputs)
-    title = figure.get_suptitle()
-    assert title.endswith("toy, x=1, Sys. 18 (MMT fine-tuned), fold 5, seed 0")
-    audio, text = figure.axes[0].lines
+    monkeypatch.setattr(model.SqueezeExcitation, "forward", number_gates)
+    _, _, figures = draw("lf", 16)
+    # Late fusion has no cross-modal block, so it has no attention.png.
+    assert list(figures) == ["gates.png"]
+    audio, text = figures["gates.png"].axes[0].lines
     assert (audio.get_label(), text.get_label()) == ("audio", "text")
     assert audio.get_ydata().tolist() == pytest.approx([0.1, 0.1])
     assert text.get_ydata().tolist() == pytest.approx([0.5, 0.5])
 
 
 @torch.no_grad()
-def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(load):
-    recognizer, inputs = load("mmt", 18)
-    figure = pictures.draw_attention(recognizer, inputs, TEXT)
-    a_to_t, t_to_a = [ax for ax in figure.axes if ax.get_title()]
+def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(draw):
+    net, inputs, figures = draw("mmt", 18)
+    for figure in figures.values():
+        title = figure.get_suptitle()
+        assert title.endswith("toy, x=1, Sys. 18 (MMT fine-tuned), fold 5, seed 0")
+    axes = figures["attention.png"].axes
+    a_to_t, t_to_a = [ax for ax in axes if ax.get_title()]
     assert "token (row) sum to 1" in a_to_t.get_title()
     assert "frame (column) sum to 1" in t_to_a.get_title()
     labels = [label.get_text() for label in a_to_t.get_yticklabels()]
     context = ["(context)"] * 3  # its longest text has three tokens more
     assert labels == ["[CLS]", "lovely", "party", "[SEP]", *context]
 
-    x, _ = recognizer.model.features(**inputs)
-    blocks = recognizer.model.fusion.blocks
+    x, _ = net.features(**inputs)
     for ax, target, source in [(a_to_t, "text", "audio"), (t_to_a, "audio", "text")]:
-        q = x[target][0] @ blocks[f"{source}-to-{target}"].w_q
-        k = x[source][0] @ blocks[f"{source}-to-{target}"].w_k
-        weights = (q @ k.T / 4).softmax(dim=1)  # sqrt(16) is 4
+        block = net.fusion.blocks[f"{source}-to-{target}"]
+        scores = (x[target][0] @ block.w_q) @ (x[source][0] @ block.w_k).T / 4
+        weights = scores.softmax(dim=1)  # sqrt(16) is 4
         if target == "audio":
             weights = weights.T
         image = torch.tensor(ax.images[0].get_array())

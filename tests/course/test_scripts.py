@@ -52,7 +52,7 @@ def test_each_line_of_the_trace_follows_from_the_lines_above_it(capsys):
     for line in capsys.readouterr().out.splitlines():
         if line[10:63].strip():
             lines.append((line[10:62].strip(), []))
-        rows = re.findall(r"\(([-\d. e]+)\)", line[62:])
+        rows = re.findall(r"\((.+?)\)", line[62:])
         lines[-1][1].extend([float(x) for x in row.split()] for row in rows)
 
     def check(equation, expected):
