@@ -49,9 +49,6 @@ def set_weights(layer: nn.Module, weight, bias) -> None:
     layer.bias.data.copy_(torch.as_tensor(bias))
 
 
-# --- EXERCISE 1: masked_mean(x, mask) -------------------------------------------------
-
-
 def check_1(masked_mean: Callable) -> None:
     # The padding is in the middle, because real steps need not be the first ones.
     x = tensor([[[1.0, 10], [500, 500], [3, 30]], [[2, 4], [4, 6], [6, 8]]])
@@ -79,9 +76,6 @@ def check_1(masked_mean: Callable) -> None:
     x = tensor([[[1.0], [9.0], [3.0]]], requires_grad=True)
     mean = masked_mean(x, mask[:1])
     assert mean.requires_grad, "no gradient comes back: is x detached, or a number?"
-
-
-# --- EXERCISE 2: cross_modal_attention(x_t, x_s, w_q, w_k, w_v, mask_s), Eq. (1) ------
 
 
 def check_2(attention: Callable) -> None:
@@ -144,9 +138,6 @@ def check_2(attention: Callable) -> None:
     compare(weights, [[[1.0, 0.0], [1.0, 0.0]]], question)
 
 
-# --- EXERCISE 3: SqueezeExcitation.forward(self, states, mask) ------------------------
-
-
 def check_3(forward: Callable) -> None:
     import model
 
@@ -186,9 +177,6 @@ def check_3(forward: Callable) -> None:
     assert has_gradient, "the squeeze has no gradient: is it detached?"
 
 
-# --- EXERCISE 4: TextFeatureExtractor.forward(self, states, mask) ---------------------
-
-
 class LengthGates(nn.Module):
     """In place of S&E: half the number of an utterance's real steps, for one layer."""
 
@@ -225,9 +213,6 @@ def check_4(forward: Callable) -> None:
     question = "a step of X_T is real where any of the texts has a token [A5]"
     compare(x_mask, torch.ones(2, 2), question)
     assert x_mask.dtype == torch.bool, f"a mask is bool, and yours is {x_mask.dtype}"
-
-
-# --- EXERCISE 5: TransformerBlock.forward(self, x_t, x_s, mask_s) ---------------------
 
 
 @torch.no_grad()
@@ -276,9 +261,6 @@ def check_5(forward: Callable) -> None:
     compare(x, block.norm2(block.norm1(x_t)), question)
 
 
-# --- EXERCISE 6: unweighted_accuracy(y_true, y_pred) ----------------------------------
-
-
 def check_6(unweighted_accuracy: Callable) -> None:
     # 8 of 8 are right, and 1 of 2. Class 3 is only predicted.
     y_true = tensor([0] * 8 + [1, 1])
@@ -299,9 +281,6 @@ def check_6(unweighted_accuracy: Callable) -> None:
     assert isinstance(answer, float), question
     question = "tensors do not give 0.75: in a set, equal elements of a tensor differ"
     compare(unweighted_accuracy(y_true, y_pred), 0.75, question)
-
-
-# --- EXERCISE 7: split(corpus, fold, seed) --------------------------------------------
 
 
 class Salted(str):
@@ -398,9 +377,6 @@ def check_7(split: Callable) -> None:
         raise AssertionError(f"{empty} is empty: raise InputError")
 
 
-# --- EXERCISE 8: Patience.step(self, dev_loss) ----------------------------------------
-
-
 def check_8(step: Callable) -> None:
     import train
 
@@ -438,9 +414,6 @@ def check_8(step: Callable) -> None:
     expect("ccs", [1.0, 2.0, 2.0], question, finetune_after=2, stop_after=2)
     question = "a loss that is a little lower is lower: §3.2 names no tolerance [A17]"
     expect("c" * 9, [1.0 - 1e-6 * k for k in range(9)], question)
-
-
-# --- EXERCISE 9: gather(source, rows, device) -----------------------------------------
 
 
 def check_9(gather: Callable) -> None:

@@ -11,8 +11,6 @@ from model import Config, EmotionRecognizer
 from tests.conftest import ROOT
 from tests.course import figures, pictures, which_frame
 
-# --- Figures 1 to 3 -------------------------------------------------------------------
-
 
 def test_the_figures_are_drawn_with_the_paths_of_the_code(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -33,41 +31,26 @@ def test_the_figures_are_drawn_with_the_paths_of_the_code(tmp_path, monkeypatch)
     assert panels[-2] == to_text | to_audio
 
 
-# --- Which frame? ---------------------------------------------------------------------
-
-
-def test_the_mood_of_the_asked_word_is_the_answer():
+def test_only_attention_finds_the_word_whose_mood_is_the_answer():
+    early_fusion = which_frame.learn("ef", 120)
+    attention = which_frame.learn("cmt-a2t", 120)
     torch.manual_seed(0)
-    clips = which_frame.Task().draw(200)
-    for row, word in enumerate(clips["asked"]):
-        frames = clips["spoken"][row] == word
-        assert 3 <= frames.sum() <= 5
-        assert (clips["mood"][row, frames] == clips["label"][row]).all()
-        # Each of the three moods is right for one question.
-        moods = clips["mood"][row].unique().tolist()
-        words = clips["spoken"][row].unique().tolist()
-        assert len(moods) == len(words) == 1 + 3  # -1 is silence
-
-
-def test_only_attention_finds_the_asked_word():
-    task = which_frame.Task()
-    early_fusion = which_frame.learn(task, "ef", 120)
-    attention = which_frame.learn(task, "cmt-a2t", 120)
-    torch.manual_seed(0)
-    clips = task.draw(500)
-    # Without looking for the word, one of three moods is right.
+    clips = which_frame.draw_clips(500)
+    frames = clips["spoken"] == clips["asked"].unsqueeze(1)  # (500, 24)
+    assert set(frames.sum(dim=1).tolist()) == {3, 4, 5}
+    answers = clips["label"].unsqueeze(1).expand(500, 24)
+    assert torch.equal(clips["mood"][frames], answers[frames])
+    # Three words have three moods. Without looking for the word, one of them is right.
+    assert all(len(moods.unique()) == 1 + 3 for moods in clips["mood"])  # -1 is silence
     assert which_frame.accuracy(early_fusion, clips) < 0.45
     assert which_frame.accuracy(attention, clips) > 0.75
 
     block = attention.fusion.blocks["audio-to-text"]
-    total = 0.0
-    for row, word in enumerate(clips["asked"].tolist()):
-        q = clips["text"][row, 2] @ block.w_q
-        k = clips["audio"][row] @ block.w_k
-        weights = (k @ q / 4).softmax(dim=0)  # sqrt(16) is 4
-        total += weights[clips["spoken"][row] == word].sum().item()
+    q = clips["text"][:, 2] @ block.w_q  # (500, 16)
+    k = clips["audio"] @ block.w_k  # (500, 24, 16)
+    weights = (torch.einsum("nd,ntd->nt", q, k) / 4).softmax(dim=1)  # sqrt(16) is 4
     weight = which_frame.weight_on_asked(attention, clips)
-    assert weight == pytest.approx(total / 500, abs=1e-4)
+    assert weight == pytest.approx(weights[frames].sum().item() / 500, abs=1e-4)
     # Four of 24 frames say the word, so equal weights would give a sixth.
     assert weight > 0.5
 
@@ -79,8 +62,6 @@ def test_which_frame_writes_its_picture(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "which-frame.png").read_bytes()[:4] == b"\x89PNG"
     assert capsys.readouterr().out.count("made-up task: ") == 5
 
-
-# --- Gates and attention of a run -----------------------------------------------------
 
 TEXT = "lovely party"  # 4 tokens, with [CLS] and [SEP]
 # Of the nine texts, number 3 has 7 tokens, and number 4, the target, has 4.
@@ -157,9 +138,6 @@ def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(draw):
             weights = weights.T
         image = torch.tensor(ax.images[0].get_array())
         torch.testing.assert_close(image, weights, atol=1e-6, rtol=0)
-
-
-# --- The class on attention -----------------------------------------------------------
 
 
 def test_exercise_a_of_the_class_is_right_with_its_answer(capsys):
