@@ -42,6 +42,14 @@ def new_figure(width: float, height: float, title: str):
     return figure
 
 
+def save(figures: dict, folder: Path) -> None:
+    """Save figures by the names of their files, and print their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+        print(folder / name)
+
+
 def draw(ax, boxes: dict[str, tuple], arrows: list[str]) -> None:
     """Draw boxes, and arrows in the colours of the boxes where they start.
 
@@ -166,14 +174,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw Figures 1 to 3.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="for the pictures")
     args = parser.parse_args(arguments)
-    args.dir.mkdir(parents=True, exist_ok=True)
-    for name, draw_picture in [
-        ("figure-2.png", draw_figures_1_and_2),
-        ("figure-3.png", draw_figure_3),
-        ("cmt-block.png", draw_cmt_block),
-    ]:
-        draw_picture().savefig(args.dir / name)
-        print(args.dir / name)
+    figures = {"figure-2.png": draw_figures_1_and_2(), "figure-3.png": draw_figure_3()}
+    save({**figures, "cmt-block.png": draw_cmt_block()}, args.dir)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 import data
 from evaluate import TABLE_1, Recognizer
-from tests.course.figures import COLOURS, new_figure
+from tests.course.figures import COLOURS, new_figure, save
 
 
 def figure_of(recognizer: Recognizer, height: float, title: str):
@@ -102,10 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     paths = recognizer.model.fusion.paths
     if all(source not in (None, target) for target, source in paths):
         figures["attention.png"] = draw_attention(recognizer, inputs, args.text)
-    args.dir.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(args.dir / name)
-        print(args.dir / name)
+    save(figures, args.dir)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import data
 from model import Config, Fusion
-from tests.course.figures import AUDIO, FILLS, new_figure
+from tests.course.figures import AUDIO, FILLS, new_figure, save
 
 WORDS = ["party", "table", "coffee", "garden", "letter", "window"]
 MOODS = ["neutral", "happy", "angry", "sad"]
@@ -191,10 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     what = "weight of the asked token on the frames of its word"
     print(f"{what}, before: {weight_on_asked(before, test):.0%}")
     print(f"{what}, after: {weight_on_asked(listener, test):.0%}")
-    args.dir.mkdir(parents=True, exist_ok=True)
-    path = args.dir / "which-frame.png"
-    draw_picture(before, listener).savefig(path)
-    print(path)
+    save({"which-frame.png": draw_picture(before, listener)}, args.dir)
 
 
 if __name__ == "__main__":
