@@ -12,8 +12,19 @@ from tests.conftest import ROOT
 from tests.course import figures, pictures, which_frame
 
 
-def test_the_figures_are_drawn_with_the_paths_of_the_code(tmp_path, monkeypatch):
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures by file name, in place of files."""
     pytest.importorskip("matplotlib")
+    figures = {}
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, path: figures.update({path.name: figure}),
+    )
+    return figures
+
+
+def test_the_figures_are_drawn_with_the_paths_of_the_code(tmp_path, saved, monkeypatch):
     panels = []
     draw = figures.draw
 
@@ -23,8 +34,7 @@ def test_the_figures_are_drawn_with_the_paths_of_the_code(tmp_path, monkeypatch)
 
     monkeypatch.setattr(figures, "draw", keep)
     figures.main([str(tmp_path)])
-    names = ["cmt-block.png", "figure-2.png", "figure-3.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert list(saved) == ["figure-2.png", "figure-3.png", "cmt-block.png"]
     # CMT(s→t) takes its queries from t (§2.2). The last panel of Fig. 3 is MMT.
     to_text = {"text to-text: Q", "audio to-text: K, V", "to-text out"}
     to_audio = {"audio to-audio: Q", "text to-audio: K, V", "to-audio out"}
@@ -32,8 +42,8 @@ def test_the_figures_are_drawn_with_the_paths_of_the_code(tmp_path, monkeypatch)
 
 
 def test_only_attention_finds_the_word_whose_mood_is_the_answer():
-    early_fusion = which_frame.learn("ef", 120)
-    attention = which_frame.learn("cmt-a2t", 120)
+    early_fusion = which_frame.learn("ef", 100)
+    attention = which_frame.learn("cmt-a2t", 100)
     torch.manual_seed(0)
     clips = which_frame.draw_clips(500)
     frames = clips["spoken"] == clips["asked"].unsqueeze(1)  # (500, 24)
@@ -65,23 +75,12 @@ def test_which_frame_writes_its_picture(tmp_path, monkeypatch, capsys):
 
 TEXT = "lovely party"  # 4 tokens, with [CLS] and [SEP]
 # Of the nine texts, number 3 has 7 tokens, and number 4, the target, has 4.
-TEXT_MASK = torch.arange(7) < torch.tensor(
-    [[0], [0], [0], [7], [4], [0], [0], [0], [0]]
-)
+TEXT_MASK = torch.arange(7) < torch.tensor([0, 0, 0, 7, 4, 0, 0, 0, 0]).view(9, 1)
 
 
 @pytest.fixture
-def draw(tiny, tmp_path, monkeypatch):
-    """A function that draws the pictures of an untrained model.
-
-    It returns the model, its inputs, and the figures by file name.
-    """
-    pytest.importorskip("matplotlib")
-    figures = {}
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.savefig",
-        lambda figure, path: figures.update({path.name: figure}),
-    )
+def draw(tiny, tmp_path, monkeypatch, saved):
+    """A function that draws an untrained model. Returns the model and its inputs."""
 
     def draw(fusion, system):
         torch.manual_seed(0)
@@ -95,33 +94,33 @@ def draw(tiny, tmp_path, monkeypatch):
         recognizer.inputs = lambda wav, text, before, after: inputs
         monkeypatch.setattr(pictures, "Recognizer", lambda folder: recognizer)
         pictures.main(["RUN", str(tmp_path), "--wav", "x.wav", "--text", TEXT])
-        return net, inputs, figures
+        return net, inputs
 
     return draw
 
 
-def test_the_gates_are_those_of_the_clip_and_of_the_target(draw, monkeypatch):
+def test_the_gates_are_those_of_the_clip_and_of_the_target(draw, saved, monkeypatch):
     # The only clip has the gates 0.1. Text 4 of 0 to 8, the target, has the gates 0.5.
     def number_gates(self, states, mask):
         return torch.arange(1, len(mask) + 1).unsqueeze(1).expand(-1, 2) / 10
 
     monkeypatch.setattr(model.SqueezeExcitation, "forward", number_gates)
-    _, _, figures = draw("lf", 16)
+    draw("lf", 16)
     # Late fusion has no cross-modal block, so it has no attention.png.
-    assert list(figures) == ["gates.png"]
-    audio, text = figures["gates.png"].axes[0].lines
+    assert list(saved) == ["gates.png"]
+    audio, text = saved["gates.png"].axes[0].lines
     assert (audio.get_label(), text.get_label()) == ("audio", "text")
     assert audio.get_ydata().tolist() == pytest.approx([0.1, 0.1])
     assert text.get_ydata().tolist() == pytest.approx([0.5, 0.5])
 
 
 @torch.no_grad()
-def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(draw):
-    net, inputs, figures = draw("mmt", 18)
-    for figure in figures.values():
+def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(draw, saved):
+    net, inputs = draw("mmt", 18)
+    for figure in saved.values():
         title = figure.get_suptitle()
         assert title.endswith("toy, x=1, Sys. 18 (MMT fine-tuned), fold 5, seed 0")
-    axes = figures["attention.png"].axes
+    axes = saved["attention.png"].axes
     a_to_t, t_to_a = [ax for ax in axes if ax.get_title()]
     assert "token (row) sum to 1" in a_to_t.get_title()
     assert "frame (column) sum to 1" in t_to_a.get_title()
