@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn, tensor
+from torch import nn, tensor
 
 NOTHING = "nothing is returned yet: is there a return statement?"
 
@@ -173,24 +173,17 @@ def check_3(forward: Callable) -> None:
     assert has_gradient, "the squeeze has no gradient: is it detached?"
 
 
-class LengthGates(nn.Module):
-    """In place of S&E: half the number of an utterance's real steps, for one layer."""
-
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        return mask.sum(dim=1, keepdim=True) / 2
-
-
 def check_4(forward: Callable) -> None:
     import model
 
-    # Three texts, one layer, and no projection.
+    # Three texts, one layer, and no projection. A gate is half the number of tokens.
     torch.manual_seed(0)
     extractor = model.TextFeatureExtractor(1, 2, 2, 3)
-    extractor.each_text.se = LengthGates()
+    extractor.each_text.se.forward = lambda states, mask: mask.sum(1, keepdim=True) / 2
     extractor.each_text.linear = nn.Identity()
     extractor.each_text.norm = nn.Identity()
-    # The texts of two windows: none, (-5 -6), (-7), and (1 2), (3), none. The gate of
-    # a text with one token is 1/2. The second of the two features is twice the first.
+    # The texts of two windows: none, (-5 -6), (-7), and (1 2), (3), none. The second of
+    # the two features is twice the first.
     two_features = tensor([1.0, 2.0])
     states = tensor([-5.0, -6, -7, 1, 2, 3]).view(6, 1, 1) * two_features
     mask = torch.arange(2) < tensor([[[0], [2], [1]], [[2], [1], [0]]])
@@ -199,13 +192,15 @@ def check_4(forward: Callable) -> None:
     answer = forward(extractor, states, mask)
     assert answer is not None, NOTHING
     x, x_mask = answer
-    zeroed = expected * mask[:, 1].unsqueeze(-1)
-    compare(
-        x,
-        expected,
-        "has each text its own gates and row of the mask, and is it a channel of conv?",
-        (zeroed, "where only a neighbour has a token, X_T is real [A5]: is yours 0?"),
+    question = (
+        "has each text its own gates and row of the mask? Is it a channel of conv?"
     )
+    zeroed = expected * mask[:, 1].unsqueeze(-1)
+    mistake = (
+        zeroed,
+        "X_T is real where only a neighbour has a token [A5]: not yours?",
+    )
+    compare(x, expected, question, mistake)
     question = "a step of X_T is real where any of the texts has a token [A5]"
     compare(x_mask, torch.ones(2, 2), question)
     assert x_mask.dtype == torch.bool, f"a mask is bool, and yours is {x_mask.dtype}"

@@ -36,9 +36,7 @@ PAGES = ("README.md", "tests/corpora/README.md", "tests/course/README.md")
 SHARED = ("requirements.txt", ".gitignore", "tests/__init__.py", "tests/conftest.py")
 # Sections of the course's page that have answers, or need files that a student lacks.
 FOR_TEACHERS = ("## Silent bugs", "## For teachers", "### The star")
-NOTE = (
-    "> This is a student's copy. It has no hunts, no tests/studies and few tests.\n\n"
-)
+NOTE = "> This is a student's copy, without hunts, studies and most tests.\n\n"
 # The comments that stay: from a tag to the end of the comment.
 TAGGED = re.compile(
     r"(?m)^ *# (?:UNSPECIFIED|DEVIATION|PAPER-ERROR|Eq\. ).*\n(?: *#.*\n)*"
@@ -69,8 +67,7 @@ def emptied(file: str) -> str:
         if its_file == file:
             body = body_of(number)
             indent = re.match(r" *", body)[0]
-            message = f"exercise {number}, {name}, is yours to write first: its "
-            message += "docstring describes it, or that of its class"
+            message = f"exercise {number}, {name}, is yours to write first"
             empty = f'{indent}raise SystemExit("{message}")'
             code = code.replace(body, "".join(TAGGED.findall(body)) + empty)
     code = re.sub(r"(# EXERCISE .*?: ).*", r"\1write the body", code)
@@ -129,15 +126,12 @@ def verdict(folder: Path, number: int, seconds: float = 60) -> str:
     return " ".join(sentence.replace("|", "/").split())[:500]
 
 
-def check(
-    folders: list[Path], table: Path | None = None, only: int | None = None
-) -> bool:
+def check(folders: list[Path], numbers: list[int], table: Path | None = None) -> bool:
     """Print a table for each copy. Returns whether everything passed.
 
-    table   a CSV file to write: a row for each copy, with the points of each exercise
-    only    the one exercise to check
+    numbers   the exercises to check
+    table     a CSV file to write: a row for each copy, with its points
     """
-    numbers = [only] if only else list(EXERCISES)
     best = {n: minutes // 5 for n, (_, _, minutes, _) in EXERCISES.items()}
     rows = [["copy", *numbers, "points"]]
     everything_passed = True
@@ -198,7 +192,8 @@ def main() -> None:
     if args.command == "student":
         student(args.path)
     elif args.command == "check":
-        sys.exit(not check(args.folders, args.csv, args.exercise))
+        numbers = [args.exercise] if args.exercise else list(EXERCISES)
+        sys.exit(not check(args.folders, numbers, args.csv))
     else:
         key(args.path)
 

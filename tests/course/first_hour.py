@@ -43,11 +43,7 @@ def main() -> None:
     show("audio", audio, f"WavLM's states: N = {len(audio)} frames, 3 layers, width 8")
     show("audio_mask", audio_mask, "True where a turn has a frame")
     show("windows", windows, "the turns before, at and after each turn; -1: none")
-    show(
-        "text",
-        text,
-        f"BERT's states: N = {len(text)} tokens of the texts of all windows",
-    )
+    show("text", text, f"BERT's states: N = {len(text)} tokens of three windows")
     show("text_mask", text_mask, "True where a text has a token; none before turn 0")
 
     config = Config("mmt", 3, 8, 3, 8, dim=4, n_context=3)
