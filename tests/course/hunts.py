@@ -21,14 +21,9 @@ from pathlib import Path
 
 from tests.course.classroom import COURSE, FILES, ROOT, read
 
-
-def read_bugs() -> dict[str, tuple[str, list[list[str]]]]:
-    """Return the bugs: {fault: (a user's report, changes [file, old, new])}."""
-    bugs = json.loads(codecs.decode(read(COURSE / "bugs.rot13"), "rot13"))
-    return {fault: (report, changes) for fault, report, changes in bugs}
-
-
-BUGS = read_bugs()
+# The file has a list of [fault, a user's report, changes [file, old, new]].
+LIST = json.loads(codecs.decode(read(COURSE / "bugs.rot13"), "rot13"))
+BUGS = {fault: (report, changes) for fault, report, changes in LIST}
 
 
 def swap(changes: list[list[str]], root: Path = ROOT, back: bool = False) -> None:
@@ -49,9 +44,10 @@ def hidden(root: Path = ROOT) -> list[str]:
     code = {name: read(root / name) for name in FILES}
     faults = []
     for fault, (_, changes) in BUGS.items():
-        if all(
+        is_in = [
             new in code[name] and old not in code[name] for name, old, new in changes
-        ):
+        ]
+        if all(is_in):
             faults.append(fault)
     return faults
 
@@ -95,7 +91,7 @@ def main() -> None:
     elif args.command == "reveal":
         reveal()
     else:
-        print(json.dumps([[fault, *bug] for fault, bug in BUGS.items()], indent=1))
+        print(json.dumps(LIST, indent=1))
 
 
 if __name__ == "__main__":
