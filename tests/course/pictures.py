@@ -92,8 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("dir", type=Path, metavar="DIR", help="for the pictures")
     parser.add_argument("--wav", type=Path, metavar="FILE", help="16-bit mono WAV")
     parser.add_argument("--text", metavar="WORDS", help="its words")
-    for flag in ("--before", "--after"):
-        parser.add_argument(flag, nargs="+", default=[], metavar="WORDS")
+    parser.add_argument("--before", nargs="+", default=[], metavar="WORDS")
+    parser.add_argument("--after", nargs="+", default=[], metavar="WORDS")
     args = parser.parse_args(arguments)
 
     recognizer = Recognizer(args.run)
