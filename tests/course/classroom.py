@@ -33,7 +33,7 @@ COURSE = Path("tests/course")
 FILES = ("model.py", "data.py", "train.py", "evaluate.py")
 PAGES = ("README.md", "tests/corpora/README.md", "tests/course/README.md")
 # A student gets these as they are, and the scripts of the course.
-SHARED = ("requirements.txt", ".gitignore", "tests/__init__.py", "tests/conftest.py")
+SHARED = ("requirements.txt", ".gitignore", "tests/__init__.py")
 # Sections of the course's page that have answers, or need files that a student lacks.
 FOR_TEACHERS = ("## Silent bugs", "## For teachers", "### The star")
 NOTE = "> This is a student's copy, without hunts, studies and most tests.\n\n"
