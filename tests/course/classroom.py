@@ -36,7 +36,7 @@ PAGES = ("README.md", "tests/corpora/README.md", "tests/course/README.md")
 SHARED = ("requirements.txt", ".gitignore", "tests/__init__.py")
 # Sections of the course's page that have answers, or need files that a student lacks.
 FOR_TEACHERS = ("## Silent bugs", "## For teachers", "### The star")
-NOTE = "> This is a student's copy, without hunts, studies and most tests.\n\n"
+NOTE = "> This is a student's copy, without hunts, studies and tests.\n\n"
 # The comments that stay: from a tag to the end of the comment.
 TAGGED = re.compile(
     r"(?m)^ *# (?:UNSPECIFIED|DEVIATION|PAPER-ERROR|Eq\. ).*\n(?: *#.*\n)*"
