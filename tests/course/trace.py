@@ -19,15 +19,12 @@ def numbers(x: Tensor) -> str:
     """Format a vector as (a b c), and a matrix as its rows in one line."""
     if x.ndim == 2:
         return " ".join(numbers(row) for row in x)
-    if x.dtype == torch.bool:
-        return f"({' '.join(str(value) for value in x.tolist())})"
     return f"({' '.join(f'{value:.4g}' for value in x.tolist())})"
 
 
 def show(place: str, equation: str, x: Tensor) -> None:
     """Print a tensor beside its equation, with one line for each row of it."""
-    if x.dtype != torch.bool:
-        x = x.round(decimals=3) + 0.0  # -0 becomes 0
+    x = x.float().round(decimals=3) + 0.0  # -0 becomes 0
     for row in torch.atleast_2d(x):
         print(f"{place:9} {equation:52} {numbers(row)}")
         place = equation = ""
@@ -74,15 +71,9 @@ def main() -> None:
     audio_mask = torch.tensor([[True, True, False]])  # (B, T)
     # The window has the text before, the target and the text after. The last text has
     # one token, the others have two.
-    tokens = torch.tensor(
-        [
-            [[1.0, 1], [0, 2]],
-            [[2, 0], [1, 1]],
-            [[0, 1], [1, 2]],
-            [[4, 0], [2, 2]],
-            [[2, 2], [0, 0]],
-        ]
-    )  # (N, L, D)
+    before = [[1.0, 1], [0, 2]], [[2, 0], [1, 1]]
+    target = [[0, 1], [1, 2]], [[4, 0], [2, 2]]
+    tokens = torch.tensor([*before, *target, [[2, 2], [0, 0]]])  # (N, L, D)
     text_mask = torch.tensor([[[True, True], [True, True], [True, False]]])  # (B, C, T)
     x, mask = net.features((frames, audio_mask), (tokens, text_mask))
 
