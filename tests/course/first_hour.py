@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import Config, EmotionRecognizer, masked_mean, unpack
+from model import (
+    Config,
+    EmotionRecognizer,
+    cross_modal_attention,
+    masked_mean,
+    unpack,
+)
 
 
 def show(name: str, x: Tensor, meaning: str) -> None:
@@ -75,7 +81,8 @@ def main() -> None:
     print("\n--- 5. Eq. (1), twice: queries from one, answers from the other (Fig. 3d)")
     a_to_t = net.fusion.blocks["audio-to-text"]
     t_to_a = net.fusion.blocks["text-to-audio"]
-    _, weights = a_to_t.attend(x_t, x_a, audio_mask)
+    w = (a_to_t.w_q, a_to_t.w_k, a_to_t.w_v)
+    _, weights = cross_modal_attention(x_t, x_a, *w, audio_mask)
     h_t = a_to_t(x_t, x_a, audio_mask)
     h_a = t_to_a(x_a, x_t, x_t_mask)
     show("weights", weights, "CMT A->T: the weights of the frames for each token (row)")

@@ -16,6 +16,7 @@ import torch
 
 import data
 from evaluate import TABLE_1, Recognizer
+from model import cross_modal_attention
 from tests.course.figures import COLOURS, new_figure, save
 
 
@@ -51,8 +52,10 @@ def draw_gates(recognizer: Recognizer, inputs: dict):
 
 def draw_attention(recognizer: Recognizer, inputs: dict, text: str):
     """Draw the weights of Eq. (1), one panel for each cross-modal block."""
-    fusion = recognizer.model.fusion
-    x, mask = recognizer.model.features(**inputs)
+    net = recognizer.model
+    x_t, x_t_mask = net.extractor["text"](*inputs["text"])
+    x = {"audio": net.extractor["audio"](*inputs["audio"]), "text": x_t}
+    mask = {"audio": inputs["audio"][1], "text": x_t_mask}
     upstream = recognizer.upstreams["text"]
     numbers = upstream.prepare(text).tolist()
     tokens = upstream.preprocessor.convert_ids_to_tokens(numbers)
@@ -60,12 +63,14 @@ def draw_attention(recognizer: Recognizer, inputs: dict, text: str):
     n_tokens = x["text"].shape[1]
     tokens += ["(context)"] * (n_tokens - len(tokens))
     title = "Which frames does a token attend to? Weights of Eq. (1) for one utterance"
-    height = 1.5 + (2.2 + 0.22 * min(n_tokens, 20)) * len(fusion.paths)
+    height = 1.5 + (2.2 + 0.22 * min(n_tokens, 20)) * len(net.fusion.paths)
     figure = figure_of(recognizer, height, title)
-    axes = figure.subplots(len(fusion.paths), 1, squeeze=False)[:, 0]
-    for ax, (target, source) in zip(axes, fusion.paths, strict=True):
-        block = fusion.blocks[f"{source}-to-{target}"]
-        weights = block.attend(x[target], x[source], mask[source])[1][0]
+    axes = figure.subplots(len(net.fusion.paths), 1, squeeze=False)[:, 0]
+    for ax, (target, source) in zip(axes, net.fusion.paths, strict=True):
+        block = net.fusion.blocks[f"{source}-to-{target}"]
+        w = (block.w_q, block.w_k, block.w_v)
+        _, weights = cross_modal_attention(x[target], x[source], *w, mask[source])
+        weights = weights[0]  # (T_t, T_s)
         equal = 1 / weights.shape[1]
         title = "CMT(A→T): the weights of each token (row) sum to 1"
         if target == "audio":

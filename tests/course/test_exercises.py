@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import data
+import model
 from tests.conftest import ROOT
 from tests.course import judge
 from tests.course.checks import EXERCISES
@@ -21,7 +22,7 @@ from tests.course.checks import EXERCISES
 PAGE = (ROOT / "tests/course/mistakes.md").read_text(encoding="utf-8")
 # The names that the answers use.
 NAMES = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
-NAMES.update({"np": np, "random": random, "data": data})
+NAMES.update({"np": np, "random": random, "data": data, "model": model})
 
 
 @pytest.mark.parametrize(

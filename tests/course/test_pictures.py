@@ -128,7 +128,8 @@ def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(draw, saved
     context = ["(context)"] * 3  # its longest text has three tokens more
     assert labels == ["[CLS]", "lovely", "party", "[SEP]", *context]
 
-    x, _ = net.features(**inputs)
+    x_t, _ = net.extractor["text"](*inputs["text"])
+    x = {"audio": net.extractor["audio"](*inputs["audio"]), "text": x_t}
     for ax, target, source in [(a_to_t, "text", "audio"), (t_to_a, "audio", "text")]:
         block = net.fusion.blocks[f"{source}-to-{target}"]
         scores = (x[target][0] @ block.w_q) @ (x[source][0] @ block.w_k).T / 4

@@ -12,7 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from model import Config, EmotionRecognizer, masked_mean, unpack
+from model import (
+    Config,
+    EmotionRecognizer,
+    cross_modal_attention,
+    masked_mean,
+    unpack,
+)
 
 
 def numbers(x: Tensor) -> str:
@@ -75,7 +81,10 @@ def main() -> None:
     target = [[0, 1], [1, 2]], [[4, 0], [2, 2]]
     tokens = torch.tensor([*before, *target, [[2, 2], [0, 0]]])  # (N, L, D)
     text_mask = torch.tensor([[[True, True], [True, True], [True, False]]])  # (B, C, T)
-    x, mask = net.features((frames, audio_mask), (tokens, text_mask))
+    x_a = net.extractor["audio"](frames, audio_mask)
+    x_t, x_t_mask = net.extractor["text"](tokens, text_mask)
+    x = {"audio": x_a, "text": x_t}
+    mask = {"audio": audio_mask, "text": x_t_mask}
 
     show("Fig. 2a", "WavLM's states, (N, L, D)", frames)
     show("", "which places of X_A are real", audio_mask)
@@ -103,7 +112,8 @@ def main() -> None:
         block = net.fusion.blocks[f"{source}-to-{target}"]
         real = mask[target]  # only these steps of the target are averaged
         scores = x[target] @ x[source].transpose(1, 2) / math.sqrt(3)
-        out, weights = block.attend(x[target], x[source], mask[source])
+        w = (block.w_q, block.w_k, block.w_v)
+        out, weights = cross_modal_attention(x[target], x[source], *w, mask[source])
         h = block(x[target], x[source], mask[source])
         place = f"CMT {source[0]}->{target[0]}".upper()
         show(place, "Q K^T / sqrt(3), where Q and K are the features", scores[real])

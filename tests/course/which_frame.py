@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
-from model import Config, Fusion
+from model import Config, Fusion, cross_modal_attention
 from tests.course.figures import AUDIO, FILLS, new_figure, save
 
 WORDS = ["party", "table", "coffee", "garden", "letter", "window"]
@@ -117,7 +117,8 @@ def look(listener: Listener, clips: dict[str, Tensor]) -> Tensor:
     """Compute the weights of Eq. (1), CMT(A→T): (n, 4, 24), one row for each token."""
     block = listener.fusion.blocks["audio-to-text"]
     mask = torch.ones(clips["audio"].shape[:2], dtype=torch.bool)
-    return block.attend(clips["text"], clips["audio"], mask)[1]
+    w = (block.w_q, block.w_k, block.w_v)
+    return cross_modal_attention(clips["text"], clips["audio"], *w, mask)[1]
 
 
 def weight_on_asked(listener: Listener, clips: dict[str, Tensor]) -> float:
