@@ -127,39 +127,38 @@ def find_pairs(runs_a: Runs, runs_b: Runs) -> Pairs:
     return sorted(pairs, key=lambda pair: key(pair[0]))
 
 
-def describe_differences(corpus: str, pairs: Pairs) -> str:
-    """Format how much the pairs differ, over all of them and for each seed."""
+def print_differences(corpus: str, pairs: Pairs) -> None:
+    """Print how much the pairs differ, over all of them and for each seed."""
     seeds = np.array([a.config["seed"] for a, _ in pairs])
     folds = sorted({a.config["fold"] for a, _ in pairs})
-    table = [["", "A", "B", "B minus A"]]
-    table[0] += [f"seed {seed}" for seed in np.unique(seeds)]
+    header = [f"seed {seed}" for seed in np.unique(seeds)]
+    table = [["", "A", "B", "B minus A", *header]]
     for metric in METRICS:
-        values = [(a.result[metric], b.result[metric]) for a, b in pairs]
-        values_a, values_b = 100 * np.array(values).T  # (pairs,) each
+        values_a = np.array([100 * a.result[metric] for a, _ in pairs])
+        values_b = np.array([100 * b.result[metric] for _, b in pairs])
         difference = values_b - values_a
-        row = [metric.upper(), f"{values_a.mean():.2f}", f"{values_b.mean():.2f}"]
-        row.append(f"{difference.mean():+.2f}")
+        cell = f"{difference.mean():+.2f}"
         if len(pairs) > 1:
-            row[-1] += f" ± {difference.std(ddof=1):.2f}"
+            cell += f" ± {difference.std(ddof=1):.2f}"
+        row = [metric.upper(), f"{values_a.mean():.2f}", f"{values_b.mean():.2f}", cell]
         for seed in np.unique(seeds):
             row.append(f"{difference[seeds == seed].mean():+.2f}")
         table.append(row)
     title = f"{corpus}, in %: mean ± sd over {len(pairs)} pair(s), folds {folds}"
-    return (
-        format_table(title, table)
-        + "\nFolds have training data in common, so these pairs are not independent.\n"
-        "Believe a sign that all seeds have.\n"
-    )
+    print(format_table(title, table))
+    print("Folds have training data in common, so these pairs are not independent.")
+    print("Believe a sign that all seeds have.\n")
 
 
-def describe_tests(corpus: str, pairs: Pairs) -> str:
-    """Format McNemar's test and the bootstrap, on one pair for each fold."""
+def print_tests(corpus: str, pairs: Pairs) -> None:
+    """Print McNemar's test and the bootstrap, on one pair for each fold."""
     first = {}  # by fold, its pair of the lowest seed
     for a, b in pairs:
         first.setdefault(a.config["fold"], (a, b))
     # One confusion matrix per dialogue, of A and of B.
     counts = defaultdict(lambda: np.zeros((2, 4, 4), dtype=int))
-    right = {"only A": 0, "only B": 0}
+    only_a = 0
+    only_b = 0
     for a, b in first.values():
         for row_a, row_b in zip(a.predictions, b.predictions, strict=True):
             dialog = row_a["utterance"].rpartition("_")[0]
@@ -167,30 +166,27 @@ def describe_tests(corpus: str, pairs: Pairs) -> str:
             truth, guess_a, guess_b = [CLASSES.index(name) for name in names]
             counts[dialog][0, truth, guess_a] += 1
             counts[dialog][1, truth, guess_b] += 1
-            right["only A"] += guess_a == truth != guess_b
-            right["only B"] += guess_b == truth != guess_a
+            only_a += guess_a == truth != guess_b
+            only_b += guess_b == truth != guess_a
     matrices = np.array(list(counts.values()))  # (dialogues, 2, 4, 4)
     total_a, total_b = matrices.sum(axis=0)
-    text = (
+    print(
         f"{corpus}: one pair for each of {len(first)} fold(s), the lowest seed: "
         f"{total_a.sum()} predictions in {len(counts)} dialogue(s)\n"
-        f"{corpus}: only A is right in {right['only A']}, only B in {right['only B']}. "
-        f"McNemar's exact test: p = {mcnemar(*right.values()):.3g}\n"
+        f"{corpus}: only A is right in {only_a}, only B in {only_b}. "
+        f"McNemar's exact test: p = {mcnemar(only_a, only_b):.3g}"
     )
     differences = 100 * (accuracies(total_b) - accuracies(total_a))  # (2,)
     low, high = 100 * bootstrap(matrices[:, 0], matrices[:, 1])  # (2,) each
     for k, metric in enumerate(METRICS):
-        text += (
-            f"{corpus}: {metric.upper()} of B minus A: {differences[k]:+.2f} points, "
-            f"95 % interval {low[k]:+.2f} to {high[k]:+.2f}"
-        )
+        line = f"{metric.upper()} of B minus A: {differences[k]:+.2f} points, "
+        line += f"95 % interval {low[k]:+.2f} to {high[k]:+.2f}"
         if low[k] <= 0 <= high[k]:
-            text += " (contains 0: no difference is shown)"
-        text += "\n"
+            line += " (contains 0: no difference is shown)"
+        print(f"{corpus}: {line}")
     # Ten is a rule of thumb. With fewer things to draw, the interval is too narrow.
     if len(counts) < 10:
-        text += "There are fewer than 10 dialogues, so do not trust the intervals.\n"
-    return text
+        print("There are fewer than 10 dialogues, so do not trust the intervals.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -204,8 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     corpora = {run.config["corpus"] for run in pairs[0]}
     corpus = " and ".join(sorted(corpora))
     print(f"A: {name_a}\nB: {name_b}\n")
-    print(describe_differences(corpus, pairs))
-    print(describe_tests(corpus, pairs))
+    print_differences(corpus, pairs)
+    print_tests(corpus, pairs)
 
 
 if __name__ == "__main__":
