@@ -7,9 +7,7 @@ r"""Try another reading of a point that the paper leaves open.
 
 The four files have one reading of each open point. PATCHES has another one. To train,
 this script patches the texts of the four files in memory, and runs them. The runs go to
-runs-A5,A9 in the current folder, unless you name another --out. They use the same cache
-as the four files. Where a patch changes what an upstream reads, the layer states get
-other names there.
+runs-A5,A9 in the current folder, unless you name another --out.
 
 Every run is marked: the name of its folder and its title have alternative=A5,A9. To
 compare it with a run of the four files:
@@ -93,14 +91,10 @@ PATCHES = r"""
 - self.dropout = nn.Dropout(0.1)
 + self.dropout = nn.Dropout(0.5)
 - return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
-+ outputs = []
-+ weights = []
-+ width = self.w_q.shape[1] // 2
-+ for head in (slice(0, width), slice(width, 2 * width)):
-+     matrices = (self.w_q[:, head], self.w_k[:, head], self.w_v[:, head])
-+     output, weight = cross_modal_attention(x_t, x_s, *matrices, mask_s)
-+     outputs.append(output)
-+     weights.append(weight)
++ heads = []
++ for w in zip(*[w.chunk(2, dim=1) for w in (self.w_q, self.w_k, self.w_v)]):
++     heads.append(cross_modal_attention(x_t, x_s, *w, mask_s))
++ outputs, weights = zip(*heads)
 + return torch.cat(outputs, dim=-1), sum(weights) / 2
 
 [A9] At the trigger the counter starts again at 0, so 10 more epochs stop the training.
@@ -170,13 +164,6 @@ PATCHES = r"""
 - self.fusion_dropout = nn.Dropout(config.dropout)
 + self.fusion_dropout = nn.Dropout(0.0)
 
-[A16]-both Dropout stands before the projector and between the modules.
-- self.fusion = Fusion(config)
-+ self.fusion = Fusion(config)
-+ for block in list(self.extractor.modules()):
-+     if isinstance(block, FeatureExtractor):
-+         block.linear = nn.Sequential(nn.Dropout(config.dropout), block.linear)
-
 [A17] A loss has decreased if it is lower by one part in 10,000.
 - if dev_loss < self.best:
 + if dev_loss < self.best * (1 - 1e-4):
@@ -214,7 +201,7 @@ def read_patches() -> dict[str, tuple[str, list]]:
             old = re.findall(r"^- (.*)", lines, re.M)
             new = re.findall(r"^\+ (.*)", lines, re.M)
             edits.append((old, new))
-        patches[tag.replace("[", "").replace("]", "")] = (sentence, edits)
+        patches[tag.strip("[]")] = (sentence, edits)
     return patches
 
 
@@ -282,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     patches = read_patches()
     if not arguments:
         for name, (sentence, _) in patches.items():
-            print(f"{name:9} {sentence}")
+            print(f"{name:4} {sentence}")
         return
     chosen = arguments[0].split(",")
     for name in chosen:

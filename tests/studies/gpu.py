@@ -139,16 +139,14 @@ class TinyStudy(Study):
 
 # --- Is it right? ---------------------------------------------------------------------
 
+LIMIT = 1e-3
 # The vanilla block on audio, text without a block, and both cross-modal blocks.
 CHECKED = "--upstream tiny --system 4 6 18 --batch-size 8 --lr-frozen 1e-2 "
 CHECKED += "--lr-finetune 1e-2"
 
 
-def check(study: Study, name: str, flags: str = "", limit: float = 1e-3, **options):
-    """Compare the losses of all epochs with those of the reference.
-
-    No difference must be larger than `limit`, nor NaN.
-    """
+def check(study: Study, name: str, flags: str = "", **options) -> None:
+    """Compare the losses of all epochs with those of the reference."""
     # Dropout draws other numbers on another device, and in parts of a batch.
     with mock.patch.object(F, "dropout", lambda x, *_, **__: x):
         reference = study.reference
@@ -159,8 +157,9 @@ def check(study: Study, name: str, flags: str = "", limit: float = 1e-3, **optio
             losses.append([(row["train_loss"], row["dev_loss"]) for row in rows])
         difference = np.abs(np.subtract(*losses)).max()
         figure = f"{name}, {fusion}, difference of the losses"
-        study.add(figure, difference, f"(at most {limit:g})")
-        if not difference <= limit:
+        study.add(figure, difference, f"(at most {LIMIT})")
+        # NaN is wrong too.
+        if not difference <= LIMIT:
             study.wrong.append(figure)
             study.say(f"WRONG: {figure}")
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import data
 from evaluate import find_runs
@@ -201,20 +200,17 @@ def test_selecting_on_test_trains_on_no_test_row(
     small_corpus, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    trained = set()
-    batch = data.batch
-
-    def watch(rows, *rest):
-        if torch.is_grad_enabled():  # a training step
-            trained.update(rows.tolist())
-        return batch(rows, *rest)
-
-    monkeypatch.setattr(data, "batch", watch)
+    split = data.split
     flags = f"--iemocap {small_corpus} --partial --upstream tiny --fusion text-fc "
     flags += "--frozen --max-epochs 3 --device cpu --lr-frozen 0.5"
     select_on_test.main(flags.split())
+    assert data.split is split  # the honest one again
     corpus, _ = data.read_iemocap(small_corpus)
-    assert trained == set(data.split(corpus, 5, 0)[0])  # the honest split again
+    train_rows, dev_rows, test_rows = select_on_test.split_with_test_as_dev(
+        corpus, 5, 0
+    )
+    assert train_rows == split(corpus, 5, 0)[0]
+    assert dev_rows == test_rows == split(corpus, 5, 0)[2]
 
     (run,), problems = find_runs(Path("runs"))
     assert "SELECTED-ON-TEST" in run.config["title"] and not problems
