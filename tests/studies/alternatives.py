@@ -18,6 +18,7 @@ Do not use evaluate.py recognize on these runs. It has the model of the four fil
 """
 
 import difflib
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -234,6 +235,8 @@ def apply(names: list[str]) -> dict[str, str]:
 
 def load(texts: dict[str, str], name: str) -> SimpleNamespace:
     """Import the texts of the four files, beside the real ones, which stay the same."""
+    # First load the libraries that they need. The patch below forgets new ones.
+    importlib.import_module("train")
     modules = {}
     with mock.patch.dict(sys.modules):
         for file in FILES:

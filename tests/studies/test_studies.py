@@ -85,23 +85,22 @@ def test_equal_systems_have_an_interval_that_contains_0(tmp_path, capsys):
     assert out.count("+0.00 to +0.00 (contains 0: no difference is shown)") == 2
 
 
-A_FOLDER = [(5, 0, neutral(6))]
 OTHER_LABEL = [*neutral(6)[:-1], (neutral(6)[-1][0], 2, 3)]
 
 
 @pytest.mark.parametrize(
-    ("runs", "changes", "message"),
+    ("run", "changes", "message"),
     [
-        ([(2, 0, neutral(6, fold=2))], {}, "no run of the same fold and seed"),
-        ([(5, 0, neutral(6, 9))], {}, "different test data"),
-        ([(5, 0, OTHER_LABEL)], {}, "different test data"),
-        ([(5, 0, None)], {"frozen": True}, "must have one system"),
-        ([(5, 0, None)], {"title": "toy, context=5"}, "must have one system"),
-        ([(5, 0, None)], {"wa": 0.1}, "damaged"),
+        ((2, 0, neutral(6, fold=2)), {}, "no run of the same fold and seed"),
+        ((5, 0, neutral(6, 9)), {}, "different test data"),
+        ((5, 0, OTHER_LABEL), {}, "different test data"),
+        ((5, 0, None), {"frozen": True}, "must have one system"),
+        ((5, 0, None), {"title": "toy, context=5"}, "must have one system"),
+        ((5, 0, None), {"wa": 0.1}, "damaged"),
     ],
 )
-def test_mixtures_and_unlike_test_data_are_refused(runs, changes, message, tmp_path):
-    folders = write_systems(tmp_path, A_FOLDER, runs)
+def test_mixtures_and_unlike_test_data_are_refused(run, changes, message, tmp_path):
+    folders = write_systems(tmp_path, [(5, 0, None)], [run])
     if changes:
         write_run(tmp_path / "b" / "another", fold=1, **changes)
     with pytest.raises(data.InputError, match=message):
