@@ -160,23 +160,18 @@ ROWS = {
 }
 
 
-@pytest.fixture
-def make_table(tmp_path):
-    """A function that runs a recipe: the rows of the table, and its path."""
-
-    def make_table(name):
-        # The download is in a folder of that name, and the table is in another one.
-        WRITERS[name](tmp_path / "Happy")
-        out = tmp_path / "tables" / "corpus.csv"
-        out.parent.mkdir()
-        return run_recipe(name, str(tmp_path / "Happy"), str(out)), out
-
-    return make_table
+def make_table(name, folder):
+    """Run a recipe on a small copy. Returns the rows of its table, and its path."""
+    # The download is in a folder of that name, and the table is in another one.
+    WRITERS[name](folder / "Happy")
+    out = folder / "tables" / "corpus.csv"
+    out.parent.mkdir()
+    return run_recipe(name, str(folder / "Happy"), str(out)), out
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_table_has_the_documented_rows_and_the_reader_accepts_it(name, make_table):
-    rows, out = make_table(name)
+def test_the_table_has_the_documented_rows_and_the_reader_accepts_it(name, tmp_path):
+    rows, out = make_table(name, tmp_path)
     by_name = {row["id" if name == "MELD" else "dialog"]: row for row in rows}
     for line in ROWS[name].strip().splitlines():
         utterance, *cells = line.strip().split(" | ")
@@ -203,14 +198,14 @@ def test_a_recipe_names_a_wrong_folder(name, tmp_path):
     assert not (tmp_path / "corpus.csv").exists()
 
 
-def test_meld_has_the_turns_of_a_dialogue_in_order(make_table):
-    _, out = make_table("MELD")
+def test_meld_has_the_turns_of_a_dialogue_in_order(tmp_path):
+    _, out = make_table("MELD", tmp_path)
     turns = [u.text for u in data.read_csv(out) if u.dialog == "train_dia10"]
     assert turns == ["“Yes”…", "No!"]
 
 
-def test_ravdess_copies_the_left_channel_of_a_stereo_file_and_no_other_file(make_table):
-    rows, out = make_table("RAVDESS")
+def test_ravdess_copies_the_left_channel_of_a_stereo_file_and_no_other_file(tmp_path):
+    rows, out = make_table("RAVDESS", tmp_path)
     (copy,) = (out.parent / "mono").iterdir()
     (calm,) = [row for row in rows if row["emotion"] == "calm"]
     assert out.parent / calm["wav"] == copy
@@ -219,6 +214,6 @@ def test_ravdess_copies_the_left_channel_of_a_stereo_file_and_no_other_file(make
         assert file.readframes(3) == b"\1\0\2\0\3\0"
 
 
-def test_esd_prints_how_many_utterances_are_left_out(make_table, capsys):
-    make_table("ESD")
+def test_esd_prints_how_many_utterances_are_left_out(tmp_path, capsys):
+    make_table("ESD", tmp_path)
     assert capsys.readouterr().out == "49 utterances, 1 left out without a transcript\n"

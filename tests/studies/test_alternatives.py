@@ -60,7 +60,7 @@ def fixed_flags(tmp_path_factory, small_corpus):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, fixed_flags):
-    """A function that trains with a patch, or without one, and returns the folder."""
+    """A function that trains with a patch, or without one, and returns the run."""
     # Loading from a folder takes most of the time of a small run.
     load_pretrained = functools.cache(model.load_pretrained)
 
@@ -71,13 +71,9 @@ def run(tmp_path_factory, fixed_flags):
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(code.model, "load_pretrained", load_pretrained)
             code.train.main([*fixed_flags.split(), *flags.split(), "--out", str(out)])
-        return next(out.rglob("fold5-seed0"))
+        return evaluate.read_run(next(out.rglob("fold5-seed0")))
 
     return run
-
-
-def read(folder, name):
-    return json.loads((folder / name).read_text())
 
 
 @pytest.mark.parametrize("name", PATCHED)
@@ -85,10 +81,9 @@ def test_training_with_an_alternative_gives_something_else(name, run):
     before = alternatives.read_files()
     flags = FLAGS.get(name, FROZEN)
     plain, changed = run("", flags), run(name, flags)
-    results = [read(folder, "result.json") for folder in (plain, changed)]
-    first, second = [(result["loss"], result["epochs"]) for result in results]
-    assert first != second
-    for title in (str(changed), read(changed, "config.json")["title"]):
+    results = [(r.result["loss"], r.result["epochs"]) for r in (plain, changed)]
+    assert results[0] != results[1]
+    for title in (str(changed.folder), changed.config["title"]):
         assert f"alternative={name}" in title
     # The four files are the same as before, on the disk and in memory.
     assert alternatives.read_files() == before
@@ -98,15 +93,13 @@ def test_training_with_an_alternative_gives_something_else(name, run):
 # --- The trained part -----------------------------------------------------------------
 
 
-def test_a4_keeps_batch_mates_apart_and_a5_takes_the_tokens_of_the_target():
+def test_a4_keeps_batch_mates_apart():
     mask = torch.arange(7) < torch.tensor([[[5], [3], [0]], [[7], [7], [7]]])
     states = torch.randn(8 + 21, 2, 8)
-    for name, n_real in (("A4", [5, 7]), ("A5", [3, 7])):
-        extractor = patched(name).model.TextFeatureExtractor(2, 8, 4, 3)
-        together, found = extractor(states, mask)
-        alone, _ = extractor(states[:8], mask[:1, :, :5])
-        torch.testing.assert_close(together[:1, :5], alone)
-        assert found.sum(dim=1).tolist() == n_real
+    extractor = patched("A4").model.TextFeatureExtractor(2, 8, 4, 3)
+    together, _ = extractor(states, mask)
+    alone, _ = extractor(states[:8], mask[:1, :, :5])
+    torch.testing.assert_close(together[:1, :5], alone)
 
 
 def test_a6_repeats_the_first_and_the_last_utterance():
@@ -160,23 +153,13 @@ def test_a9_and_a17_count_in_other_ways(name, losses, plain, expected):
 @pytest.mark.parametrize("rate", ["1", "0.001"])
 def test_a10_tests_the_best_epoch(rate, run):
     flags = FINETUNED.replace("--lr-finetune 1", f"--lr-finetune {rate}")
-    folder = run("A10", flags)
-    lines = (folder / "log.jsonl").read_text().splitlines()
+    changed = run("A10", flags)
+    lines = (changed.folder / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["dev_loss"] for line in lines]
     best = losses.index(min(losses)) + 1
     # A run of the four files that ends there has the same weights.
     shorter = run("", flags.replace("-epochs 4", f"-epochs {best}"))
-    losses = [read(x, "result.json")["loss"] for x in (folder, shorter)]
-    assert losses[0] == losses[1]
-
-
-def test_a11_keeps_the_rate_of_what_is_trained_from_scratch(run):
-    weights = []
-    for name, epochs in (("A11", 4), ("", 1)):
-        folder = run(name, FINETUNED.replace("-epochs 4", f"-epochs {epochs}"))
-        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-        weights.append(dict(checkpoint["model"]))
-    torch.testing.assert_close(*weights, rtol=0, atol=0)  # the rate was 0
+    assert changed.result["loss"] == shorter.result["loss"]
 
 
 @pytest.mark.parametrize("modality", ["audio", "text"])
@@ -223,4 +206,4 @@ def test_the_command_trains_with_several_patches(fixed_flags, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     alternatives.main(["A9,A5", "--", *fixed_flags.split(), *FROZEN.split()])
     (result,) = tmp_path.glob("runs-A5,A9/*/*/*/result.json")
-    assert "alternative=A5,A9" in read(result.parent, "config.json")["title"]
+    assert "alternative=A5,A9" in str(result)

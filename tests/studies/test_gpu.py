@@ -50,6 +50,7 @@ def test_every_part_runs_and_leaves_its_figures(capsys, monkeypatch):
     assert len(checks) == 5
     for name, value in checks.items():
         assert (value > 0) == ("micro-batches" in name), name
+    assert 0 < figures["states in bf16 against fp32, audio"] < 0.1
     # One line per figure, and one per part.
     out = capsys.readouterr().out
     assert all(f"] {name}: " in out for name in [*figures, *parts])
