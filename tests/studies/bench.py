@@ -2,10 +2,10 @@
 
     python -m tests.studies.bench [--before COMMIT] [--repeats 5]
 
-Each row of the table does the same work with the files in this folder and with those of
-the commit, in turns, and gives the median of the ratios now / before. Without --before,
-the commit is the last one, so the table shows what your changes cost. The commit must
-have the names that gpu.py uses.
+Each row of the table is the same work with the files in this folder and with those of
+the commit, in turns. It has the medians of both, and of the ratios now / before.
+Without --before, the commit is the last one, so the table shows what your changes cost.
+The commit must have the names that gpu.py uses.
 
 The upstreams are smaller than WavLM-Large and BERT-base, and have random weights. On a
 CPU the time is that of the process, on one thread, so that other programs matter

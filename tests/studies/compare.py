@@ -72,7 +72,7 @@ def bootstrap(counts_a: np.ndarray, counts_b: np.ndarray) -> np.ndarray:
     measure the difference on them. We do this 2,000 times. The interval leaves out the
     lowest and the highest 2.5 % of the differences. This is the percentile bootstrap
     (Efron and Tibshirani 1993, chapter 13). It draws whole dialogues instead of single
-    utterances, because neighbouring turns are alike.
+    utterances, because neighbouring turns are similar.
     """
     n = len(counts_a)
     rng = np.random.default_rng(0)

@@ -183,8 +183,9 @@ def fill_cache(study: Study, name: str, precision: str) -> None:
 
 
 def compare_states(study: Study, name: str) -> None:
+    """Report how far the states in bf16 are from those in fp32, for eight inputs."""
     for bf16 in study.folder.glob(f"cache-{study.device}/*-bf16-*"):
-        fp32 = Path(str(bf16).replace("bf16", "fp32"))
+        fp32 = bf16.with_name(bf16.name.replace("bf16", "fp32"))
         files = [path.name for path in bf16.iterdir()][:8]
         rounded = np.concatenate([np.load(bf16 / file) for file in files])
         exact = np.concatenate([np.load(fp32 / file) for file in files]).astype(float)
@@ -197,9 +198,10 @@ def measure(study: Study, name: str, fusion: str, precision: str, size: int) -> 
     flags = f"--fusion {fusion} --precision {precision} --micro-batch {size}"
     (log,) = study.run(flags).values()
     # The first epoch of each phase is slower.
-    frozen, finetuned = log[1]["seconds"], log[3]["seconds"]
-    study.add(f"{name}, frozen epoch", frozen * N_ROWS / study.n_rows, "s")
-    study.add(f"{name}, fine-tuning step", finetuned * 32 / study.n_rows, "s")
+    frozen = log[1]["seconds"] * N_ROWS / study.n_rows
+    study.add(f"{name}, frozen epoch", frozen, "s")
+    step = log[3]["seconds"] * 32 / study.n_rows
+    study.add(f"{name}, fine-tuning step", step, "s")
     if study.device == "cuda":
         peak = torch.cuda.max_memory_reserved() / 2**30
         study.add(f"{name}, peak memory", peak, "GiB")

@@ -4,8 +4,8 @@
 
 Takes the flags of train.py. The test session takes the place of the development
 speaker, so it decides when fine-tuning starts and when training stops. The log then has
-the result on the test session after every epoch. The command prints that of the last
-epoch, which is not selected, beside that of two selected epochs: the one of the lowest
+the result on the test session after every epoch. The last epoch is not selected. The
+command prints its result beside that of two selected epochs: the one of the lowest
 loss, and the one of the highest UA.
 
 No test utterance is trained on, so the gain comes from the selection alone. The name of
