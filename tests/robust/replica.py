@@ -18,8 +18,7 @@ from tqdm import tqdm
 import data
 
 RATE = 16000  # Hz
-EMOTIONS = ("ang", "hap", "sad", "neu")
-# By speaker: the utterances of each of these emotions. Excited counts as happy.
+# By speaker: the angry, happy or excited, sad, and neutral utterances.
 SPEAKERS = {
     "1F": (147, 132, 78, 171),
     "1M": (82, 146, 116, 213),
@@ -32,8 +31,9 @@ SPEAKERS = {
     "5F": (78, 159, 132, 221),
     "5M": (92, 283, 113, 163),
 }
-# By session: all utterances, and the excited among the happy.
-SESSIONS = [(1819, 143), (1811, 210), (2136, 151), (2103, 238), (2170, 299)]
+# By session: the dialogues, all utterances, and the excited ones.
+SESSIONS = [(28, 1819, 143), (30, 1811, 210), (32, 2136, 151), (30, 2103, 238)]
+SESSIONS.append((31, 2170, 299))
 OTHERS = {"xxx": 2507, "fru": 1849, "sur": 107, "fea": 40, "oth": 3, "dis": 2}
 PITCHES = {"neu": 200, "hap": 800, "exc": 800, "ang": 400, "sad": 100}  # Hz
 WORDS = "well you know i think that it was the one we had there and so he said".split()
@@ -43,46 +43,24 @@ def plan_release(rng) -> dict[str, list[tuple[str, str]]]:
     """Deal out all turns: {dialogue: [(letter of who speaks, emotion), ...]}."""
     others = list(rng.permutation(np.repeat(list(OTHERS), list(OTHERS.values()))))
     plan = {}
-    for session, (total, excited) in enumerate(SESSIONS, start=1):
+    for session, (n_dialogs, total, excited) in enumerate(SESSIONS, start=1):
         turns = []
         for letter in "FM":
-            counts = SPEAKERS[f"{session}{letter}"]
-            for emotion in np.repeat(EMOTIONS, counts):
-                if emotion == "hap" and excited > 0:
-                    emotion = "exc"
-                    excited -= 1
-                turns.append((letter, emotion))
+            emotions = np.repeat(
+                ["ang", "hap", "sad", "neu"], SPEAKERS[f"{session}{letter}"]
+            )
+            turns += [(letter, emotion) for emotion in emotions]
+        happy = [i for i, (_, emotion) in enumerate(turns) if emotion == "hap"]
+        for i in happy[:excited]:
+            turns[i] = (turns[i][0], "exc")
         while len(turns) < total:
             turns.append((rng.choice(["F", "M"]), others.pop()))
-        names = dialog_names(session)
-        parts = np.array_split(rng.permutation(total), len(names))
-        for name, part in zip(names, parts, strict=True):
+        parts = np.array_split(rng.permutation(total), n_dialogs)
+        for number, part in enumerate(parts):
+            # The letter says who wears the markers.
+            name = f"Ses0{session}{'FM'[number % 2]}_impro{number:02}"
             plan[name] = [turns[i] for i in part]
     return plan
-
-
-def dialog_names(session: int) -> list[str]:
-    """List the dialogues of a session: 28, 30, 32, 30 and 31 of them."""
-    names = []
-    for letter in "FM":  # who wears the markers
-        acts = [f"impro0{number}" for number in range(1, 8 if session == 1 else 9)]
-        if (session, letter) == (3, "M"):
-            acts = [act for act in acts if act[-1] not in "58"]
-            acts += ["impro05a", "impro05b", "impro08a", "impro08b"]
-        acts += [f"script{act}" for act in "01_1 01_2 01_3 02_1 02_2 03_1 03_2".split()]
-        if (session, letter) == (5, "M"):
-            acts.append("script01_1b")
-        names += [f"Ses0{session}{letter}_{act}" for act in acts]
-    return names
-
-
-def write_replica(root: Path, shorten: float) -> None:
-    """Write the replica into the new folder `root`, with a share of each recording."""
-    root.mkdir(parents=True)
-    (root / "toy.json").write_text("{}\n")
-    rng = np.random.default_rng(9)
-    for dialog, turns in tqdm(plan_release(rng).items(), leave=False, disable=None):
-        write_dialog(root / f"Session{dialog[4]}", dialog, turns, shorten, rng)
 
 
 def write_dialog(session: Path, dialog: str, turns, shorten, rng) -> None:
@@ -108,7 +86,7 @@ def write_dialog(session: Path, dialog: str, turns, shorten, rng) -> None:
             file.writeframes(samples.astype("<i2").tobytes())
         end = start + seconds
         labels[letter].append(
-            f"[{start:.4f} - {end:.4f}]\t{name}\t{emotion}\t[2.5000, 2.5000, 2.5000]\n"
+            f"[{start:.4f} - {end:.4f}]\t{name}\t{emotion}\t[2.5, 2.5, 2.5]\n"
             "C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
         )
         text = " ".join([*rng.choice(WORDS, n_words), emotion])
@@ -128,11 +106,16 @@ def write_dialog(session: Path, dialog: str, turns, shorten, rng) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Write a replica of IEMOCAP.")
     parser.add_argument("dir", type=Path, help="a new folder")
     parser.add_argument("--shorten", type=float, default=1.0, metavar="SHARE")
     args = parser.parse_args(arguments)
-    write_replica(args.dir, args.shorten)
+    args.dir.mkdir(parents=True)
+    (args.dir / "toy.json").write_text("{}\n")
+    rng = np.random.default_rng(9)
+    for dialog, turns in tqdm(plan_release(rng).items(), leave=False, disable=None):
+        session = args.dir / f"Session{dialog[4]}"
+        write_dialog(session, dialog, turns, args.shorten, rng)
     print(f"{args.dir}: written. Compare it: python data.py check {args.dir}")
 
 

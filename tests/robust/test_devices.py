@@ -65,18 +65,15 @@ class Pretend(TorchFunctionMode):
             return torch.device(device_of(args[0]))
         if func is torch.Tensor.__deepcopy__:
             return args[0].detach().clone()
-        device = kwargs.pop("device", None)
-        if func is torch.Tensor.cpu:
-            device = "cpu"
-        elif func is torch.Tensor.to:
-            options = [*args[1:], *kwargs.values()]
-            dtypes = [x for x in options if isinstance(x, torch.dtype)]
-            for option in options:
-                if isinstance(option, str | torch.device):
-                    device = option
-            func, args, kwargs = torch.Tensor.type, [args[0], *dtypes], {}
-            if not dtypes:
-                return move(args[0], device)
+        if func is torch.Tensor.to:
+            device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
+            func, args, kwargs = (
+                torch.Tensor.type,
+                (args[0], dtype or args[0].dtype),
+                {},
+            )
+        else:
+            device = "cpu" if func is torch.Tensor.cpu else kwargs.pop("device", None)
         result = func(*args, **kwargs)
         return result if device is None else move(result, device)
 
@@ -88,18 +85,16 @@ def run(small_corpus, tmp_path, monkeypatch):
 
     def run(fusion, device):
         flags = ["--iemocap", str(small_corpus), "--partial", "--upstream", "tiny"]
-        flags += ["--out", str(tmp_path / device), "--fusion", fusion]
-        flags += ["--cache", str(small_corpus.parent / "cache")]
+        flags += ["--cache", str(small_corpus.parent / "cache"), "--fusion", fusion]
         # At a rate of 0 the loss stays the same. So fine-tuning starts after epoch 2.
         flags += ["--lr-frozen", "0", "--finetune-after", "1", "--max-epochs", "4"]
-        args = train.parse_args([*flags, "--device", "cpu"])
+        args = train.parse_args([*flags, "--out", str(tmp_path / device)])
         args.device = device
-        name, corpus = train.read_corpus(args)
-        sources = train.load_sources(args, corpus)
-        train.train(args, train.Run(name, fusion, False, 5, 0), corpus, sources)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "parse_args", lambda _: args)
+            train.main()
         log = next((tmp_path / device).rglob("log.jsonl")).read_text()
-        rows = [json.loads(line) for line in log.splitlines()]
-        return [row | {"seconds": 0} for row in rows]
+        return [json.loads(line) | {"seconds": 0} for line in log.splitlines()]
 
     return run
 
