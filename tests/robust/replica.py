@@ -18,7 +18,8 @@ from tqdm import tqdm
 import data
 
 RATE = 16000  # Hz
-# By speaker: the angry, happy or excited, sad, and neutral utterances.
+EMOTIONS = ["ang", "hap", "sad", "neu"]
+# By speaker: the utterances of each of these emotions. Excited is happy here.
 SPEAKERS = {
     "1F": (147, 132, 78, 171),
     "1M": (82, 146, 116, 213),
@@ -32,8 +33,9 @@ SPEAKERS = {
     "5M": (92, 283, 113, 163),
 }
 # By session: the dialogues, all utterances, and the excited ones.
-SESSIONS = [(28, 1819, 143), (30, 1811, 210), (32, 2136, 151), (30, 2103, 238)]
-SESSIONS.append((31, 2170, 299))
+DIALOGS = (28, 30, 32, 30, 31)
+TOTALS = (1819, 1811, 2136, 2103, 2170)
+EXCITED = (143, 210, 151, 238, 299)
 OTHERS = {"xxx": 2507, "fru": 1849, "sur": 107, "fea": 40, "oth": 3, "dis": 2}
 PITCHES = {"neu": 200, "hap": 800, "exc": 800, "ang": 400, "sad": 100}  # Hz
 WORDS = "well you know i think that it was the one we had there and so he said".split()
@@ -43,20 +45,18 @@ def plan_release(rng) -> dict[str, list[tuple[str, str]]]:
     """Deal out all turns: {dialogue: [(letter of who speaks, emotion), ...]}."""
     others = list(rng.permutation(np.repeat(list(OTHERS), list(OTHERS.values()))))
     plan = {}
-    for session, (n_dialogs, total, excited) in enumerate(SESSIONS, start=1):
+    for session in range(1, 6):
         turns = []
         for letter in "FM":
-            emotions = np.repeat(
-                ["ang", "hap", "sad", "neu"], SPEAKERS[f"{session}{letter}"]
-            )
+            emotions = np.repeat(EMOTIONS, SPEAKERS[f"{session}{letter}"])
             turns += [(letter, emotion) for emotion in emotions]
         happy = [i for i, (_, emotion) in enumerate(turns) if emotion == "hap"]
-        for i in happy[:excited]:
+        for i in happy[: EXCITED[session - 1]]:
             turns[i] = (turns[i][0], "exc")
-        while len(turns) < total:
+        while len(turns) < TOTALS[session - 1]:
             turns.append((rng.choice(["F", "M"]), others.pop()))
-        parts = np.array_split(rng.permutation(total), n_dialogs)
-        for number, part in enumerate(parts):
+        order = rng.permutation(len(turns))
+        for number, part in enumerate(np.array_split(order, DIALOGS[session - 1])):
             # The letter says who wears the markers.
             name = f"Ses0{session}{'FM'[number % 2]}_impro{number:02}"
             plan[name] = [turns[i] for i in part]

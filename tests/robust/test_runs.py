@@ -289,10 +289,9 @@ class Bug(NameError, TypeError, ValueError, KeyError, RuntimeError):
     """All that a mistake in the code may raise, in one."""
 
 
-BUGS = (
-    "data.read_dialog data.load_wav data.clip data.split data.gather model.masked_mean"
-)
-BUGS += " model.Upstream.prepare evaluate.metrics train.Patience.step train.train_epoch"
+BUGS = "data.read_dialog data.load_wav data.clip data.split data.gather "
+BUGS += "model.masked_mean model.Upstream.prepare evaluate.metrics "
+BUGS += "train.Patience.step train.train_epoch"
 
 
 @pytest.mark.parametrize("name", BUGS.split())
@@ -350,12 +349,13 @@ def test_killed_in_both_phases_a_run_ends_with_the_same_bits(
     """It dies in filling the cache, in each epoch but the first, and at the end."""
     flags = [*command, "--cache", str(tmp_path / "cache")]
     deaths = [(".npy", 60), (".jsonl", 2), (".pt", 2), (".pt", 2), (".csv", 1), None]
+    output = tmp_path / "killed.output"
     codes = []
     for death in deaths:
         process = start(tmp_path / "killed", flags, death)
         process.join()
         codes.append(process.exitcode)
-    assert codes == [-signal.SIGKILL] * 5 + [0]
+    assert codes == [-signal.SIGKILL] * 5 + [0], output.read_text()
     assert outcome(tmp_path) == outcome(finished)
 
 
@@ -372,7 +372,8 @@ def test_two_processes_fill_one_cache_and_end_alike(command, finished, tmp_path)
 
 def test_an_interrupted_run_says_how_to_go_on(command, tmp_path):
     """Its lines arrive one by one, in a file too."""
-    process = start(tmp_path / "runs", [*command, "--max-epochs", "1000", "--frozen"])
+    endless = "--frozen --stop-after 100000 --max-epochs 100000".split()
+    process = start(tmp_path / "runs", [*command, *endless])
     output = tmp_path / "runs.output"
     while process.is_alive() and "epoch  3 " not in output.read_text():
         time.sleep(0.1)

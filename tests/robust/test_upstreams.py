@@ -36,20 +36,15 @@ def write(folder, kind, config=(), settings=()):
     else:
         settings = {"return_attention_mask": True} | dict(settings)
         preprocessor = transformers.Wav2Vec2FeatureExtractor(**settings)
-        config = TINY_CNN | {"num_feat_extract_layers": 2} | LAYER_NORM | dict(config)
+        config = TINY_CNN | LAYER_NORM | dict(config)
     preprocessor.save_pretrained(folder)
     config = TINY | {"num_hidden_layers": 2} | config
     config = getattr(transformers, f"{kind}Config")(**config)
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A folder with two encoders in it: WavLM and Bert."""
-    folder = tmp_path_factory.mktemp("encoders")
-    for kind in ("WavLM", "Bert"):
-        write(folder / kind, kind)
-    return folder
+def load(folder, kind):
+    return load_upstream(str(folder), modality_of(kind), "fp32")
 
 
 # --- Encoders that run ----------------------------------------------------------------
@@ -71,7 +66,7 @@ LEFT = {"padding_side": "left", "truncation_side": "left", "model_max_length": 2
 def test_a_known_kind_gives_the_states_of_the_library(kind, config, settings, tmp_path):
     """Each input alone through the library, against our batch of unlike lengths."""
     write(tmp_path, kind, config, settings)
-    upstream = load_upstream(str(tmp_path), modality_of(kind), "fp32")
+    upstream = load(tmp_path, kind)
     assert upstream.one_by_one == (config == GROUP_NORM)
     if upstream.modality == "audio":
         g = torch.Generator().manual_seed(8)
@@ -79,7 +74,7 @@ def test_a_known_kind_gives_the_states_of_the_library(kind, config, settings, tm
         normalised = [(x - x.mean()) / x.std(correction=0) for x in raw]
         inputs = [{"input_values": x.unsqueeze(0)} for x in normalised]
     else:
-        raw = ["sad", "i know that you am happy and so sad", "happy or not"]
+        raw = ["sad", "i know that you am happy or so sad", "happy or not"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
         inputs = [tokenizer(x, return_tensors="pt") for x in raw]
         # RoBERTa does not use its first two positions. The beginning of a text stays,
@@ -121,18 +116,19 @@ def old_wavlm(name):
 
 
 @pytest.mark.parametrize("kind, new_name", [("Bert", old_bert), ("WavLM", old_wavlm)])
-def test_the_older_formats_of_the_hub_load_whole(kind, new_name, whole, tmp_path):
-    folder = shutil.copytree(whole / kind, tmp_path / kind)
-    rename(folder, new_name)
-    loaded = load_upstream(str(folder), modality_of(kind), "fp32").model.state_dict()
-    for name, weights in load_file(whole / kind / "model.safetensors").items():
+def test_the_older_formats_of_the_hub_load_whole(kind, new_name, tmp_path):
+    write(tmp_path, kind)
+    expected = load_file(tmp_path / "model.safetensors")
+    rename(tmp_path, new_name)
+    loaded = load(tmp_path, kind).model.state_dict()
+    for name, weights in expected.items():
         assert "pooler" in name or torch.equal(loaded[name], weights), name
 
 
 # --- Encoders that are refused --------------------------------------------------------
 
 
-def edit(folder, changes, file="config.json"):
+def edit(folder, file="config.json", **changes):
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -141,76 +137,64 @@ def drop(folder, part):
     rename(folder, lambda name: "" if part in name else name)
 
 
-def delete(folder, file):
-    (folder / file).unlink()
-
-
-def tear(folder, file):
-    content = (folder / file).read_bytes()
-    (folder / file).write_bytes(content[: len(content) // 2])
-
-
 def bring_code(folder):
     code = f"open({str(folder / 'ran')!r}, 'w').close()"
     (folder / "code.py").write_text(code)
     auto = {"AutoConfig": "code.C", "AutoModel": "code.M"}
-    edit(folder, {"model_type": "other", "auto_map": auto})
+    edit(folder, model_type="other", auto_map=auto)
 
 
 EXTRACTOR = "preprocessor_config.json"
 
 
 @pytest.mark.parametrize(
-    "kind, reason, damage, arguments",
+    "kind, reason, damage",
     [
         # another kind
-        ("Bert", " gpt2", edit, [{"model_type": "gpt2"}]),
-        ("Bert", " wav2vec2", edit, [{"model_type": "wav2vec2"}]),
-        ("WavLM", " bert", edit, [{"model_type": "bert"}]),
-        ("WavLM", " 8000 ", edit, [{"sampling_rate": 8000}, EXTRACTOR]),
-        ("Bert", " 14 rows", write, ["Bert", {"vocab_size": 14}]),
-        ("Bert", " 60 rows", write, ["Bert", {"vocab_size": 60}]),
-        ("Bert", "repository", bring_code, []),
+        ("Bert", " gpt2", lambda f: edit(f, model_type="gpt2")),
+        ("WavLM", " bert", lambda f: edit(f, model_type="bert")),
+        ("WavLM", " 8000 ", lambda f: edit(f, EXTRACTOR, sampling_rate=8000)),
+        ("Bert", " 14 rows", lambda f: write(f, "Bert", {"vocab_size": 14})),
+        ("Bert", " 60 rows", lambda f: write(f, "Bert", {"vocab_size": 60})),
+        ("Bert", "repository", bring_code),
         # a part is missing
-        ("WavLM", " encoder.layer_norm", drop, ["encoder.layer_norm"]),
-        ("WavLM", " encoder.layers.2.", edit, [{"num_hidden_layers": 3}]),
-        ("WavLM", "feature extractor", delete, [EXTRACTOR]),
-        ("Bert", " embeddings.LayerNorm", drop, ["embeddings.LayerNorm"]),
-        ("Bert", "model.safetensors", delete, ["model.safetensors"]),
-        ("Bert", "tokenizer", delete, ["tokenizer.json"]),
-        ("Bert", "Unrecognized model", delete, ["config.json"]),
+        ("WavLM", " encoder.layers.2.", lambda f: edit(f, num_hidden_layers=3)),
+        ("WavLM", " encoder.layer_norm", lambda f: drop(f, "encoder.layer_norm")),
+        ("Bert", " embeddings.word_emb", lambda f: drop(f, "word_embeddings")),
+        ("WavLM", "feature extractor", lambda f: (f / EXTRACTOR).unlink()),
+        ("Bert", "model.safetensors", lambda f: (f / "model.safetensors").unlink()),
+        ("Bert", "tokenizer", lambda f: (f / "tokenizer.json").unlink()),
+        ("Bert", "Unrecognized model", lambda f: (f / "config.json").unlink()),
+        ("Bert", "", shutil.rmtree),
         # a file is damaged
-        ("WavLM", "not a valid JSON", tear, ["config.json"]),
-        ("Bert", "", tear, ["model.safetensors"]),
-        ("Bert", "", edit, [{"hidden_size": 96}]),
+        ("WavLM", "not a valid JSON", lambda f: (f / "config.json").write_text("{")),
+        ("Bert", "", lambda f: (f / "model.safetensors").write_bytes(b"x" * 3000)),
+        ("Bert", "", lambda f: edit(f, hidden_size=96)),
     ],
 )
-def test_it_is_refused_in_one_sentence(
-    kind, reason, damage, arguments, whole, tmp_path, monkeypatch
-):
+def test_it_is_refused_in_one_sentence(kind, reason, damage, tmp_path, monkeypatch):
     # A user who says yes to every question, for example whether to run code.
     monkeypatch.setattr("builtins.input", lambda *text: "y")
-    folder = shutil.copytree(whole / kind, tmp_path / kind)
-    damage(folder, *arguments)
-    assert reason in refusal(folder, modality_of(kind))
-    assert not (folder / "ran").exists()
+    write(tmp_path / "it", kind)
+    damage(tmp_path / "it")
+    assert_refused(tmp_path / "it", kind, reason)
+    assert not (tmp_path / "it" / "ran").exists()
 
 
-def refusal(name, modality):
-    """Return the sentence that a user sees instead of a traceback."""
+def assert_refused(name, kind, reason):
+    """A user sees one sentence instead of a traceback."""
+    flag = {"audio": "--wavlm", "text": "--bert"}[modality_of(kind)]
     with pytest.raises(InputError) as error:
-        load_upstream(str(name), modality, "fp32")
+        load(name, kind)
     sentence = str(error.value)
-    flag = {"audio": "--wavlm", "text": "--bert"}[modality]
-    assert flag in sentence and str(name) in sentence and "\n" not in sentence
-    return sentence
+    assert "\n" not in sentence
+    assert str(name) in sentence and reason in sentence and flag in sentence
 
 
-def test_what_is_no_folder_and_no_name_on_the_hub_is_refused(tmp_path, monkeypatch):
+def test_what_is_not_on_the_hub_is_refused(monkeypatch):
     # Offline, so that the library does not try for 23 seconds.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refusal("nobody/no-such-model-anywhere", "audio")
-    refusal(tmp_path / "nowhere", "audio")
+    assert_refused("nobody/no-such-model-anywhere", "WavLM", "")
 
 
 def test_unknown_words_are_measured_on_the_corpus(tiny, capsys):
