@@ -214,20 +214,13 @@ TABLES = [
     (f"{HEADER}\nhm,sad,1,a\0,x", r"line 2: dialog is 'a\\x00' instead of a name"),
     (f'{HEADER}\nhm,sad,1,a,x"', "line 2: speaker is 'x\"' instead of a name"),
     (f"{HEADER}\n{'x' * 200_000},sad,1,a,x", "line 2: field larger than field limit"),
-    (f"{HEADER},start\nhm,sad,1,a,x,nan", "line 2: start is 'nan'"),
     (f"{HEADER},start\nhm,sad,1,a,x,1:30", "line 2: start is '1:30'"),
     (f"{HEADER},wav\nhm,sad,1,a,x,no.wav", "line 2: .*no.wav"),
     (f"{HEADER},wav\nhm,sad,1,a,x,.", "line 2: there is no file"),
     (f"{HEADER},wav\nhm,sad,1,a,x,{'a sentence ' * 50}", "line 2: .*name too long"),
     # what lines and sessions share
-    (
-        f"{HEADER},wav\nhm,sad,1,a,x,t.csv\noh,sad,1,a,x,t.csv",
-        "t.csv: .*line 2 .*line 3",
-    ),
-    (
-        f"{HEADER},id\nhm,sad,1,a,x,a_7\noh,sad,1,a,x,7",
-        "id a_7: .* line 2 and in line 3",
-    ),
+    (f"{HEADER},wav\n,sad,1,a,x,t.csv\n,sad,1,a,x,t.csv", "t.csv: .*line 2 .*line 3"),
+    (f"{HEADER},id\nhm,sad,1,a,x,a_7\noh,sad,1,a,x,7", "a_7: .*line 2 .*line 3"),
     (f"{HEADER},id\nhm,sad,1,a,x,1_2\noh,sad,1,a,x,1-2", "line 3: .*a_1-2"),
     (f"{HEADER}\n{GOOD}hm,sad,2,b,x", "line 3: .*speaker x"),
     (f"{HEADER}\n{GOOD}hm,sad,2,a,y", "line 3: .*dialogue a"),
@@ -237,7 +230,7 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize("content, expected", TABLES)
+@pytest.mark.parametrize("content, expected", TABLES, ids=[row[1] for row in TABLES])
 def test_a_bad_table_is_an_error_with_the_line(content, expected, tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

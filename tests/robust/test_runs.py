@@ -64,9 +64,7 @@ def outcome(root):
 
 # --- Damaged and hostile files --------------------------------------------------------
 
-# How many of 50 mutations are noticed, at least. A checkpoint has a checksum.
-FILES = {"config.json": 20, "result.json": 20, "predictions.csv": 20}
-FILES["checkpoint.pt"] = 40
+FILES = ["config.json", "result.json", "predictions.csv", "checkpoint.pt"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -75,11 +73,10 @@ def test_mutated_files_of_a_run_are_named_or_say_the_same(name, finished, tmp_pa
     run = evaluate.read_json(folder / "config.json")
 
     def read():
-        if name == "checkpoint.pt":
-            state = evaluate.load_checkpoint(folder / name, run)
-            return {key: value.tolist() for key, value in state["model"].items()}
         rows = evaluate.read_run(folder).predictions
-        return sorted((row["label"], row["prediction"]) for row in rows)
+        state = evaluate.load_checkpoint(folder / "checkpoint.pt", run)
+        weights = {key: value.tolist() for key, value in state["model"].items()}
+        return weights, sorted((row["label"], row["prediction"]) for row in rows)
 
     clean = read()
     n_damaged = 0
@@ -90,7 +87,7 @@ def test_mutated_files_of_a_run_are_named_or_say_the_same(name, finished, tmp_pa
             n_damaged += 1
             assert str(folder) in str(error)
             assert not re.search("delete|remove", str(error).lower())
-    assert n_damaged >= FILES[name]
+    assert n_damaged > 20
 
 
 class Hostile:
@@ -182,21 +179,14 @@ def test_a_picture_can_have_any_title_and_needs_no_screen(tmp_path, monkeypatch)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
 
 
-def test_tiny_stands_beside_every_number_of_a_dry_run(
-    command, finished, small_corpus, tmp_path, capsys
-):
-    out = shutil.copytree(finished.parents[2], tmp_path / "runs")
-    (result,) = out.rglob("result.json")
-    result.unlink()
-    train.main([*command, "--out", str(out)])
-    evaluate.main(["tables", str(out)])
-    wav = next(small_corpus.rglob("*.wav"))
-    run = str(result.parent)
-    evaluate.main(["recognize", run, "--wav", str(wav), "--text", "lovely"])
+def test_tiny_stands_beside_every_number_of_a_dry_run(finished, small_corpus, capsys):
+    wav = str(next(small_corpus.rglob("*.wav")))
+    evaluate.main(["tables", str(finished)])
+    evaluate.main(["recognize", str(finished), "--wav", wav, "--text", "lovely"])
     printed = capsys.readouterr().out.splitlines()
-    # The last line of training, a table, and the four classes of an utterance.
-    numbers = [line for line in printed if re.search("WA .*%|Table|%$", line)]
-    assert len(numbers) == 6 and all("upstream=tiny" in line for line in numbers)
+    # The title of a table, and the four classes of an utterance.
+    numbers = [line for line in printed if re.search("Table|%$", line)]
+    assert len(numbers) == 5 and all("upstream=tiny" in line for line in numbers)
 
 
 # --- Disks, memory, systems, bugs -----------------------------------------------------
@@ -226,17 +216,17 @@ def test_a_full_disk_is_an_error_and_the_same_command_goes_on(
     assert outcome(tmp_path) == outcome(finished)
 
 
-def test_out_of_gpu_memory_keeps_the_checkpoint(command, tmp_path, monkeypatch, capsys):
-    train_epoch = train.train_epoch
+def test_out_of_gpu_memory_keeps_the_checkpoint(
+    command, finished, tmp_path, monkeypatch, capsys
+):
+    """While upstreams are frozen, their states come from the cache."""
 
-    def fail(model, optimizer, *others):
-        if optimizer.param_groups[0]["lr"] == 1e-5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return train_epoch(model, optimizer, *others)
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     flags = [*command, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epoch", fail)
+        patch.setattr("model.Upstream.forward", fail)
         with pytest.raises(SystemExit, match="out of GPU memory. Add --micro-batch 8"):
             data.run_command(lambda: train.main(flags))
     train.main([*flags, "--micro-batch", "8"])
@@ -346,16 +336,16 @@ def start(root, flags, death=None):
 def test_killed_in_both_phases_a_run_ends_with_the_same_bits(
     command, finished, tmp_path
 ):
-    """It dies in filling the cache, in each epoch but the first, and at the end."""
+    """It dies in filling the cache, in epochs 2 and 4, and before its predictions."""
     flags = [*command, "--cache", str(tmp_path / "cache")]
-    deaths = [(".npy", 60), (".jsonl", 2), (".pt", 2), (".pt", 2), (".csv", 1), None]
+    deaths = [(".npy", 60), (".jsonl", 2), (".pt", 3), (".csv", 1), None]
     output = tmp_path / "killed.output"
     codes = []
     for death in deaths:
         process = start(tmp_path / "killed", flags, death)
         process.join()
         codes.append(process.exitcode)
-    assert codes == [-signal.SIGKILL] * 5 + [0], output.read_text()
+    assert codes == [-signal.SIGKILL] * 4 + [0], output.read_text()
     assert outcome(tmp_path) == outcome(finished)
 
 
