@@ -67,14 +67,10 @@ class Pretend(TorchFunctionMode):
             return args[0].detach().clone()
         if func is torch.Tensor.to:
             device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
-            func, args, kwargs = (
-                torch.Tensor.type,
-                (args[0], dtype or args[0].dtype),
-                {},
-            )
+            result = args[0].type(dtype or args[0].dtype)
         else:
             device = "cpu" if func is torch.Tensor.cpu else kwargs.pop("device", None)
-        result = func(*args, **kwargs)
+            result = func(*args, **kwargs)
         return result if device is None else move(result, device)
 
 
