@@ -160,12 +160,9 @@ def test_unusual_recordings_and_words_are_read(dialog, tmp_path, tiny):
     texts = [u.text for u in corpus]
     assert (texts, problems) == ([("żółć 感情 " * 300).strip(), "", "hm", "so"], [])
     assert data.load_wav(dialog["wav"]).abs().min() > 0.9999
-    for u in corpus[:2]:
-        clip = data.clip(data.load_wav(u.wav))
-        assert len(clip) == round(16000 * (u.end - u.start))
-        for modality, raw in (("audio", clip), ("text", u.text)):
-            (states,) = tiny[modality]([tiny[modality].prepare(raw)])
-            assert states.isfinite().all() and 2 <= len(states) <= 512
+    silence = data.clip(data.load_wav(corpus[1].wav))
+    (states,) = tiny["audio"]([tiny["audio"].prepare(silence)])
+    assert len(silence) == 1600 and states.isfinite().all()
 
 
 @pytest.mark.parametrize("file", ["labels", "words", "wav"])
