@@ -108,8 +108,8 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
         for dialog in sorted(dialogs) or ["Ses*"]:
             try:
                 corpus += read_dialog(session, dialog)
-            except (InputError, OSError) as problem:
-                problems.append(f"{session}, {dialog}: {problem}")
+            except (InputError, OSError) as error:
+                problems.append(f"{session}/dialog/EmoEvaluation/{dialog}.txt: {error}")
     return corpus, problems
 
 
@@ -130,7 +130,7 @@ def read_dialog(session: Path, dialog: str) -> Corpus:
     words = read_lines(words_file, WORDS_LINE)
     unmatched = sorted(labels.keys() ^ words.keys())
     if unmatched or not labels:
-        raise InputError(f"labels and words differ, or are empty: {unmatched[:3]}")
+        raise InputError(f"{words_file} differs, or has no line: {unmatched[:3]}")
 
     number = int(session.name[-1])
     utterances = []

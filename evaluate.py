@@ -319,7 +319,7 @@ class Recognizer:
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     """Load an upstream. Raises InputError if it is incomplete or of unknown type."""
     advice = "To train, choose another with --wavlm or --bert. To recognize, write its "
-    advice += "new path into config.json. Delete a folder tiny-...: it is written again"
+    advice += "new path into the run's config.json. A folder tiny-... can be deleted"
     with reading(f"{modality} encoder {name}", advice):
         return Upstream(name, modality, precision)
 

@@ -7,6 +7,7 @@ that is computed from it.
 import inspect
 import json
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,8 @@ class Pretend(TorchFunctionMode):
 def run(small_corpus, tmp_path, monkeypatch):
     """A function that trains on a device, and returns the log."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    # The modes below see only their own thread.
+    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda n: SimpleNamespace(map=map))
 
     def run(fusion, device):
         flags = ["--iemocap", str(small_corpus), "--partial", "--upstream", "tiny"]

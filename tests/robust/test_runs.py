@@ -134,7 +134,7 @@ def test_what_is_half_deleted_is_named_with_the_folder_that_may_go(
     tiny = next(cache.glob("tiny-*"))
     copy = shutil.copytree(tiny, tmp_path / tiny.name)
     (copy / "text" / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=f"{tiny.name}.*Delete a folder tiny-..."):
+    with pytest.raises(InputError, match=f"{tiny.name}.*A folder tiny-... can be deleted"):
         train.main([*command, "--cache", str(tmp_path)])
 
 
@@ -162,7 +162,7 @@ def test_runs_of_unlike_corpora_are_not_in_one_mean(tmp_path):
     runs, (problem,) = evaluate.find_runs(tmp_path)
     assert [run.config["fold"] for run in runs] == [1, 2]
     other = runs[0].folder
-    assert problem == f"{tmp_path / '3'}: left out, on another corpus than {other}"
+    assert problem == f"{tmp_path / '3'}: left out, on other data than {other}"
 
 
 def test_a_folder_that_is_no_run_names_the_runs_below_it(tmp_path):

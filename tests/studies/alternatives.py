@@ -91,26 +91,27 @@ PATCHES = r"""
 + nn.Linear(dim, 2), nn.ReLU(), nn.Linear(2, dim)
 - self.dropout = nn.Dropout(0.1)
 + self.dropout = nn.Dropout(0.5)
-- return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
+- attended, _ = cross_modal_attention(
+-     x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s
+- )
 + heads = []
 + for w in zip(*[w.chunk(2, dim=1) for w in (self.w_q, self.w_k, self.w_v)]):
-+     heads.append(cross_modal_attention(x_t, x_s, *w, mask_s))
-+ outputs, weights = zip(*heads)
-+ return torch.cat(outputs, dim=-1), sum(weights) / 2
++     heads.append(cross_modal_attention(x_t, x_s, *w, mask_s)[0])
++ attended = torch.cat(heads, dim=-1)
 
 [A9] At the trigger the counter starts again at 0, so 10 more epochs stop the training.
 - self.finetuning = True
 + self.finetuning = True
 + self.since_best = 0
-- if row["since_best"] == 0:
-+ if row["since_best"] == 0 and row["event"] != "finetune":
+- if entry["since_best"] == 0:
++ if entry["since_best"] == 0 and entry["event"] != "finetune":
 
 [A10] The test uses the weights of the last epoch that lowered the development loss.
 - save(folder, state)
 + if patience.since_best == 0:
 +     torch.save(state, folder / "best.pt")
 + save(folder, state)
-- test, log_probs = measure(model, batch, test_rows, args)
+- test, log_probs = measure(model, fetch, test_rows, args)
 + best = evaluate.load_checkpoint(folder / "best.pt", asdict(run))
 + model.load_state_dict(best["model"])
 + for modality, source in sources.items():
@@ -118,7 +119,7 @@ PATCHES = r"""
 +         source.load_state_dict(best["upstreams"][modality])
 +     else:
 +         source.close()  # in the best epoch it was frozen
-+ test, log_probs = measure(model, batch, test_rows, args)
++ test, log_probs = measure(model, fetch, test_rows, args)
 
 [A11] While fine-tuning, all that is trained from scratch keeps its rate of 1e-3.
 - parameters = list(model.parameters())
@@ -185,10 +186,10 @@ PATCHES = r"""
 + patience = Patience(finetune_after, stop_after)
 
 [A21] The LayerNorm of BERT's embeddings stays frozen.
-- if what == "all" or (what == "bottom" and name.startswith(bottom)):
+- if what == "all" or (what == "bottom" and name.startswith(prefix)):
 + if what == "bottom" and name.startswith("embeddings.LayerNorm"):
 +     continue
-+ if what == "all" or (what == "bottom" and name.startswith(bottom)):
++ if what == "all" or (what == "bottom" and name.startswith(prefix)):
 """
 
 
