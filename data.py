@@ -19,7 +19,7 @@ Here is one utterance on its way from the disk to the model:
     load_wav       31,129 samples at 16 kHz, between -1 and 1
     clip           It is shorter than 5 s. If it begins with sound, all of it is kept.
     WavLM          97 frames x 25 layers x 1024, kept in the cache as 16-bit numbers
-    BERT           k word pieces x 13 x 768, and as much for each of its neighbours
+    BERT           k word pieces x 13 x 768, and its neighbours with their own k
     batch          audio: states (N, 25, 1024) of all N frames, mask (32, T_A)
                    text: states (N, 13, 768) of all N word pieces, mask (32, 9, T_T)
 """
@@ -33,9 +33,8 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
-import uuid
+import tempfile
 import wave
 import zlib
 from collections import Counter, defaultdict
@@ -57,7 +56,7 @@ CLASSES = ("neu", "hap", "ang", "sad")  # the order of Fig. 4
 # improvised or scripted. Four facts are easily missed:
 #   - The letter in the name of a dialogue says who wore the markers for motion capture.
 #     The letter in the last part of an utterance's id says who speaks.
-#   - The lines of the files are not in the order of time, and turns overlap.
+#   - The lines of the files are not in chronological order, and turns overlap.
 #   - 48 lines of the transcripts have ids with XX. They have no label and no recording.
 #   - 5,531 of 10,039 utterances have one of the four emotions. All 10,039 are context.
 
@@ -68,7 +67,7 @@ LABELS = {"neu": 0, "hap": 1, "exc": 1, "ang": 2, "sad": 3}
 
 @dataclass(frozen=True)
 class Utterance:
-    """One turn of a dialogue. A corpus is a list of these, in the order of time."""
+    """One turn of a dialogue. A corpus is a list of them, dialogue by dialogue."""
 
     id: str  # Ses01F_impro01_M003
     session: int  # 1: the fold that tests on it
@@ -92,9 +91,8 @@ Corpus = list[Utterance]
 def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     """Read the corpus in `root`, the folder that holds Session1, Session2, ...
 
-    Returns the utterances, dialogue by dialogue in the order of time, and the problems.
-    A dialogue with a problem is left out, and has one line in the problems. Raises
-    InputError if there is no session.
+    Returns the utterances, sorted by dialogue and time, and the problems. A dialogue
+    with a problem is left out and listed. Raises InputError if there is no session.
     """
     corpus = []
     problems = []
@@ -102,68 +100,66 @@ def read_iemocap(root: str | Path) -> tuple[Corpus, list[str]]:
     if not sessions:
         raise InputError(f"{root}: no Session1, Session2, ... in it. Name their folder")
     for session in sessions:
-        labels = session / "dialog" / "EmoEvaluation"
-        words = session / "dialog" / "transcriptions"
         # The pattern skips the ._* files of macOS and the folders of single raters.
-        names = {path.name for path in labels.glob("Ses*.txt")}
-        names |= {path.name for path in words.glob("Ses*.txt")}
-        # An empty session has a line in the problems too, for its missing Ses*.txt.
-        for name in sorted(names) or ["Ses*.txt"]:
+        labels = session.glob("dialog/EmoEvaluation/Ses*.txt")
+        words = session.glob("dialog/transcriptions/Ses*.txt")
+        dialogs = {path.stem for path in [*labels, *words]}
+        # An empty session is a problem too: its Ses*.txt is missing.
+        for dialog in sorted(dialogs) or ["Ses*"]:
             try:
-                corpus += read_dialog(session, labels / name, words / name)
-            except (InputError, OSError) as problem:
-                problems.append(f"{labels / name}: {problem}")
+                corpus += read_dialog(session, dialog)
+            except (InputError, OSError) as error:
+                problems.append(f"{session}/dialog/EmoEvaluation/{dialog}.txt: {error}")
     return corpus, problems
 
 
-# All emotions of the full release. The raters disagree about "xxx".
+# All emotions of the full release. "xxx" means that the raters disagreed.
 LABEL_LINE = re.compile(
-    r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]\s+(?P<id>\w+_[FM]\d\d\d)"
+    r"\[(?P<start>\d+\.\d+) ?- ?(?P<end>\d+\.\d+)\]"
+    r"\s+(?P<id>(?P<dialog>\w+)_(?P<speaker>[FM])\d\d\d)"
     r"\s+(?P<emotion>neu|hap|exc|ang|sad|fru|sur|fea|dis|oth|xxx)\s+\[.+\]"
 )
 WORDS_LINE = re.compile(r"(?P<id>\w+_[FM]\d\d\d)\s+\[[\d. -]+\]:(?P<text>.*)")
 
 
-def read_dialog(session: Path, labels: Path, words: Path) -> Corpus:
+def read_dialog(session: Path, dialog: str) -> Corpus:
     """Read one dialogue, in order. Raises InputError at its first problem."""
-    dialog = labels.stem
+    label_file = session / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
+    words_file = session / "dialog" / "transcriptions" / f"{dialog}.txt"
+    labels = read_lines(label_file, LABEL_LINE)
+    words = read_lines(words_file, WORDS_LINE)
+    unmatched = sorted(labels.keys() ^ words.keys())
+    if unmatched or not labels:
+        raise InputError(f"{words_file} differs, or has no line: {unmatched[:3]}")
+
     number = int(session.name[-1])
-    # Every utterance must be in both files.
-    labelled = read_lines(labels, LABEL_LINE)
-    spoken = read_lines(words, WORDS_LINE)
-    unmatched = sorted(labelled.keys() ^ spoken.keys())
-    if unmatched or not labelled:
-        raise InputError(f"{words}: no lines, or unlike the labels: {unmatched[:3]}")
     utterances = []
-    for utterance_id, line in labelled.items():
-        # The id must match its files, and the recording must be as long as the label.
-        owner, _, turn = utterance_id.rpartition("_")  # Ses01F_impro01, F000
-        if owner != dialog or dialog[:5] != f"Ses0{number}":
-            raise InputError(f"{utterance_id} belongs to another dialogue or session")
-        start = float(line["start"])
-        end = float(line["end"])
-        wav = session / "sentences" / "wav" / dialog / f"{utterance_id}.wav"
+    for name, label in labels.items():
+        if label["dialog"] != dialog or dialog[:5] != f"Ses0{number}":
+            raise InputError(f"{name} belongs to another dialogue or session")
+        # In the full release, the recording is as long as its label, to a millisecond.
+        start = float(label["start"])
+        end = float(label["end"])
+        wav = session / "sentences" / "wav" / dialog / f"{name}.wav"
         seconds = len(load_wav(wav)) / SAMPLE_RATE
         if abs(seconds - (end - start)) > 0.1:
             raise InputError(f"{wav} lasts {seconds:.2f} s, unlike its label")
+
         # Careful: in Ses01F_impro01_M000, the speaker is M, and F wore the markers.
-        speaker = dialog[:5] + turn[0]
-        text = " ".join(spoken[utterance_id]["text"].split())
-        emotion = line["emotion"]
+        speaker = dialog[:5] + label["speaker"]
+        text = " ".join(words[name]["text"].split())
+        emotion = label["emotion"]
         utterances.append(
-            Utterance(
-                utterance_id, number, dialog, speaker, start, end, text, emotion, wav
-            )
+            Utterance(name, number, dialog, speaker, start, end, text, emotion, wav)
         )
-    # The lines of the files are not in the order of time.
     return sorted(utterances, key=lambda u: (u.start, u.end, u.id))
 
 
 def read_lines(path: Path, pattern: re.Pattern) -> dict[str, re.Match]:
     """Find the lines of utterances in a file, by the id of the utterance.
 
-    Lines of another form are skipped: headings, single raters, ids with XX. A damaged
-    line is skipped too. read_dialog notices that, because its id is missing here.
+    Other lines are skipped: headings, the ratings of a single rater, ids with XX. So is
+    a damaged line. read_dialog notices that, because its id is missing here.
     """
     lines = {}
     for line in read_text(path).split("\n"):
@@ -182,8 +178,8 @@ def read_lines(path: Path, pattern: re.Pattern) -> dict[str, re.Match]:
 def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     """Leave one session out (§3.1): the rows of the corpus for train, dev and test.
 
-    All of them are rows of the four classes. Test is session `fold`. Dev is one speaker
-    of the other sessions, drawn by fold and seed (§3.2). Train is all others. Raises
+    All of them are of the four classes. Test is session `fold`. Dev is one speaker of
+    the other sessions, drawn by fold and seed (§3.2). Train is all others. Raises
     InputError if one of the three would be empty.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
@@ -192,13 +188,11 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     speakers = sorted({corpus[row].speaker for row in others})
     if not test or len(speakers) < 2:
         sessions = sorted({corpus[row].session for row in targets})
-        raise InputError(
-            f"--fold {fold}: the sessions are {sessions}. A fold is one of them, and "
-            "needs two speakers in the others"
-        )
+        reason = f"the sessions are {sessions}, and the others need two speakers"
+        raise InputError(f"--fold {fold}: {reason}")
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
-    # The seed draws it, so another --seed gives another speaker. Careful: the partner
-    # of this speaker stays in training, with this speaker's turns as context.
+    # The seed draws it, so another --seed may give another speaker. Careful: the
+    # partner of this speaker stays in training, with this speaker's turns as context.
     dev_speaker = random.Random(f"fold {fold}, seed {seed}").choice(speakers)
     train = [row for row in others if corpus[row].speaker != dev_speaker]
     dev = [row for row in others if corpus[row].speaker == dev_speaker]
@@ -208,8 +202,8 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
 def context_windows(corpus: Corpus, size: int = 9) -> Tensor:
     """Find the neighbours of each utterance (§3.2): rows of the corpus (n, size).
 
-    Column size // 2 is the utterance itself, and -1 means no neighbour. Neighbours are
-    of either speaker and of any emotion, and always of the same dialogue. A dialogue of
+    Column size // 2 is the utterance itself, and -1 means no neighbour. Neighbours have
+    either speaker and any emotion, but are always of the same dialogue. A dialogue of
     three in rows 0 to 2 with size 3 gives [[-1, 0, 1], [0, 1, 2], [1, 2, -1]].
     """
     windows = np.full((len(corpus), size), -1)
@@ -231,8 +225,8 @@ WINDOW = 400  # samples, 25 ms: WavLM needs this many for its first frame
 def load_wav(path: str | Path) -> Tensor:
     """Load a WAV file of one channel and 16 bits: (n,) float32 at 16 kHz, in [-1, 1].
 
-    Other rates are resampled. Raises InputError if the file has another format, with
-    the command that converts it, and OSError if it cannot be read.
+    Other usual rates are resampled. Raises InputError if the file has another format,
+    with the command that converts it, and OSError if it cannot be read.
     """
     advice = "Convert it: ffmpeg -i OLD.wav -ac 1 -ar 16000 -c:a pcm_s16le NEW.wav"
     try:
@@ -260,14 +254,14 @@ def clip(x: Tensor) -> Tensor:
     """Keep at most five seconds from the first sound on (§3.2): (n,) -> (m,), m >= 400.
 
     "Audios are clipped into 5 seconds ... by trimming or padding". We do not pad short
-    clips to 5 s, because a mask hides padding. WavLM needs at least 400 samples.
+    clips to 5 s, because padding is masked. WavLM needs at least 400 samples.
     """
     missing = max(WINDOW - len(x), 0)
     x = nn.functional.pad(x, (0, missing))
     # UNSPECIFIED [A13]: "we trim the voiced 5 seconds of audio ... at the beginning".
     # We remove what comes before the first sound. A window of 25 ms is silent if its
-    # power is 60 dB or more below that of the loudest. Another reading: remove every
-    # silent window, as in the author's other code (tests/studies).
+    # power is more than 60 dB below that of the loudest. Another reading: remove every
+    # silent window, as in the author's other code.
     power = x.unfold(0, WINDOW, WINDOW).square().mean(dim=1)  # (n // 400,)
     threshold = power.max() * 1e-6  # -60 dB
     first = int((power >= threshold).nonzero()[0])
@@ -278,11 +272,11 @@ def clip(x: Tensor) -> Tensor:
 # --- Layer states: from the cache, or from the upstream itself ------------------------
 # While an upstream is frozen (§2.4), the states of an utterance never change. So they
 # are computed once and kept in files. A clip of 5 s has 249 x 25 x 1024 numbers, which
-# take 12.7 MB. All 5,531 clips of IEMOCAP take at most 46 GB. When fine-tuning opens an
-# upstream, its states change at every step, and are computed for every batch.
+# take 12.7 MB. IEMOCAP's 5,531 clips, most of them shorter, take at most 46 GB. When
+# fine-tuning opens an upstream, its states are computed again for every batch.
 
-# States are kept in memory if all of them fit. A frozen step on 32 clips needs the
-# reserve beside them, by estimate. Without CUDA, the limit does not ask the machine.
+# States stay in memory if all states of a modality fit. The reserve is our estimate for
+# a frozen step on 32 clips. Without CUDA, the limit is fixed.
 GPU_RESERVE = 8 * 2**30  # bytes
 CPU_LIMIT = 4 * 2**30  # bytes
 
@@ -292,23 +286,17 @@ class Source:
 
     upstream   a frozen model.Upstream
     inputs     its prepared inputs, by row of the corpus
-    corpus     the ids of its utterances name the files
+    corpus     gives each file its name, the id of the utterance
     folder     where the files of the cache are
     device     where the model is
     """
 
     def __init__(
-        self,
-        upstream: nn.Module,
-        inputs: dict,
-        corpus: Corpus,
-        folder: Path,
-        device: str,
+        self, upstream, inputs: dict, corpus: Corpus, folder: Path, device: str
     ):
         self.upstream = upstream
         self.inputs = inputs
         self.device = device
-        self.folder = folder
         # Ids from a table may have characters that are not allowed in file names. The
         # checksum changes with the input, so no file has the states of another input.
         self.files = {}
@@ -316,57 +304,52 @@ class Source:
             name = re.sub(r"[^A-Za-z0-9.-]", "_", corpus[row].id)
             checksum = zlib.crc32(prepared.numpy().tobytes())
             self.files[row] = folder / f"{name}-{checksum:08x}.npy"
-        self.kept = {}  # states in memory, by row
-        self.keep = False
+        self.memory = {}  # states by row
+        self.fits = False  # whether all of them stay in memory
         # Eight threads read files from a disk faster than one.
         self.readers = ThreadPoolExecutor(8)
-        # The upstream that computes the states, or None while the cache has them.
+        # The upstream that computes the states. Without it, the cache has them.
         self.live = None
 
     def fill(self) -> None:
-        """Compute the states that are not in the cache yet.
-
-        Raises InputError for states that do not fit into 16 bits.
-        """
+        """Compute missing states. Raises InputError if one overflows 16 bits."""
         # DEVIATION [D1]: the frozen phase reads states from a cache of 16-bit numbers.
         # The paper does not mention a cache. Why: the upstreams run once instead of
         # once per epoch, and 16 bits halve the size of the files.
         missing = [row for row, file in self.files.items() if not file.exists()]
         if missing:
-            print(f"Computing layer states of {len(missing)} inputs: {self.folder}")
+            print(f"{self.upstream.name}: computing states of {len(missing)} inputs")
         for row in tqdm(missing, leave=False, disable=None):
             # One input at a time: in a batch, the others would change the last digits.
             with torch.inference_mode():
                 states = self.upstream([self.inputs[row]])[0].half()  # (T, L, D)
             if not states.isfinite().all():
-                raise InputError(f"{self.files[row].stem}: a state exceeds 16 bits")
+                raise InputError(f"{self.files[row].stem}: not finite in 16 bits")
             # Careful: with a full disk, np.save to a file loses data without any error.
             content = io.BytesIO()
             np.save(content, states.cpu().numpy())
             with write_whole(self.files[row]) as part:
                 part.write_bytes(content.getvalue())
 
+        # Decide whether all states stay in memory.
         room = CPU_LIMIT
         if self.device == "cuda":
             room = torch.cuda.mem_get_info()[0] - GPU_RESERVE
         size = sum(file.stat().st_size for file in self.files.values())
-        # PyTorch rounds the sizes of its pieces of GPU memory up, here by 8 %.
-        self.keep = 1.08 * size < room
+        # PyTorch rounds sizes up, by 8 % here. Texts add less than 10 % to audio.
+        self.fits = 1.2 * size < room
 
     def __call__(self, rows: list[int]) -> list[Tensor]:
         if self.live is None:
-            states = {row: self.kept[row] for row in rows if row in self.kept}
-            missing = [row for row in rows if row not in states]
+            # If all states fit into memory, `states` is the store that keeps them.
+            states = self.memory if self.fits else {}
+            missing = set(rows) - states.keys()
             read = self.readers.map(self.read, missing)
-            for row, x in zip(missing, read, strict=True):
-                if self.keep:
-                    x = x.to(self.device)
-                    self.kept[row] = x
-                states[row] = x
+            states.update(zip(missing, read, strict=True))
             return [states[row] for row in rows]
         # Each row is computed once, even if it is in several windows. Inputs share a
         # forward pass if the number of binary digits of their lengths is the same. So
-        # the longest is less than twice as long as the shortest, with little padding.
+        # the longest is less than twice as long as the shortest, and padding is small.
         groups = defaultdict(list)
         for row in sorted(set(rows)):
             groups[len(self.inputs[row]).bit_length()].append(row)
@@ -378,25 +361,23 @@ class Source:
 
     def read(self, row: int) -> Tensor:
         """Read the states of one utterance (T, L, D) from the cache."""
-        # Careful: np.load uses Python's parser for the header of a file, and the parser
-        # sometimes fails in threads. So we look for the shape ourselves: (T, L, D).
+        # Careful: np.load's parser of headers sometimes fails in threads. So we look
+        # for the shape (T, L, D) ourselves. np.save fills the header up to 128 bytes.
         with self.files[row].open("rb") as file:
             header = file.read(128).decode("latin-1")
             numbers = np.fromfile(file, np.float16)
         shape = [int(number) for number in re.findall(r"(\d+)[,)]", header)]
         if math.prod(shape) != len(numbers):
             raise InputError(f"{self.files[row]} is damaged. Delete it")
-        return torch.from_numpy(numbers.reshape(shape))
+        return torch.from_numpy(numbers.reshape(shape)).to(self.device)
 
     def open(self, what: str) -> list[nn.Parameter]:
-        """Copy the upstream and open the "bottom" or "all" of the copy (§2.4).
-
-        Returns the parameters to train. With "nothing", the cached states stay valid.
-        """
+        """Open a copy of the upstream (§2.4). Returns the parameters to train."""
+        # Without parameters to train, the cached states stay valid.
         if what == "nothing":
             return []
         # From now on, the states change with every step. Free their memory.
-        self.kept.clear()
+        self.memory.clear()
         self.live = copy.deepcopy(self.upstream)
         return self.live.open(what)
 
@@ -406,9 +387,7 @@ class Source:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the parameters that fine-tuning changes, by name."""
-        if self.live is None:
-            return {}
-        parameters = self.live.named_parameters()
+        parameters = (self.live or self.upstream).named_parameters()
         return {name: p.detach() for name, p in parameters if p.requires_grad}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -422,7 +401,7 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
 
     For audio these are the clips of utterances of the four classes. For text they are
     the texts in the windows of these utterances. Raises InputError if a wav is missing,
-    or if the encoder does not know most of the words.
+    or if most tokens are unknown to the encoder.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
     inputs = {}
@@ -437,8 +416,7 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     for row in rows[rows >= 0].tolist():
         inputs[row] = upstream.prepare(corpus[row].text)
     tokens = torch.cat(list(inputs.values()))
-    is_unknown = tokens == upstream.preprocessor.unk_token_id
-    unknown = is_unknown.float().mean().item()
+    unknown = (tokens == upstream.preprocessor.unk_token_id).float().mean()
     message = f"{upstream.name} does not know {unknown:.0%} of all tokens"
     if unknown > 0.5:
         raise InputError(f"{message}. Give --bert an encoder of this language")
@@ -482,45 +460,36 @@ def batch(rows: Tensor, windows: Tensor, sources: dict, device: str) -> dict:
 
 # --- A corpus of your own: a table with one row per utterance -------------------------
 
-# Of each column: the form of its cells, in words too. The last three are optional.
+# By column: a pattern for its cells, and what the pattern means.
+NAME = (r"[^\0\"]+", "a name")
 COLUMNS = {
     "text": (r"[^\0]*", "one line"),
-    "emotion": (r"[^\0\"]+", "a word"),
+    "emotion": NAME,
     "session": (r"[1-9]\d*", "a number from 1 on"),
-    "dialog": (r"[^\0\"]+", "a name"),
-    "speaker": (r"[^\0\"]+", "a name"),
+    "dialog": NAME,
+    "speaker": NAME,
     "wav": (r"[^\0]*", "a file"),
     "start": (r"\d+(\.\d*)?", "a number of seconds"),
     "id": (r"[^\0\"]*", "a name"),
 }
-REQUIRED = set(COLUMNS) - {"wav", "start", "id"}
-# Plain names of emotions, and the abbreviations of IEMOCAP that replace them.
-PLAIN_NAMES = {
-    "neutral": "neu",
-    "calm": "neu",
-    "happy": "hap",
-    "happiness": "hap",
-    "joy": "hap",
-    "excited": "exc",
-    "angry": "ang",
-    "anger": "ang",
-    "sadness": "sad",
-}
+REQUIRED = ("text", "emotion", "session", "dialog", "speaker")
+# Plain names of emotions, for tables.
+LABELS |= {"neutral": 0, "calm": 0, "happy": 1, "happiness": 1, "joy": 1, "excited": 1}
+LABELS |= {"angry": 2, "anger": 2, "sadness": 3}
 
 
 def read_csv(path: str | Path) -> Corpus:
     """Read a corpus from a CSV file in UTF-8, separated by commas, semicolons or tabs.
 
-    The columns wav, start and id are optional. Raises InputError with one line for each
-    row that has a problem.
+    Columns wav, start, id are optional. Raises InputError with one line per bad row.
     """
     path = Path(path)
     # Each line is a row, so that an unpaired quote cannot join rows.
     lines = read_text(path).split("\n")
     separator = max(",;\t", key=lines[0].count)
-    header = next(csv.reader(lines[:1], delimiter=separator))
-    names = [name.strip().lower() for name in header]
-    if len(set(names)) < len(names) or not REQUIRED <= set(names) <= set(COLUMNS):
+    names = [name.strip(' "').lower() for name in lines[0].split(separator)]
+    # Look for missing, unknown and repeated columns.
+    if not Counter(REQUIRED) <= Counter(names) <= Counter(list(COLUMNS)):
         raise InputError(f"{path}: line 1 has columns {names}, not {list(COLUMNS)}")
     corpus = []
     problems = []
@@ -545,6 +514,7 @@ def read_csv(path: str | Path) -> Corpus:
 
 def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
     """Turn one row into an utterance. Raises InputError at its first problem."""
+    # DictReader puts None for a missing cell, and surplus cells under the key None.
     if None in row or None in row.values():
         raise InputError("its number of cells differs from line 1")
     cells = {name: cell.strip() for name, cell in row.items()}
@@ -560,30 +530,29 @@ def read_row(row: dict[str, str], folder: Path, number: int) -> Utterance:
     # As in IEMOCAP, an id is <dialogue>_<turn>, and <turn> has no "_".
     dialog = cells["dialog"]
     turn = cells.get("id", "").removeprefix(f"{dialog}_") or f"{number:05}"
-    utterance_id = f"{dialog}_{turn.replace('_', '-')}"
+    name = f"{dialog}_{turn.replace('_', '-')}"
     session = int(cells["session"])
     speaker = cells["speaker"]
     text = " ".join(cells["text"].split())
     emotion = cells["emotion"].lower()
-    emotion = PLAIN_NAMES.get(emotion, emotion)
     time = float(cells.get("start", 0))
-    return Utterance(
-        utterance_id, session, dialog, speaker, time, time, text, emotion, wav
-    )
+    return Utterance(name, session, dialog, speaker, time, time, text, emotion, wav)
 
 
 def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> None:
-    """Raise InputError if lines share an id or a wav, or sessions share a speaker.
+    """Raise InputError if lines share an id or wav, or sessions a speaker or dialogue.
 
     number   the number of the line
     seen     where each id, wav, speaker and dialogue was found first
     """
     # An id and a wav belong to one line, a speaker and a dialogue to one session.
+    line = f"line {number}"
+    session = f"session {utterance.session}"
     places = {
-        f"id {utterance.id}": f"line {number}",
-        f"wav {utterance.wav}": f"line {number}",
-        f"speaker {utterance.speaker}": f"session {utterance.session}",
-        f"dialogue {utterance.dialog}": f"session {utterance.session}",
+        f"id {utterance.id}": line,
+        f"wav {utterance.wav}": line,
+        f"speaker {utterance.speaker}": session,
+        f"dialogue {utterance.dialog}": session,
     }
     places.pop("wav None", None)
     for name, place in places.items():
@@ -595,10 +564,9 @@ def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> N
 # --- The toy corpus: tones and made-up sentences, in the layout of IEMOCAP ------------
 # It is built to show the ordering of the paper, so it is no evidence for it. An emotion
 # tends to stay from turn to turn, and one sentence in three names it. So context helps
-# the text. The voice shows it in five turns of six, but the audio has no context. So
-# text beats audio, and both together beat either. Each pitch is a multiple of 50 Hz, so
-# all frames of 20 ms of a clip sound the same, and CMT(A->T) cannot pass on the text by
-# its choice of frames [A7].
+# the text. The voice shows it in five turns out of six, but the audio has no context.
+# So text beats audio, and both together beat either. Pitches are multiples of 50 Hz, so
+# all frames of a clip sound the same, and CMT(A->T) cannot pass on the text [A7].
 
 # By emotion: the pitch in Hz, and how fast the harmonics get weaker.
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
@@ -620,7 +588,7 @@ def write_toy(root: Path) -> None:
                 kind = "impro" if number <= 6 else "script"
                 dialog = f"Ses{session:02}F_{kind}{number:02}"
                 write_toy_dialog(part / f"Session{session}", dialog, rng)
-        (part / "toy.json").write_text("{}\n")  # marks the folder as the toy
+        (part / "toy.json").touch()  # marks the folder as the toy
 
 
 def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> None:
@@ -628,14 +596,12 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
     labels = ""
     words = ""
     mood = "neu"
-    start = 0.5  # seconds
     wavs = folder / "sentences" / "wav" / dialog
     wavs.mkdir(parents=True)
     for turn in range(18):
         if rng.random() < 0.25:
             mood = rng.choice(CLASSES)
-        # The words show the mood in 36 % of the turns, the voice in 78 %. The other
-        # voices are drawn by chance.
+        # 36 % of the texts show the mood. 22 % of the voices are drawn by chance.
         text = rng.choice(FILLERS, rng.integers(2, 5))
         if rng.random() < 0.36:
             text = rng.choice(KEYWORDS[mood], len(text))
@@ -648,10 +614,10 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
         with wave.open(str(wavs / f"{utterance_id}.wav"), "wb") as file:
             file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # 1 channel, 2 bytes
             file.writeframes(samples.tobytes())
-        end = start + len(samples) / SAMPLE_RATE
-        labels += f"[{start:.4f} - {end:.4f}]\t{utterance_id}\t{mood}\t[2, 2, 2]\n"
-        words += f"{utterance_id} [{start:.4f}-{end:.4f}]: {' '.join(text)}\n"
-        start = end + 0.5
+        end = turn + len(samples) / SAMPLE_RATE
+        times = f"[{turn:.4f} - {end:.4f}]"
+        labels += f"{times}\t{utterance_id}\t{mood}\t[2, 2, 2]\n"
+        words += f"{utterance_id} {times}: {' '.join(text)}\n"
     for name, content in [("EmoEvaluation", labels), ("transcriptions", words)]:
         path = folder / "dialog" / name / f"{dialog}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -671,7 +637,7 @@ def make_tone(pitch: float, fall: float, rng: np.random.Generator) -> np.ndarray
 
 # --- The counts of the full release ---------------------------------------------------
 
-# By session: the dialogues, the utterances, and those of five emotions.
+# By session: the number of dialogues, of utterances, and of those with each emotion.
 COUNTED = ("dialogues", "utterances", "ang", "hap", "exc", "sad", "neu")
 SESSION_COUNTS = {
     1: (28, 1819, 229, 135, 143, 194, 384),
@@ -704,23 +670,21 @@ def checksum(corpus: Corpus) -> str:
 
 def describe(name: str, corpus: Corpus) -> str:
     """Describe a corpus by its counts: all, those of each class, and the others."""
-    dialogs = {u.dialog for u in corpus}
-    speakers = {u.speaker for u in corpus}
+    n_dialogs = len({u.dialog for u in corpus})
+    n_speakers = len({u.speaker for u in corpus})
     labels = Counter(u.label for u in corpus)
     classes = [f"{emotion} {labels[label]}" for label, emotion in enumerate(CLASSES)]
     others = Counter(u.emotion for u in corpus if u.label is None)
-    return (
-        f"{name}: {len(corpus)} utterances, {len(dialogs)} dialogues, {len(speakers)} "
-        f"speakers\nThe four classes: {', '.join(classes)}\n"
-        f"Other emotions, which are only context: {dict(others) or 'none'}"
-    )
+    text = f"{name}: {len(corpus)} utterances, {n_dialogs} dialogues, {n_speakers} "
+    text += f"speakers\nThe four classes: {', '.join(classes)}\n"
+    return text + f"Other emotions, which are only context: {dict(others) or 'none'}"
 
 
 # --- Files, errors, commands ----------------------------------------------------------
 
 
 class InputError(Exception):
-    """Something about the user's input is wrong: one line per problem."""
+    """The user's input is wrong. The message has one line per problem."""
 
 
 def read_text(path: Path) -> str:
@@ -733,29 +697,27 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def write_whole(path: Path):
-    """Write a file or a folder so that it is complete or absent.
+    """Write a file or a folder so that it is complete, or stays as it was.
 
     Use it as `with write_whole(path) as part`, and write to `part`. At the end, `part`
-    gets its final name. If the process is killed meanwhile, a file *.part is left
-    behind.
+    becomes `path`. If the process is killed first, a folder *.part is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random name, because several jobs may write the same file at the same time.
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
+    # Several jobs may write the same file at the same time, each in its own folder.
+    with tempfile.TemporaryDirectory(suffix=".part", dir=path.parent) as folder:
+        part = Path(folder) / "part"
         yield part
-        # A folder cannot replace an existing one. Then another job was faster.
-        if not (part.is_dir() and path.is_dir()):
+        try:
             os.replace(part, path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+        except OSError:
+            # It fails if the folder exists already. Then another job was faster.
+            if not (part.is_dir() and path.is_dir()):
+                raise
 
 
 def run_command(main: Callable) -> None:
-    """Run a command. Wrong input gets a sentence and exit 1, a bug gets a traceback."""
+    """Run a command. Wrong input gets a sentence and exit 1, and a bug a traceback."""
+    # A terminal that lacks a character must not end the run.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace", line_buffering=True)
     try:
@@ -777,7 +739,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.command == "toy":
         if args.dir.exists():
-            raise InputError(f"{args.dir}: it exists already. Name a new folder")
+            raise InputError(f"{args.dir}: already exists. Name a new folder")
         write_toy(args.dir)
         return
     corpus, problems = read_iemocap(args.dir)
@@ -785,7 +747,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(describe(args.dir.name, corpus))
     if problems:
         raise InputError("\n".join([*problems, f"{len(problems)} problem(s)"]))
-    print(f"{args.dir}: all counts are those of the full release")
+    print(f"{args.dir}: all counts match the full release")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Results (§3.3, §4): WA and UA, Tables 1 and 2, Fig. 4, and the use of a model.
 
-    python evaluate.py tables RUNS       Tables 1 and 2, beside the paper's numbers
+    python evaluate.py tables RUNS       Tables 1 and 2, on IEMOCAP beside the paper's
     python evaluate.py draw RUNS DIR     Fig. 4 (needs matplotlib)
     python evaluate.py recognize RUN --wav x.wav --text "I never said that."
         --before "Did you say that?"     the emotion of an utterance of your own
 
-RUNS is a folder of runs, and RUN is the folder of one run, for example
+RUNS is a folder of runs, for example `runs`. RUN is the folder of one run, for example
 runs/toy/mmt-finetuned/fold5-seed0.
 """
 
@@ -28,12 +28,12 @@ from torch import Tensor
 
 import data
 from data import CLASSES, Corpus, InputError, Source, Utterance
-from model import FUSIONS, Config, EmotionRecognizer, Upstream
+from model import SYSTEMS, Config, EmotionRecognizer, Upstream
 
 # --- Metrics (§3.1) -------------------------------------------------------------------
 # "The averaged weighted accuracy (WA) and unweighted accuracy (UA, balanced by class
-# weights)." The names are easily confused. WA is the usual accuracy, so a class counts
-# by its size. UA counts every class equally.
+# weights)." The names are easily confused. WA is the usual accuracy, so large classes
+# count more. UA counts every class equally.
 
 
 def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray:
@@ -50,7 +50,7 @@ def confusion_matrix(y_true: Sequence[int], y_pred: Sequence[int]) -> np.ndarray
 
 
 def weighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
-    """Compute WA: the fraction of utterances that are predicted right.
+    """Compute WA: the fraction of utterances that are predicted correctly.
 
     >>> weighted_accuracy([0, 0, 0, 1], [0, 0, 2, 1])  # 3 of 4
     0.75
@@ -61,7 +61,7 @@ def weighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
 
 # EXERCISE 6 (10 min): delete the body, write it again; pytest -m ex6
 def unweighted_accuracy(y_true: Sequence[int], y_pred: Sequence[int]) -> float:
-    """Compute UA: the mean of the recalls of the classes.
+    """Compute UA: the mean recall of the classes.
 
     y_true and y_pred are lists, arrays or tensors of n class indices. A class without
     an utterance in y_true does not count.
@@ -86,15 +86,15 @@ def metrics(y_true: Sequence[int], y_pred: Sequence[int]) -> dict:
 
 
 # --- Tables 1 and 2 (§3.3, §4.1) ------------------------------------------------------
-# PAPER-ERROR [E5]: "fine-tuned features generally outperform frozen features" (§3.3.1),
-# but not by UA in Sys. 10 and 16.
+# PAPER-ERROR [E5]: "the fine-tuned systems generally outperform the frozen systems"
+# (§4.2.1), but not by UA in Sys. 10 and 16.
 # PAPER-ERROR [E6]: "the fusion of CMT models is best" (§3.3.2). By UA, Sys. 15 (LF) is.
 # PAPER-ERROR [E7]: "CMT(T->A) slightly improves over the textual performance". By UA,
 # Sys. 6 (BERT+FC) is better than Sys. 12.
 # PAPER-ERROR [E8]: Sys. 18 "surpasses the accuracy of every emotion class" of Sys. 8
 # (§4.2.2). In Fig. 4 both have .85 for angry.
 
-# By number: the name, WA and UA in %, the means of five folds.
+# By number of the system: name, WA and UA in %, averaged over five folds.
 TABLE_1 = {
     1: ("WavLM+FC frozen", 66.15, 65.35),
     2: ("WavLM+FC fine-tuned", 66.70, 66.71),
@@ -115,8 +115,9 @@ TABLE_1 = {
     17: ("MMT frozen", 78.58, 80.72),
     18: ("MMT fine-tuned", 80.36, 81.70),
 }
-# The rows "ours" on Session 5 have no system numbers. By §5 the fine-tuned one is MMT.
-# The frozen one may be MMT or LF, because the frozen row of five folds is Sys. 15 (LF).
+# The rows marked "ours" on Session 5 have no system numbers. By §5 the fine-tuned one
+# is MMT. The frozen one may be MMT or LF, because the frozen row of five folds is LF
+# (Sys. 15).
 # PAPER-ERROR [E2]: §5 has a WA of 84.35, the abstract and Table 2 have 84.45.
 TABLE_2 = {
     15: ("LF frozen", 78.32, 80.56),
@@ -129,7 +130,8 @@ TABLE_2 = {
 class FinishedRun:
     """A finished run, as read from the files of its folder.
 
-    Its title in config.json is its corpus, with the settings that are not defaults.
+    config["title"] is the corpus, followed by the settings that are not defaults, and
+    config["system"] is the number in Table 1.
     """
 
     folder: Path
@@ -144,7 +146,7 @@ Runs = list[FinishedRun]
 def table(name: str, runs: Runs, published: dict) -> str:
     """Format one row per system: mean ± standard deviation over the folds, in %.
 
-    runs        at least one, all of one title. The seeds of a fold are averaged first.
+    runs        at least one, all with the same title
     published   TABLE_1 or TABLE_2. The paper's numbers stand beside ours on IEMOCAP.
     """
     rows = [["Sys.", "model", "folds", "runs", "WA", "UA"]]
@@ -152,16 +154,14 @@ def table(name: str, runs: Runs, published: dict) -> str:
     if on_iemocap:
         rows[0] += ["paper's WA", "paper's UA"]
     for system, group in grouped(runs, "system").items():
-        name_of_system, paper_wa, paper_ua = published[system]
+        model, paper_wa, paper_ua = published[system]
         folds = grouped(group, "fold")
-        numbers = " ".join(str(fold) for fold in folds)
-        row = [str(system), name_of_system, numbers, str(len(group))]
+        row = [str(system), model, " ".join(map(str, folds)), str(len(group))]
         for metric in ("wa", "ua"):
-            # Average over the seeds first, so that every fold counts once.
+            # Average over the seeds of a fold first, so that every fold counts once.
             means = []
-            for runs_of_fold in folds.values():
-                mean = fmean(run.result[metric] for run in runs_of_fold)
-                means.append(100 * mean)
+            for fold in folds.values():
+                means.append(100 * fmean(run.result[metric] for run in fold))
             cell = f"{fmean(means):.2f}"
             if len(means) > 1:
                 cell += f" ± {stdev(means):.2f}"
@@ -174,7 +174,7 @@ def table(name: str, runs: Runs, published: dict) -> str:
 
 
 def grouped(runs: Runs, key: str) -> dict:
-    """Group runs by their "title", "system" or "fold", in order."""
+    """Group runs by "title", "system" or "fold", in order. A missing group is empty."""
     groups = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.config[key]):
         groups[run.config[key]].append(run)
@@ -187,8 +187,8 @@ def format_table(title: str, rows: list[list[str]]) -> str:
     rule = ["-" * width for width in widths]
     text = f"{title}\n\n"
     for row in [rows[0], rule, *rows[1:]]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        text += "| " + " | ".join(cells) + " |\n"
+        cells = map(str.ljust, row, widths)
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
@@ -218,26 +218,19 @@ def draw_confusions(runs: Runs, path: Path) -> None:
     for ax, run in zip(axes, runs, strict=True):
         counts = np.array(run.result["confusion"])  # (4, 4)
         size = counts.sum(axis=1)  # (4,)
+        # A row shows the fractions of one class. The test session may lack a class.
         fractions = counts / size.clip(min=1).reshape(4, 1)
         ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), fraction in np.ndenumerate(fractions):
-            colour = "white" if fraction > 0.5 else "black"
-            ax.text(
-                column, row, f"{fraction:.2f}", color=colour, ha="center", va="center"
-            )
+        for (row, column), value in np.ndenumerate(fractions):
+            color = "white" if value > 0.5 else "black"
+            ax.text(column, row, f"{value:.2f}", color=color, ha="center", va="center")
+        ax.set_xticks(range(4), CLASSES)
+        sizes = [f"{name}\nn = {n}" for name, n in zip(CLASSES, size, strict=True)]
+        ax.set_yticks(range(4), sizes)
         system = run.config["system"]
-        ax.set(
-            title=f"Sys. {system} (UA: {run.result['ua']:.2%})\n{TABLE_1[system][0]}, "
-            f"fold {run.config['fold']}, seed {run.config['seed']}",
-            xticks=range(4),
-            xticklabels=CLASSES,
-            xlabel="Predictions",
-            yticks=range(4),
-            yticklabels=[
-                f"{name}\nn = {n}" for name, n in zip(CLASSES, size, strict=True)
-            ],
-            ylabel="Groundtruth",
-        )
+        title = "Sys. {system} (UA: {ua:.2%})\n{name}, fold {fold}, seed {seed}"
+        title = title.format(system=system, name=TABLE_1[system][0], **run.result)
+        ax.set(title=title, xlabel="Predictions", ylabel="Groundtruth")
     figure.savefig(path)
 
 
@@ -245,8 +238,7 @@ def draw(runs: Runs, folder: Path) -> None:
     """Draw one picture for each title, and print the path of the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, group in grouped(runs, "title").items():
-        # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. If none of them has run,
-        # draw the first four runs.
+        # Fig. 4 has Sys. 4, 8, 18 and 7 on Session 5. Draw these, or any four.
         session_5 = grouped(group, "fold")[5]
         systems = grouped(session_5, "system")
         panels = [systems[n][0] for n in (4, 8, 18, 7) if n in systems]
@@ -262,10 +254,6 @@ class Recognizer:
     """Recognize the emotion of utterances of your own with a finished run.
 
     Raises InputError if the run is not finished, or if its upstreams have changed.
-
-    >>> recognizer = Recognizer("runs/toy/mmt-finetuned/fold5-seed0")  # doctest: +SKIP
-    >>> recognizer.recognize("x.wav", "I never said that.")  # doctest: +SKIP
-    {"neu": 0.1, "hap": 0.1, "ang": 0.7, "sad": 0.1}
     """
 
     def __init__(self, folder: str | Path):
@@ -301,20 +289,19 @@ class Recognizer:
         return dict(zip(CLASSES, probabilities.tolist(), strict=True))
 
     def inputs(self, wav, text, before, after) -> dict:
-        """Make the arguments of the model for one utterance, as training does."""
+        """Make the arguments of the model for one utterance."""
         if isinstance(before, str) or isinstance(after, str):
             raise InputError("the turns before and after must be lists of texts")
-        given = {"audio": wav is not None, "text": text is not None}
-        used = {modality: modality in self.upstreams for modality in given}
-        if given != used:
+        arguments = {"audio": wav, "text": text}
+        given = {m for m, argument in arguments.items() if argument is not None}
+        if given != self.upstreams.keys():
             raise InputError(
-                f"{self.run.folder} uses {list(self.upstreams)}. Give it a wav for "
-                "audio, a text for text, and nothing else"
+                f"{self.run.folder} takes {list(self.upstreams)}, no other"
             )
 
         # Treat the turns as a corpus of one dialogue. Its sources are live, so they
-        # compute the states. Only the target has a label, so only it is prepared, with
-        # the texts of its window.
+        # compute the states. Only utterances with a label are prepared, so the target
+        # gets one. It may be any, because the model never sees labels.
         turns = [*before, text or "", *after]
         corpus = [Utterance("", 1, "", "", 0.0, 0.0, turn, "", None) for turn in turns]
         target = len(before)
@@ -331,10 +318,8 @@ class Recognizer:
 
 def load_upstream(name: str, modality: str, precision: str) -> Upstream:
     """Load an upstream. Raises InputError if it is incomplete or of unknown type."""
-    advice = (
-        "To train, choose another with --wavlm or --bert. To recognize, write its new "
-        "path into the run's config.json. Delete a folder tiny-..., it is written again"
-    )
+    advice = "To train, choose another with --wavlm or --bert. To recognize, write its "
+    advice += "new path into the run's config.json. A folder tiny-... can be deleted"
     with reading(f"{modality} encoder {name}", advice):
         return Upstream(name, modality, precision)
 
@@ -353,7 +338,7 @@ def reading(path: Path | str, advice: str):
     try:
         yield
     except DAMAGE as problem:
-        # Some libraries write reports of many lines.
+        # Some libraries raise messages of many lines.
         reason = " ".join(str(problem).split())
         raise InputError(f"{path}: {reason:.300}. {advice}") from problem
 
@@ -362,9 +347,7 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a finished run. Raises InputError if its files are damaged or disagree."""
     if not (folder / "result.json").exists():
         below = [str(path.parent) for path in folder.rglob("result.json")]
-        raise InputError(
-            f"{folder} is not a finished run. Runs below it: {below or 'none'}"
-        )
+        raise InputError(f"{folder} is not a finished run. Below it are runs: {below}")
     with reading(folder, "A file of this run is damaged"):
         config = read_json(folder / "config.json")
         result = read_json(folder / "result.json")
@@ -376,9 +359,8 @@ def read_run(folder: Path) -> FinishedRun:
             raise ValueError("predictions.csv or config.json is not complete")
         keys = ("corpus", "fusion", "frozen", "fold", "seed")
         expected = {key: config[key] for key in keys}
-        # Table 1 has two systems of each fusion, the frozen one first.
-        place = list(FUSIONS).index(config["fusion"])
-        config["system"] = 2 * place + 2 - config["frozen"]
+        system = (config["fusion"], config["frozen"])
+        config["system"] = SYSTEMS.index(system) + 1
     # WA, UA and the confusion matrix must be those of the predictions.
     expected.update(metrics(truth, guesses))
     for key, value in expected.items():
@@ -394,7 +376,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_predictions(folder: Path, utterances: Corpus, log_probs: Tensor) -> None:
-    """Write predictions.csv: one row per test utterance, with log_probs (n, 4)."""
+    """Write predictions.csv: one row per test utterance. log_probs is (n, 4)."""
     rows = [["utterance", "speaker", "label", "prediction", *CLASSES]]
     for u, row in zip(utterances, log_probs, strict=True):
         # Choose the class first. Rounding can make the two largest numbers equal.
@@ -412,7 +394,7 @@ def load_checkpoint(path: Path, run: dict) -> dict:
 
     run   corpus, fusion, frozen, fold and seed, for example from config.json
 
-    Raises InputError if the file is damaged, or if its run is another one.
+    Raises InputError if the file is damaged, or belongs to another run.
     """
     advice = "Restore it from a copy, or move it elsewhere to start this run again"
     with reading(path, advice):
@@ -430,15 +412,16 @@ def load_checkpoint(path: Path, run: dict) -> dict:
 def find_runs(root: Path) -> tuple[Runs, list[str]]:
     """Find the finished runs in a folder, and the problems, one line per folder.
 
-    Prints a line for each run that is not finished. Raises InputError without any run.
+    Prints a line for each unfinished run. Raises InputError if there is no run.
     """
-    runs = {}
+    runs = []
     first_of_title = {}
     problems = []
     # result.json is written last. A run without it is not finished.
     files = list(root.rglob("log.jsonl")) + list(root.rglob("result.json"))
-    folders = {path.parent for path in files}
-    for folder in sorted(folders):
+    if not files:
+        raise InputError(f"{root}: no run in it. Give the --out of train.py")
+    for folder in sorted({file.parent for file in files}):
         if not (folder / "result.json").exists():
             print(f"{folder}: not finished. Run its train.py command again to resume")
             continue
@@ -448,20 +431,12 @@ def find_runs(root: Path) -> tuple[Runs, list[str]]:
             problems.append(str(problem))
             continue
         # A table compares runs of one title. Their corpus must be the same.
-        config = run.config
-        title = config["title"]
-        first = first_of_title.setdefault(title, run)
-        key = (title, config["system"], config["fold"], config["seed"])
-        if config["corpus_checksum"] != first.config["corpus_checksum"]:
-            other = first.folder
-            problems.append(f"{folder}: left out, on another corpus than {other}")
-        elif key in runs:
-            problems.append(f"{folder}: left out, a duplicate of {runs[key].folder}")
-        else:
-            runs[key] = run
-    if not folders:
-        raise InputError(f"{root}: no run in it. Give the --out of train.py")
-    return list(runs.values()), problems
+        first = first_of_title.setdefault(run.config["title"], run)
+        if run.config["corpus_checksum"] != first.config["corpus_checksum"]:
+            problems.append(f"{folder}: left out, on other data than {first.folder}")
+            continue
+        runs.append(run)
+    return runs, problems
 
 
 # --- The commands ---------------------------------------------------------------------
@@ -480,7 +455,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--wav", type=Path, help="16-bit mono WAV")
     command.add_argument("--text", help="its words")
     for flag in ("--before", "--after"):
-        command.add_argument(flag, nargs="+", default=[])
+        command.add_argument(flag, nargs="+", default=[], help="texts of turns")
     args = parser.parse_args(arguments)
 
     if args.command == "recognize":

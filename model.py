@@ -2,15 +2,14 @@
 
     python model.py     print every block of the main system with shapes and parameters
 
-Read this file with §2 of the paper and its Figures 1 to 3 open. It begins with the
-equations. The feature extractors (Fig. 2), the fusion (Fig. 3) and the whole recognizer
-(Fig. 1) follow. The two pre-trained encoders that feed it come last.
+Read this file with §2 of the paper and its Figures 1 to 3 open. After FUSIONS come the
+equations, Fig. 2, Fig. 3 and Fig. 1, and then the pre-trained encoders.
 
 Symbol      meaning                                              in the paper
 ------      --------------------------------------------------   ---------------------
 B           utterances in a batch                                32 (§3.2)
 T           time steps: T_A frames of 20 ms, T_T word pieces     §2.2
-N           real time steps of all utterances of a batch
+N           real time steps of all clips, or of all texts, of a batch
 L           layer states of an upstream: the input of its        25 and 13 (§2.1)
             first Transformer layer, and every layer's output
 D           width of an upstream                                 1024 and 768 (§2.1)
@@ -20,9 +19,9 @@ X_A, X_T    acoustic and textual features, (B, T, d)             Fig. 2
 x_t, x_s    target (gives queries), source (keys and values)     X_t, X_s in Eq. (1)
 
 Masks are bool: True is a real time step, False is padding. Layer states are large, so
-they are never padded. A batch of them is (N, L, D): the real steps of all its
-utterances, one after another. The mask tells where each step belongs. This is the data
-flow of the main system, MMT, for one batch:
+the model gets them without padding. A batch of them is (N, L, D): the real steps of all
+its clips or texts, one after another. The mask tells where each step belongs. This is
+the data flow of the main system, MMT, for one batch:
 
   waveforms ---- WavLM ---> (N, 25, 1024) -- S&E, project --> X_A (B, T_A, 16)
   9 texts each -- BERT ---> (N, 13, 768) --- S&E, project --> (B, 9, T_T, 16)
@@ -33,8 +32,9 @@ flow of the main system, MMT, for one batch:
                                                                                      |
                                           logits (B, 4) <--- MLP --- (B, 32) <-------+
 
-"The author's other code" below is JinchaoLove/AffectiveVocalBurstRecognition on GitHub,
-the first author's code for a related task. The code of this paper is not public.
+The code of this paper is not public. In all four files, "the author's other code" is
+JinchaoLove/AffectiveVocalBurstRecognition on GitHub, for a related task. For "another
+reading", tests/studies/alternatives.py has a patch, or names a flag.
 """
 
 import json
@@ -50,10 +50,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 # Fig. 3 and Table 1. A fusion is a list of paths (target, source) whose outputs are
-# concatenated. Without a source, a path passes on the features of the target. With the
+# concatenated. A path without a source passes on the features of the target. With the
 # target itself as source it is a vanilla Transformer block. With the other modality as
-# source it is a cross-modal Transformer, CMT (source -> target). Table 1 has two
-# systems of each fusion: frozen (odd numbers) and fine-tuned (even numbers).
+# source it is a cross-modal Transformer, CMT (source -> target).
 FUSIONS = {
     "audio-fc": [("audio", None)],  # Sys. 1, 2
     "audio-te": [("audio", "audio")],  # Sys. 3, 4
@@ -65,6 +64,11 @@ FUSIONS = {
     "lf": [("audio", "audio"), ("text", "text")],  # Sys. 15, 16: Fig. 3b
     "mmt": [("text", "audio"), ("audio", "text")],  # Sys. 17, 18: Fig. 3d
 }
+
+# Sys. 1 to 18, as (fusion, frozen). The frozen system of a fusion has the odd number.
+SYSTEMS = []
+for fusion in FUSIONS:
+    SYSTEMS += [(fusion, True), (fusion, False)]
 
 
 @dataclass
@@ -101,8 +105,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     x (B, T, F), mask (B, T) -> (B, F)
 
     For example, [[1], [3], [9]] with the mask [True, True, False] gives [2]. Padding is
-    never read, so it may contain anything, even NaN. Without a real step, the result is
-    0.
+    never read, so it may be anything, even NaN. Without a real step, the result is 0.
     """
     total = x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)  # (B, F)
     # Careful: without the clamp, an utterance without a real step is 0 / 0 = NaN.
@@ -122,8 +125,7 @@ def cross_modal_attention(
 
     Each step of the target takes a weighted mean of the values of the source. The
     weights of a step (a row) sum to 1 over the real steps of the source. A source
-    without a real step gives zeros. The padding of the source may contain any finite
-    number.
+    without a real step gives zeros. The padding of the source may be any finite number.
     """
     q = x_t @ w_q  # (B, T_t, d_k)
     k = x_s @ w_k  # (B, T_s, d_k)
@@ -168,13 +170,12 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         # UNSPECIFIED [A2]: the channels of S&E. The paper says "layer-wise", and "the
         # reduction ratio is simply the number of layers". We take the layers as
-        # channels, so the bottleneck has L / L = 1 unit. Another reading: the features
-        # are the channels (tests/studies).
+        # channels, so the bottleneck has L / L = 1 unit. Another reading: the features.
         self.reduce = nn.Linear(n_layers, 1)  # W_1, b_1
         self.expand = nn.Linear(1, n_layers)  # W_2, b_2
-        # DEVIATION [D2]: b_1 starts at 1, the paper names no initial value. Why: if the
-        # ReLU gives 0 for all utterances, it passes no gradient, and their gates stay
-        # equal. Starting at 1 makes that unlikely. train.py warns if it happens.
+        # DEVIATION [D2]: b_1 starts at 1, not at PyTorch's random value. The paper
+        # names none. Why: if the ReLU gives 0 for all utterances, it passes no
+        # gradient, and their gates stay equal. Starting at 1 makes that unlikely.
         nn.init.ones_(self.reduce.bias)
 
     # EXERCISE 3 (15 min): delete the body, write it again; pytest -m ex3
@@ -196,29 +197,29 @@ class FeatureExtractor(nn.Module):
     def __init__(self, n_layers: int, width: int, dim: int):
         super().__init__()
         self.se = SqueezeExcitation(n_layers)
-        # UNSPECIFIED [A3]: the projector. It is "an MLP with Layer-Normalization" in
-        # §2.1 and "a Fully-Connected (FC) Layer and Layer Normalization" in §1. We
-        # follow §1, as the author's other code does. Another reading: a hidden layer
-        # (tests/studies).
+        # UNSPECIFIED [A3]: the projector is "an MLP with Layer-Normalization" in §2.1,
+        # "a Fully-Connected (FC) Layer and Layer Normalization" in §1. We follow §1,
+        # like the author's other code. Another reading: a hidden layer.
         self.linear = nn.Linear(width, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         states = states.float()  # 16 bits in the cache [D1]
         gates = self.se(states, mask)  # (B, L)
-        # The utterance of each step. nonzero lists the steps in the order of `states`.
-        utterance = mask.nonzero()[:, 0]  # (N,)
+
         # UNSPECIFIED [A1]: how L layers become one vector. They are "calibrated and
-        # condensed" (§1). We sum the layers, scaled by their gates, as the author's
-        # other code does. Another reading: lay them side by side (tests/studies). One
-        # product scales and sums, so no scaled copy of the states is in memory.
+        # condensed" (§1). We scale each layer by its gate and sum them. The author's
+        # other code sums them too, with weights that all inputs share. Another reading:
+        # lay them side by side. One product scales and sums without a scaled copy.
+        utterance = mask.nonzero()[:, 0]  # (N,)
         x = torch.einsum("nl,nld->nd", gates[utterance], states)  # (N, D)
+
         x = self.norm(self.linear(x))  # (N, d)
         return unpack(x, mask)  # (B, T, d)
 
 
 class TextFeatureExtractor(nn.Module):
-    """Fig. 2b without BERT: Fig. 2a for each of C texts, then a merging convolution.
+    """Fig. 2b without BERT: Fig. 2a for each of C texts, then a convolution over them.
 
     states (N, L, D), mask (B, C, T) -> X_T (B, T, d), mask (B, T)
 
@@ -232,23 +233,21 @@ class TextFeatureExtractor(nn.Module):
         # convolutional layer with the stride of 1 and kernel size of 3". We take the
         # texts as channels and convolve over (token, feature), so X_T is a sequence
         # again. That makes 9 * 3 * 3 + 1 = 82 parameters. Another reading: two layers
-        # with a norm (tests/studies). Careful: the convolution mixes tokens of several
-        # texts at the same position, although they are not related.
+        # with a norm. Careful: the convolution mixes tokens of several texts at the
+        # same position or the next, although nothing relates them.
         self.conv = nn.Conv2d(n_context, 1, kernel_size=3, stride=1, padding=1)
 
     # EXERCISE 4 (25 min): delete the body, write it again; pytest -m ex4
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         B, C, _ = mask.shape
-        # UNSPECIFIED [A6]: what is beyond the edge of a dialogue. We put zeros. Another
-        # reading: repeat the last text (tests/studies). A missing neighbour has no real
-        # step, so its map is zero.
+        # UNSPECIFIED [A6]: what lies beyond the edge of a dialogue. A missing neighbour
+        # has no real step, so its map is zero. Another reading: the nearest text.
         x = self.each_text(states, mask.flatten(0, 1))  # (B * C, T, d)
         x = x.unflatten(0, (B, C))  # (B, C, T, d)
         x = self.conv(x)  # (B, 1, T, d)
         x = x.squeeze(1)  # (B, T, d)
-        # UNSPECIFIED [A5]: which steps of X_T are real. We take every position where
-        # any of the texts has a token. Another reading: the target's own tokens
-        # (tests/studies).
+        # UNSPECIFIED [A5]: which steps of X_T are real. We take the positions where any
+        # text has a token. Another reading: the target's own tokens.
         return x, mask.any(dim=1)
 
 
@@ -270,10 +269,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         # UNSPECIFIED [A8]: heads, depth, width, norm and positions. Eq. (1) has one
         # head and no output matrix. "The same backbone as the vanilla Transformer"
-        # (§2.2) means post-norm, 4 d hidden units, ReLU and a dropout of 0.1. We use
-        # one block, and add no positions, because both upstreams have added theirs.
-        # Another reading: two heads, two hidden units, a dropout of 0.5
-        # (tests/studies).
+        # (§2.2) means post-norm, 4 d hidden units, ReLU, dropout 0.1. We use one block,
+        # and add no positions, because both upstreams have added theirs. Another
+        # reading: two heads, two hidden units, dropout 0.5.
         self.w_q = nn.Parameter(torch.empty(dim, dim))  # W_Q (d_t, d_k)
         self.w_k = nn.Parameter(torch.empty(dim, dim))  # W_K (d_s, d_k)
         self.w_v = nn.Parameter(torch.empty(dim, dim))  # W_V (d_s, d_v)
@@ -287,14 +285,12 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.residual = residual
 
-    def attend(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute Eq. (1) with the matrices of this block."""
-        return cross_modal_attention(x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s)
-
     # EXERCISE 5 (35 min): delete the body, write it again; pytest -m ex5
     def forward(self, x_t: Tensor, x_s: Tensor, mask_s: Tensor) -> Tensor:
-        attended, _ = self.attend(x_t, x_s, mask_s)  # (B, T_t, d)
-        x = self.dropout(attended)
+        attended, _ = cross_modal_attention(
+            x_t, x_s, self.w_q, self.w_k, self.w_v, mask_s
+        )
+        x = self.dropout(attended)  # (B, T_t, d)
         if self.residual:
             x = x_t + x
         x = self.norm1(x)
@@ -318,8 +314,7 @@ class Fusion(nn.Module):
             # UNSPECIFIED [A7]: whether CMT has the residual connection of the vanilla
             # block around its attention. With it, the text itself would pass through
             # CMT(A->T), which should then score like BERT. In Table 1 it scores like
-            # audio (Sys. 9, 10). So we leave it out. Another reading: --cma-residual
-            # (tests/studies).
+            # audio (Sys. 9, 10). So we leave it out. Another reading: --cma-residual.
             residual = source == target or config.cma_residual
             name = f"{source}-to-{target}"
             self.blocks[name] = TransformerBlock(config.dim, residual)
@@ -359,11 +354,10 @@ class EmotionRecognizer(nn.Module):
             )
         self.fusion = Fusion(config)
 
-        # UNSPECIFIED [A16]: which modules are meant by "a dropout layer (0.5) between
-        # every two modules" (§3.2). We take the boxes of Fig. 1: extractor, fusion,
+        # UNSPECIFIED [A16]: the modules meant by "a dropout layer (0.5) between every
+        # two modules" (§3.2). We take the boxes of Fig. 1: extractor, fusion,
         # classifier. Fig. 1a has no fusion, so a unimodal system has one dropout.
-        # Another reading: before the projector, as in the author's other code
-        # (tests/studies).
+        # Another reading: before the projector, like the author's other code.
         self.dropout = nn.Dropout(config.dropout)
         self.fusion_dropout = nn.Identity()
         if len(config.modalities) == 2:
@@ -372,28 +366,21 @@ class EmotionRecognizer(nn.Module):
         # PAPER-ERROR [E10]: the classifier is "a simple MLP" in §2.3, but "a
         # fully-connected (FC) layer" in §2.2.
         # UNSPECIFIED [A15]: the width of the classifier. We follow §2.3, with one
-        # hidden layer of width d. Another reading: one linear layer (tests/studies).
+        # hidden layer of width d. Another reading: one linear layer.
         self.classifier = nn.Sequential(
             nn.Linear(dim * len(self.fusion.paths), dim),
             nn.ReLU(),
             nn.Linear(dim, config.n_classes),
         )
 
-    def features(
-        self, audio: tuple | None = None, text: tuple | None = None
-    ) -> tuple[dict, dict]:
-        """Compute X_A and X_T (Fig. 2): x (B, T, d) and mask (B, T), by modality."""
+    def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
         x = {}
         mask = {}
         if "audio" in self.extractor:
             states, mask["audio"] = audio
-            x["audio"] = self.extractor["audio"](states, mask["audio"])
+            x["audio"] = self.extractor["audio"](states, mask["audio"])  # X_A
         if "text" in self.extractor:
-            x["text"], mask["text"] = self.extractor["text"](*text)
-        return x, mask
-
-    def forward(self, audio: tuple | None = None, text: tuple | None = None) -> Tensor:
-        x, mask = self.features(audio, text)
+            x["text"], mask["text"] = self.extractor["text"](*text)  # X_T
         for modality in x:
             x[modality] = self.dropout(x[modality])  # (B, T, d)
         fused = self.fusion_dropout(self.fusion(x, mask))  # (B, d * paths)
@@ -402,7 +389,7 @@ class EmotionRecognizer(nn.Module):
 
 # --- Upstreams: WavLM and BERT (§2.1), and what fine-tuning opens in them (§2.4) ------
 
-# The model types that the tests have tried. Any other is refused by its name.
+# The model types that the tests have tried. Any other is refused by name.
 KNOWN_TYPES = {
     "audio": ["wavlm", "hubert", "wav2vec2", "unispeech-sat"],
     "text": ["bert", "roberta", "electra"],
@@ -416,10 +403,9 @@ class Upstream(nn.Module):
     modality    "audio" (WavLM and its relatives) or "text" (BERT and its relatives)
     precision   "fp32", or "bf16" for matrix products in 16 bits
 
-    `prepare` turns one input into the numbers that the encoder reads. These never
-    change. A call turns a list of prepared inputs into a list of states. Raises OSError
-    or ValueError if the encoder cannot be loaded, is of an unknown type, or lacks a
-    part.
+    `prepare` turns one input into the numbers that the encoder reads. A call turns a
+    list of prepared inputs into a list of states. The constructor raises ValueError for
+    an unknown type or a missing part, and the libraries' errors for a damaged file.
     """
 
     def __init__(self, name: str, modality: str, precision: str = "fp32"):
@@ -444,23 +430,22 @@ class Upstream(nn.Module):
         self.checksum = self.compute_checksum()
 
     def train(self, mode: bool = True) -> "Upstream":
-        """Stay in evaluation mode, whatever the mode of the module around this one."""
+        """Stay in evaluation mode, even if train() is called."""
         # UNSPECIFIED [A12]: the upstreams' own dropout. The cache needs it off, because
-        # it stores each state once and dropout is random. We also leave it off while
-        # fine-tuning, where nothing requires it. Another reading: switch it on then, as
-        # in the author's other code (tests/studies).
+        # it stores each state once and dropout is random. We leave it off while
+        # fine-tuning, too. Another reading: on then, as in the author's other code.
         return super().train(False)
 
     def prepare(self, raw: Tensor | str) -> Tensor:
         """Turn a clip (m,) at 16 kHz, or a text, into what the encoder reads: (n,).
 
-        These are samples (for WavLM-Large of mean 0 and variance 1), or token numbers.
+        These are samples (for WavLM-Large of mean 0 and variance 1), or token ids.
         """
         if self.modality == "audio":
             prepared = self.preprocessor(raw.numpy(), sampling_rate=16000)
             return torch.from_numpy(prepared["input_values"][0])
-        # UNSPECIFIED [A19]: tags such as [LAUGHTER]. We leave them in the text. Another
-        # reading: remove them (tests/studies).
+        # UNSPECIFIED [A19]: tags, like [LAUGHTER]. We keep them. Another reading: no
+        # tags.
         prepared = self.preprocessor(raw, truncation=True, max_length=self.max_tokens)
         return torch.tensor(prepared["input_ids"])
 
@@ -481,8 +466,8 @@ class Upstream(nn.Module):
             output = self.model(padded, attention_mask=mask, output_hidden_states=True)
         # PAPER-ERROR [E4]: §2.1 takes all states to avoid "information leakage". It
         # must mean information loss. State 0 is the output of the feature encoder, as
-        # the first Transformer layer gets it. Careful: the last of `hidden_states` may
-        # come before the final LayerNorm, so we take last_hidden_state.
+        # it enters the first Transformer layer. Careful: the last of `hidden_states`
+        # may come before the final LayerNorm, so we take last_hidden_state.
         layers = [*output.hidden_states[:-1], output.last_hidden_state]
         states = torch.stack(layers, dim=2)  # (B, T, L, D)
         if self.modality == "audio":
@@ -491,21 +476,21 @@ class Upstream(nn.Module):
         return list(states[real.to(device)].split(lengths.tolist()))
 
     def open(self, what: str) -> list[nn.Parameter]:
-        """Unfreeze "nothing", the "bottom" or "all". Returns these parameters."""
+        """Unfreeze "nothing", the "bottom" or "all". Returns what is unfrozen."""
         # §2.4: "we only fine-tune the feature extractor part, i.e., CNN encoders in
         # WavLM and input embeddings in BERT".
-        # UNSPECIFIED [A21]: whether the LayerNorm of BERT's embeddings belongs to the
-        # "input embeddings". We say yes. Another reading: only the embedding tables
-        # (tests/studies).
-        bottom = "feature_extractor." if self.modality == "audio" else "embeddings."
+        # UNSPECIFIED [A21]: whether these include the LayerNorm of BERT's embeddings.
+        # We say yes. Another reading: only the embedding tables.
+        prefix = "feature_extractor." if self.modality == "audio" else "embeddings."
         opened = []
         for name, parameter in self.model.named_parameters():
-            if what == "all" or (what == "bottom" and name.startswith(bottom)):
+            if what == "all" or (what == "bottom" and name.startswith(prefix)):
                 opened.append(parameter.requires_grad_(True))
         return opened
 
     def compute_checksum(self) -> str:
         """Compute a checksum of the weights and the configuration."""
+        # The place of the model and the version of the library do not change states.
         config = self.model.config.to_dict()
         config.pop("_name_or_path", None)
         config.pop("transformers_version", None)
@@ -519,7 +504,7 @@ def frame_count(samples: Tensor | int, config) -> Tensor | int:
     """Count the frames of a CNN encoder, layer by layer: samples -> frames of 20 ms.
 
     For WavLM this is floor((samples - 400) / 320) + 1.
-    PAPER-ERROR [E3]: 50 frames for each second (§2.1). 1 s gives 49, and 5 s give 249.
+    PAPER-ERROR [E3]: §2.1 has 50 frames per second. 1 s gives 49, and 5 s give 249.
     """
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         samples = (samples - kernel) // stride + 1
@@ -532,13 +517,13 @@ def import_transformers():
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # PyTorch warns about the kinds of mask in WavLM's attention. Its result is right.
+    # PyTorch warns about the masks in WavLM's attention, but the result is right.
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     return transformers
 
 
 def load_pretrained(name: str, modality: str):
-    """Load (preprocessor, model). Raises OSError or ValueError for a bad encoder."""
+    """Load (preprocessor, model). Raises ValueError for one that is unsuitable."""
     transformers = import_transformers()
     # Careful: otherwise the library offers to run code that comes with the weights.
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -562,8 +547,8 @@ def load_pretrained(name: str, modality: str):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     # Long texts keep their beginning (§3.2), whatever the configuration says.
     tokenizer.truncation_side = "right"
-    # Careful: without its files, a tokenizer still loads, but with five special tokens.
-    # A whole one has nearly as many entries as the embedding has rows.
+    # Careful: without its files, a tokenizer still loads, with five special tokens. A
+    # complete one has nearly as many entries as the embedding has rows.
     rows = model.get_input_embeddings().num_embeddings
     if not rows / 2 < len(tokenizer) <= rows:
         raise ValueError(f"its tokenizer has {len(tokenizer)} entries for {rows} rows")
@@ -580,7 +565,6 @@ WAVLM_LARGE = {
     "intermediate_size": 4096,
     "feat_extract_norm": "layer",
     "do_stable_layer_norm": True,
-    "num_buckets": 320,
 }
 TINY = {
     "hidden_size": 48,
@@ -588,7 +572,7 @@ TINY = {
     "num_attention_heads": 2,
     "intermediate_size": 48,
 }
-# Two convolutions instead of seven, with a frame of 20 ms like the original.
+# Two convolutions instead of seven, with one frame per 20 ms, like the original.
 TINY_CNN = {
     "conv_dim": (16, 16),
     "conv_kernel": (40, 16),
@@ -601,8 +585,7 @@ TINY_CNN = {
 def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
     """Write a WavLM and a BERT of one layer with random weights, for from_pretrained.
 
-    They are in folder/audio and folder/text. The vocabulary has every word of `texts`,
-    and letters for all other words.
+    The vocabulary has every word of `texts`, and letters for all other words.
     """
     transformers = import_transformers()
 
@@ -622,8 +605,8 @@ def make_tiny_upstreams(folder: Path, texts: list[str]) -> None:
     bert_config = transformers.BertConfig(vocab_size=len(vocabulary), **TINY)
     bert = transformers.BertModel(bert_config)
     draw_weights(bert)
-    # The seed of a vector is its word. Otherwise one more word, perhaps of the test
-    # session, would change the vectors of all words after it.
+    # The seed of a vector is made from its word. Otherwise one more word, perhaps of
+    # the test session, would change the vectors of all words after it.
     for row, word in enumerate(vocabulary):
         generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
         bert.embeddings.word_embeddings.weight.data[row].normal_(generator=generator)
@@ -660,7 +643,7 @@ def main() -> None:
             print(f"{name:45} {shape:18} {count:>11,}")
 
     print(f"{'block':45} {'output':18} {'parameters':>11}")
-    # The device "meta" has shapes and no memory, so nothing is downloaded or computed.
+    # A configuration needs no download. On "meta", a tensor has a shape but no data.
     with torch.device("meta"):
         wavlm = transformers.WavLMModel(transformers.WavLMConfig(**WAVLM_LARGE))
         bert = transformers.BertModel(transformers.BertConfig())

@@ -8,7 +8,7 @@
 A run trains one system on one fold with one seed, in a folder of its own:
 
     RUNS/<corpus>/<fusion>-<frozen|finetuned>[-<setting>=<value>...]/fold<k>-seed<n>/
-        config.json       everything that tells this run from another
+        config.json       everything that distinguishes this run from others
         log.jsonl         one line per epoch
         checkpoint.pt     the state after the last epoch
         predictions.csv   one line per test utterance
@@ -16,8 +16,6 @@ A run trains one system on one fold with one seed, in a folder of its own:
 
 The folder's name lists every setting that differs from the defaults of its corpus. The
 same command resumes a run after the last epoch of its checkpoint.
-
-Read `Patience` first, then `train`, from top to bottom.
 """
 
 import argparse
@@ -39,14 +37,14 @@ from torch.optim import AdamW
 import data
 import evaluate
 from data import CLASSES, Corpus, InputError, Source
-from model import FUSIONS, Config, EmotionRecognizer, make_tiny_upstreams
+from model import FUSIONS, SYSTEMS, Config, EmotionRecognizer, make_tiny_upstreams
 
 Sources = dict[str, Source]  # by modality: "audio", "text"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run trains: a system (fusion, frozen), on a fold, with a seed."""
+    """One run: a system (fusion, frozen), trained on a fold with a seed."""
 
     corpus: str
     fusion: str
@@ -64,10 +62,10 @@ class Patience:
     stop_after = 4, these losses give these answers:
 
         1.0  0.8   "continue"  "continue"    a lower loss each time
-        0.9  0.8   "continue"  "finetune"    2 epochs without a lower loss than 0.8
+        0.9  0.8   "continue"  "finetune"    2 epochs without a loss below 0.8
         0.7        "continue"                a lower loss, so the counter is 0 again
         0.8  0.8   "continue"  "continue"
-        0.8  0.8   "continue"  "stop"        4 epochs without a lower loss than 0.7
+        0.8  0.8   "continue"  "stop"        4 epochs without a loss below 0.7
     """
 
     def __init__(self, finetune_after: int | None = 5, stop_after: int = 10):
@@ -84,23 +82,21 @@ class Patience:
         If both are due, the answer is "stop".
         """
         # UNSPECIFIED [A17]: what "decreased" means. We take any lower loss. Another
-        # reading: lower by one part in 10,000, as in the author's other code
-        # (tests/studies).
+        # reading: lower by one part in 10,000, like the author's other code.
         if dev_loss < self.best:
             self.best = dev_loss
             self.since_best = 0
         else:
             self.since_best += 1
-        # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs for every
-        # system. Another reading: it stops after 5, when others start to fine-tune
-        # (tests/studies).
+        # UNSPECIFIED [A20]: when a frozen system stops. We wait 10 epochs, as for the
+        # other systems. Another reading: after 5, when they start to fine-tune.
         if self.since_best >= self.stop_after:
             return "stop"
         if self.finetune_after is None or self.finetuning:
             return "continue"
         # UNSPECIFIED [A9]: whether the 10 epochs count from the trigger again. We use
         # one counter, so 5 more epochs without a decrease stop the training. Another
-        # reading: the counter starts again at 0 (tests/studies).
+        # reading: the counter starts again at 0.
         if self.since_best >= self.finetune_after:
             self.finetuning = True
             return "finetune"
@@ -108,24 +104,25 @@ class Patience:
 
 
 def train_epoch(
-    model: nn.Module, optimizer: AdamW, batch: Callable, rows: Tensor, args: Namespace
+    model: nn.Module, optimizer: AdamW, fetch: Callable, rows: Tensor, args: Namespace
 ) -> float:
     """Train on all utterances once, in shuffled batches (§3.2). Returns the mean loss.
 
-    batch   a function that turns rows of the corpus into (inputs of the model, labels)
+    fetch   a function that turns rows of the corpus into (inputs of the model, labels)
     rows    the utterances to train on (n,)
     """
     model.train()
     total = torch.zeros((), device=args.device)
     shuffled = rows[torch.randperm(len(rows))]
     # UNSPECIFIED [A18]: the last, smaller batch. We keep it. Another reading: drop it,
-    # as in the author's other code (tests/studies).
+    # as in the author's other code.
     batches = shuffled.split(args.batch_size)
     for batch_rows in batches:
         optimizer.zero_grad()
-        # A batch is one part, unless --micro-batch is given. The gradients add up.
-        for part in batch_rows.split(args.micro_batch or args.batch_size):
-            inputs, labels = batch(part)
+        # --micro-batch splits a batch. Each loss is divided by the size of the whole
+        # batch, so the gradients of its parts add up to that of the mean.
+        for micro_batch in batch_rows.split(args.micro_batch or args.batch_size):
+            inputs, labels = fetch(micro_batch)
             logits = model(**inputs)  # (B, 4)
             # §2.4: cross-entropy. UNSPECIFIED [A15]: every class has the same weight.
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -138,17 +135,14 @@ def train_epoch(
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, batch: Callable, rows: Tensor, args: Namespace
+    model: nn.Module, fetch: Callable, rows: Tensor, args: Namespace
 ) -> tuple[dict, Tensor]:
-    """Compute loss, WA, UA and confusion matrix without dropout.
-
-    Returns them, and the log-probabilities that they are computed from (n, 4).
-    """
+    """Compute loss, WA, UA and confusion matrix, and the log-probabilities (n, 4)."""
     model.eval()
     all_logits = []
     all_labels = []
     for part in rows.split(args.micro_batch or args.batch_size):
-        inputs, labels = batch(part)
+        inputs, labels = fetch(part)
         all_logits.append(model(**inputs))
         all_labels.append(labels)
     log_probs = torch.cat(all_logits).log_softmax(dim=1).cpu()
@@ -159,18 +153,14 @@ def measure(
 
 
 def start_finetuning(model: nn.Module, sources: Sources, args: Namespace) -> AdamW:
-    """Unfreeze what --open names, by default the bottom of the upstreams (§2.4).
-
-    Returns a new optimizer.
-    """
+    """Unfreeze what --open names in the upstreams (§2.4). Returns a new optimizer."""
     parameters = list(model.parameters())
     for source in sources.values():
         parameters += source.open(args.open)
     # §3.2: the learning rate during fine-tuning is 1e-5.
     # UNSPECIFIED [A11]: which parameters have this rate, and whether AdamW keeps its
-    # averages of the gradients. One rate is named, so all parameters get it, from a new
-    # AdamW. Another reading: what is trained from scratch keeps 1e-3, as in the
-    # author's other code (tests/studies).
+    # moment estimates. One rate is named, so all parameters get it, from a new AdamW.
+    # Another reading: the recognizer keeps 1e-3, as in the author's other code.
     return AdamW(
         parameters, args.lr_finetune, weight_decay=args.weight_decay, fused=True
     )
@@ -183,13 +173,13 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     sources   the layer states of the modalities that the system uses
 
     If the run's folder has a checkpoint, training resumes from it. Raises InputError
-    if the folder is of another run, or if a loss is not finite.
+    if the folder belongs to another run, or if a loss is not finite.
     """
     folder = run_folder(args, run)
     config = describe_run(args, run, corpus, sources)
     write_config(folder, config)
     if (folder / "result.json").exists():
-        print(f"{folder} is finished already")
+        print(f"{folder} is already finished")
         return
 
     # The three parts of the fold (§3.1), as rows of the corpus.
@@ -202,7 +192,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     )
     windows = data.context_windows(corpus, args.context)
 
-    def batch(rows: Tensor) -> tuple[dict, Tensor]:
+    def fetch(rows: Tensor) -> tuple[dict, Tensor]:
         labels = torch.tensor([corpus[row].label for row in rows.tolist()])
         inputs = data.batch(rows, windows, sources, args.device)
         return inputs, labels.to(args.device)
@@ -226,11 +216,11 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
     if checkpoint.exists():
         state = evaluate.load_checkpoint(checkpoint, asdict(run))
         log = state["log"]
-        for row in log:
-            event = patience.step(row["dev_loss"])
+        for entry in log:
+            event = patience.step(entry["dev_loss"])
             if event == "finetune":
                 optimizer = start_finetuning(model, sources, args)
-                finetune_epoch = row["epoch"]
+                finetune_epoch = entry["epoch"]
         model.load_state_dict(state["model"])
         for modality, source in sources.items():
             source.load_state_dict(state["upstreams"][modality])
@@ -238,21 +228,21 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         print(f"{run.corpus}: resuming after epoch {len(log)}")
 
     # The phases follow the development loss (§3.2): no decrease for 5 epochs starts the
-    # fine-tuning, no decrease for 10 epochs ends the training.
+    # fine-tuning, and no decrease for 10 epochs ends the training.
     while event != "stop" and len(log) != args.max_epochs:
         started = time.perf_counter()
         epoch = len(log) + 1
         # Each epoch has a seed of its own, for the order of the batches and for
         # dropout. So a run that was interrupted draws the same numbers again.
         torch.manual_seed(1000 * run.seed + epoch)
-        train_loss = train_epoch(model, optimizer, batch, train_rows, args)
-        dev, _ = measure(model, batch, dev_rows, args)
+        train_loss = train_epoch(model, optimizer, fetch, train_rows, args)
+        dev, _ = measure(model, fetch, dev_rows, args)
         # A model does not recover from inf or NaN.
         if not math.isfinite(train_loss + dev["loss"]):
-            raise InputError(f"epoch {epoch}: the loss is not finite. Lower the rate")
+            raise InputError(f"epoch {epoch}: the loss is not finite. Lower the rates")
 
         event = patience.step(dev["loss"])
-        row = {
+        entry = {
             "epoch": epoch,
             "phase": "frozen" if finetune_epoch is None else "finetune",
             "lr": optimizer.param_groups[0]["lr"],
@@ -264,8 +254,7 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
             "event": event,
             "seconds": time.perf_counter() - started,
         }
-        log.append(row)
-        # From the next epoch on, the upstreams are fine-tuned (§2.4).
+        log.append(entry)
         if event == "finetune":
             optimizer = start_finetuning(model, sources, args)
             finetune_epoch = epoch
@@ -279,13 +268,13 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
             "optimizer": optimizer.state_dict(),
         }
         save(folder, state)
-        print_epoch(run.corpus, row, args)
+        print_epoch(run.corpus, entry, args)
 
     # "The last model is selected and then evaluated" (§3.2). This is the first time
     # that the model sees the test session.
     # UNSPECIFIED [A10]: whether "the last model" is that of the last epoch. We say yes.
-    # Another reading: the last one that lowered the loss (tests/studies).
-    test, log_probs = measure(model, batch, test_rows, args)
+    # Another reading: the last one that lowered the loss.
+    test, log_probs = measure(model, fetch, test_rows, args)
     utterances = [corpus[row] for row in test_rows]
     evaluate.write_predictions(folder, utterances, log_probs)
     result = {
@@ -297,11 +286,11 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
         "n_train": len(train_rows),
         "n_dev": len(dev_rows),
         "n_test": len(test_rows),
-        "seconds": sum(row["seconds"] for row in log),
+        "seconds": sum(entry["seconds"] for entry in log),
     }
     write_json(folder / "result.json", result)
-    title = config["title"]
-    print(f"{title}: WA {test['wa']:.2%}, UA {test['ua']:.2%} on the test session")
+    line = "{title}: WA {wa:.2%}, UA {ua:.2%} on the test session"
+    print(line.format(title=config["title"], **test))
     # The next system, fold or seed starts with frozen upstreams again.
     for source in sources.values():
         source.close()
@@ -309,28 +298,25 @@ def train(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> None:
 
 def warn_of_memory(args: Namespace, frozen: bool, sources: Sources) -> None:
     """Warn, before hours of frozen epochs, if the GPU is too small for fine-tuning."""
-    if args.device != "cuda" or frozen or "audio" not in sources:
+    opens_wavlm = "audio" in sources and not frozen and args.open != "nothing"
+    if args.device != "cuda" or args.upstream == "tiny" or not opens_wavlm:
         return
-    # WavLM-Large and BERT-base need 4 GiB, and 0.7 GiB for each clip of a micro-batch.
-    # This is an estimate from the shapes of their tensors.
-    gibibytes = torch.cuda.mem_get_info()[1] / 2**30
-    fits = int((gibibytes - 4) / 0.7)
+    # By estimate, WavLM-Large and BERT-base need 4 GiB, and 0.7 GiB for each clip.
+    fits = int((torch.cuda.mem_get_info()[1] / 2**30 - 4) / 0.7)
     if fits < (args.micro_batch or args.batch_size):
         print(f"warning: too little GPU memory. Use --micro-batch {max(fits, 1)}")
 
 
-def print_epoch(corpus: str, row: dict, args: Namespace) -> None:
-    """Print one row of the log."""
-    line = (
-        "epoch {epoch:2} {phase:8} train loss {train_loss:.4f}  dev loss {dev_loss:.4f}"
-        " WA {dev_wa:.1%} UA {dev_ua:.1%}  {seconds:.1f} s  "
-    )
-    if row["since_best"] == 0:
+def print_epoch(corpus: str, entry: dict, args: Namespace) -> None:
+    """Print one entry of the log."""
+    line = "epoch {epoch:2} {phase:8} train loss {train_loss:.4f}  "
+    line += "dev loss {dev_loss:.4f} WA {dev_wa:.1%} UA {dev_ua:.1%}  {seconds:.1f} s  "
+    if entry["since_best"] == 0:
         line += "dev loss improved"
     else:
         line += "no improvement for {since_best} of {stop_after} epochs"
-    print(corpus, line.format(**row, stop_after=args.stop_after))
-    if row["event"] == "finetune":
+    print(corpus, line.format(**entry, stop_after=args.stop_after))
+    if entry["event"] == "finetune":
         print(f"{corpus}: fine-tuning starts (--open {args.open})")
 
 
@@ -345,7 +331,7 @@ def run_folder(args: Namespace, run: Run) -> Path:
 
 
 def describe_run(args: Namespace, run: Run, corpus: Corpus, sources: Sources) -> dict:
-    """Collect all that tells this run from another, for config.json."""
+    """Collect everything that distinguishes this run from others, for config.json."""
     model = {
         "fusion": run.fusion,
         "n_context": args.context,
@@ -373,8 +359,8 @@ def write_config(folder: Path, config: dict) -> None:
     if not path.exists():
         write_json(path, config)
     old = evaluate.read_json(path)
-    # An upstream may have moved, and these two keys name its folder. Its weights must
-    # be the same, which weights_checksums shows.
+    # Two keys name the folders of the upstreams, which may have moved. Their weights
+    # must be the same, which weights_checksums shows.
     for key, value in config.items():
         if key not in ("title", "upstreams") and old.get(key) != value:
             difference = f"{key} {old.get(key)} instead of {value}"
@@ -383,11 +369,11 @@ def write_config(folder: Path, config: dict) -> None:
 
 def save(folder: Path, state: dict) -> None:
     """Write log.jsonl for people, and checkpoint.pt."""
-    # Write into memory first. If the disk is full, torch.save raises no OSError.
+    # Write to memory first. On a full disk, torch.save raises a RuntimeError.
     content = io.BytesIO()
     torch.save(state, content)
     with data.write_whole(folder / "log.jsonl") as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in state["log"]))
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in state["log"]))
     with data.write_whole(folder / "checkpoint.pt") as part:
         part.write_bytes(content.getvalue())
 
@@ -399,11 +385,6 @@ def write_json(path: Path, content: dict) -> None:
 
 # --- What the user asks for -----------------------------------------------------------
 
-# Table 1 has two systems of each fusion, the frozen one first: Sys. 1 to 18.
-SYSTEMS = []
-for fusion in FUSIONS:
-    SYSTEMS += [(fusion, True), (fusion, False)]
-
 TOY = Path("corpora/toy")
 # The flags that belong to the method. The others choose the corpus, the upstreams and
 # the runs, or the machine, which changes only rounding and random numbers.
@@ -413,25 +394,9 @@ SETTINGS = (
 ).split()
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1 on, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def fraction(text: str) -> float:
-    """Read a number from 0 to 1, for argparse."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return number
-
-
-def fold(text: str) -> int | str:
-    """Read the number of a session, or "all", for argparse."""
-    return text if text == "all" else positive(text)
+def number(text: str) -> int | str:
+    """Read the number of a system or a session, or "all", for argparse."""
+    return text if text == "all" else int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -450,38 +415,36 @@ def make_parser() -> argparse.ArgumentParser:
     add("--fusion", default="mmt", choices=FUSIONS, help="Fig. 3, Table 1")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--frozen", action="store_true", help="no fine-tuning: Sys. 1, 3, 5, ...")
-    systems = [str(number) for number in range(1, 19)]
+    known = list(range(1, 19)) + ["all"]
     either(
-        "--system", nargs="+", choices=[*systems, "all"], metavar="N", help="Table 1"
+        "--system", nargs="+", type=number, choices=known, metavar="N", help="Table 1"
     )
-    add("--fold", nargs="+", type=fold, default=[5], help="or all")
-    add("--seed", nargs="+", type=int, default=[0], help="draws dev [A14]")
+    add("--fold", nargs="+", type=number, default=[5], metavar="K", help="or all")
+    add("--seed", nargs="+", type=int, default=[0], help="also draws dev [A14]")
     # the machine
     devices = ["cpu"]
-    if torch.backends.mps.is_available():
-        devices.insert(0, "mps")
-    if torch.cuda.is_available():
-        devices.insert(0, "cuda")
-    add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--out", type=Path, default=Path("runs"), help="for runs")
-    add("--cache", type=Path, default=Path("cache"), help="for states")
-    add("--micro-batch", type=positive, help="split batches: less memory")
+    if torch.accelerator.is_available():  # "cuda" or "mps"
+        devices.append(torch.accelerator.current_accelerator().type)
+    add("--device", choices=devices, default=devices[-1], help="where to compute")
+    add("--out", type=Path, default="runs", help="for runs")
+    add("--cache", type=Path, default="cache", help="for states")
+    add("--micro-batch", type=int, help="split batches: less memory")
     # the upstreams
     add("--upstream", default="paper", choices=["paper", "tiny"], help="tiny: random")
     add("--wavlm", default="microsoft/wavlm-large", help="a name, or a folder")
     add("--bert", default="bert-base-uncased", help="a name, or a folder [A15]")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of upstreams")
     add("--open", default="bottom", choices=["nothing", "bottom", "all"], help="§2.4")
-    # the constants of §3.2, and one open point
-    add("--lr-frozen", type=fraction, default=1e-3, help="learning rate at first")
-    add("--lr-finetune", type=fraction, default=1e-5, help="learning rate, fine-tuning")
-    add("--weight-decay", type=fraction, default=1e-3, help="of AdamW")
-    add("--batch-size", type=positive, default=32, help="utterances")
-    add("--dropout", type=fraction, default=0.5, help="between modules")
-    add("--context", type=positive, default=9, help="texts, an odd number")
-    add("--finetune-after", type=positive, default=5, help="epochs without a decrease")
-    add("--stop-after", type=positive, default=10, help="epochs without a decrease")
-    add("--max-epochs", type=positive, help="a cap, the paper has none [A15]")
+    # the constants of §3.2, and what it leaves open
+    add("--lr-frozen", type=float, default=1e-3, help="learning rate at first")
+    add("--lr-finetune", type=float, default=1e-5, help="learning rate, fine-tuning")
+    add("--weight-decay", type=float, default=1e-3, help="of AdamW")
+    add("--batch-size", type=int, default=32, help="utterances")
+    add("--dropout", type=float, default=0.5, help="between modules")
+    add("--context", type=int, default=9, help="texts, an odd number")
+    add("--finetune-after", type=int, default=5, help="epochs without a decrease")
+    add("--stop-after", type=int, default=10, help="epochs without a decrease")
+    add("--max-epochs", type=int, help="a cap, the paper has none [A15]")
     add("--cma-residual", action="store_true", help="add the target in CMT [A7]")
     return parser
 
@@ -492,8 +455,17 @@ def parse_args(arguments: list[str] | None) -> Namespace:
     args = parser.parse_args(arguments)
     if args.context % 2 == 0:
         parser.error("--context: expected an odd number")
+    # Whole numbers are counts. The others are rates, or the fraction of dropout.
+    for name, value in vars(args).items():
+        bad_count = type(value) is int and value < 1
+        bad_rate = type(value) is float and not 0 <= value <= 1
+        if bad_count or bad_rate:
+            flag = name.replace("_", "-")
+            limits = "counts start at 1, rates are from 0 to 1"
+            parser.error(f"--{flag} {value}: {limits}")
 
-    # Runs with the toy or with tiny upstreams have defaults that end them quickly.
+    # By default, runs on the toy or on tiny upstreams end after at most 38 epochs.
+    # Parse again, so that flags that were given win over these defaults.
     root = args.iemocap or TOY
     toy = not args.corpus and (root == TOY or (root / "toy.json").exists())
     if toy:
@@ -513,10 +485,7 @@ def parse_args(arguments: list[str] | None) -> Namespace:
 
 
 def read_corpus(args: Namespace) -> tuple[str, Corpus]:
-    """Read the corpus: its name in reports, and its utterances.
-
-    Raises InputError with all problems of the corpus.
-    """
+    """Read the corpus and its name. Raises InputError with all of its problems."""
     if args.corpus:
         name = args.corpus.stem
         if name in ("iemocap", "toy"):
@@ -553,7 +522,7 @@ def chosen_systems(args: Namespace) -> list[tuple[str, bool]]:
         return [(args.fusion, args.frozen)]
     if "all" in args.system:
         return SYSTEMS
-    return [SYSTEMS[int(number) - 1] for number in args.system]
+    return [SYSTEMS[number - 1] for number in args.system]
 
 
 def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
@@ -562,10 +531,8 @@ def chosen_folds(args: Namespace, corpus: Corpus) -> list[int]:
     if "all" in folds:
         folds = sorted({u.session for u in corpus if u.label is not None})
     if len({u.label for u in corpus} - {None}) < len(CLASSES):
-        raise InputError(
-            "a class has no utterance. Names of emotions are "
-            f"{[*data.LABELS, *data.PLAIN_NAMES]}"
-        )
+        names = list(data.LABELS)
+        raise InputError(f"a class has no utterance. The known emotions are {names}")
     # Fail now, rather than after earlier folds have been trained.
     for fold in folds:
         data.split(corpus, fold, seed=0)
@@ -584,8 +551,7 @@ def load_sources(args: Namespace, corpus: Corpus) -> Sources:
         if not folder.exists():
             with data.write_whole(folder) as part:
                 make_tiny_upstreams(part, [u.text for u in corpus])
-        folder = folder.resolve()
-        names = {"audio": str(folder / "audio"), "text": str(folder / "text")}
+        names = {modality: str(folder.resolve() / modality) for modality in names}
 
     used = set()
     for fusion, _ in chosen_systems(args):

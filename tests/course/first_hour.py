@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import Config, EmotionRecognizer, masked_mean, unpack
+from model import (
+    Config,
+    EmotionRecognizer,
+    cross_modal_attention,
+    masked_mean,
+    unpack,
+)
 
 
 def show(name: str, x: Tensor, meaning: str) -> None:
@@ -21,11 +27,6 @@ def show(name: str, x: Tensor, meaning: str) -> None:
     for value in x.detach().flatten()[:4].tolist():
         numbers.append(f"{value:.3f}" if isinstance(value, float) else str(value))
     print(f"{name:12} {str(tuple(x.shape)):12} {' '.join(numbers):28} {meaning}")
-
-
-def plus(counts: list[int]) -> str:
-    """Write a sum of counts, without the zeros."""
-    return " + ".join(str(count) for count in counts if count)
 
 
 def main() -> None:
@@ -45,13 +46,10 @@ def main() -> None:
     text_mask = token_mask[windows] & exists  # a missing neighbour has no real step
     text = tokens[windows][text_mask]  # (N, L, D)
     labels = torch.tensor([0, 2, 1])  # neu, ang, hap
-    frames = plus(audio_mask.sum(dim=1).tolist())
-    show("audio", audio, f"WavLM's states: N = {frames} frames, 3 layers, width 8")
+    show("audio", audio, f"WavLM's states: N = {len(audio)} frames, 3 layers, width 8")
     show("audio_mask", audio_mask, "True where a turn has a frame")
     show("windows", windows, "the turns before, at and after each turn; -1: none")
-    counts = text_mask.sum(dim=2).tolist()
-    token_sums = " + ".join(f"({plus(window)})" for window in counts)
-    show("text", text, f"BERT's states: N = {token_sums} tokens")
+    show("text", text, f"BERT's states: N = {len(text)} tokens of three windows")
     show("text_mask", text_mask, "True where a text has a token; none before turn 0")
 
     config = Config("mmt", 3, 8, 3, 8, dim=4, n_context=3)
@@ -83,7 +81,8 @@ def main() -> None:
     print("\n--- 5. Eq. (1), twice: queries from one, answers from the other (Fig. 3d)")
     a_to_t = net.fusion.blocks["audio-to-text"]
     t_to_a = net.fusion.blocks["text-to-audio"]
-    _, weights = a_to_t.attend(x_t, x_a, audio_mask)
+    w = (a_to_t.w_q, a_to_t.w_k, a_to_t.w_v)
+    _, weights = cross_modal_attention(x_t, x_a, *w, audio_mask)
     h_t = a_to_t(x_t, x_a, audio_mask)
     h_a = t_to_a(x_a, x_t, x_t_mask)
     show("weights", weights, "CMT A->T: the weights of the frames for each token (row)")
@@ -111,14 +110,13 @@ def main() -> None:
     show("gradient", gradient, "it reaches the first weights of S&E")
     before = acoustic.se.expand.bias.detach().clone()
     optimizer.step()
-    change = acoustic.se.expand.bias - before
-    show("step", change, "about 1e-3 for large and small gradients alike. Why?")
+    step = acoustic.se.expand.bias - before
+    show("step", step, "about 1e-3 for large and small gradients alike. Why?")
     after = F.cross_entropy(net((audio, audio_mask), (text, text_mask)), labels)
     show("loss after", after, "the loss after this step, on the same three turns")
     gradients = torch.cat([p.grad.flatten() for p in net.parameters()])
-    zeros = (gradients == 0).sum()
-    n = len(gradients)
-    print(f"\n{zeros} of {n} weights have a gradient of 0. Which, and why?")
+    zeros = f"{(gradients == 0).sum()} of {len(gradients)}"
+    print(f"\n{zeros} weights have a gradient of 0. Which, and why?")
     print("At full size, MMT has 35,482 weights (python model.py).")
     print("Now read model.py from the top to EmotionRecognizer: you know every block.")
 

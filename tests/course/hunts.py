@@ -19,42 +19,35 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-FILES = ("model.py", "data.py", "train.py", "evaluate.py")
+from tests.course.classroom import COURSE, FILES, ROOT, read
 
-
-def read_bugs() -> dict[str, tuple[str, list[list[str]]]]:
-    """Return the bugs: {fault: (a user's report, changes [file, old, new])}."""
-    packed = Path(__file__).with_name("bugs.rot13").read_text(encoding="utf-8")
-    bugs = json.loads(codecs.decode(packed, "rot13"))
-    return {fault: (report, changes) for fault, report, changes in bugs}
-
-
-BUGS = read_bugs()
+# The file has a list of [fault, a user's report, changes [file, old, new]].
+LIST = json.loads(codecs.decode(read(COURSE / "bugs.rot13"), "rot13"))
+BUGS = {fault: (report, changes) for fault, report, changes in LIST}
 
 
 def swap(changes: list[list[str]], root: Path = ROOT, back: bool = False) -> None:
     """Put a bug in, or take it out: all of its changes or none."""
-    texts = {}
+    texts = {name: read(root / name) for name, _, _ in changes}
     for name, old, new in changes:
         if back:
             old, new = new, old
-        text = texts.get(name) or (root / name).read_text(encoding="utf-8")
-        if text.count(old) != 1:
+        if texts[name].count(old) != 1:
             sys.exit(f"{name} has changed. git checkout {name}, then try again")
-        texts[name] = text.replace(old, new)
+        texts[name] = texts[name].replace(old, new)
     for name, text in texts.items():
         (root / name).write_text(text, encoding="utf-8")
 
 
 def hidden(root: Path = ROOT) -> list[str]:
     """List the bugs that are in the code now."""
-    code = {name: (root / name).read_text(encoding="utf-8") for name in FILES}
+    code = {name: read(root / name) for name in FILES}
     faults = []
     for fault, (_, changes) in BUGS.items():
-        if all(
+        is_in = [
             new in code[name] and old not in code[name] for name, old, new in changes
-        ):
+        ]
+        if all(is_in):
             faults.append(fault)
     return faults
 
@@ -98,7 +91,7 @@ def main() -> None:
     elif args.command == "reveal":
         reveal()
     else:
-        print(json.dumps([[fault, *bug] for fault, bug in BUGS.items()], indent=1))
+        print(json.dumps(LIST, indent=1))
 
 
 if __name__ == "__main__":

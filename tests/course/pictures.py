@@ -16,24 +16,22 @@ import torch
 
 import data
 from evaluate import TABLE_1, Recognizer
-from tests.course.figures import COLOURS, new_figure
+from model import cross_modal_attention
+from tests.course.figures import COLOURS, new_figure, save
 
 
-def describe(run: dict) -> str:
-    """Name corpus, system, fold and seed of a run, from its config.json."""
-    corpus, *settings = run["title"].split(", ")
-    corpus = "Toy corpus (tones, no speech)" if corpus == "toy" else f"Corpus {corpus}"
-    model, _, phase = TABLE_1[run["system"]][0].rpartition(" ")
-    system = f"system {run['system']} ({model}, {phase})"
-    fold = f"fold {run['fold']}, seed {run['seed']}"
-    return ", ".join([corpus, system, *settings, fold])
+def figure_of(recognizer: Recognizer, height: float, title: str):
+    """Create a figure whose title names the run: corpus, settings, system, fold."""
+    config = recognizer.run.config
+    system = f"Sys. {config['system']} ({TABLE_1[config['system']][0]})"
+    fold = f"fold {config['fold']}, seed {config['seed']}"
+    return new_figure(12, height, f"{title}\n{config['title']}, {system}, {fold}")
 
 
-def draw_gates(recognizer: Recognizer, inputs: dict, path: Path) -> None:
+def draw_gates(recognizer: Recognizer, inputs: dict):
     """Draw the gates of one utterance over the layers, one line for each modality."""
-    title = "How much does each layer of WavLM and BERT count?"
-    title += f" Gates of one utterance\n{describe(recognizer.run.config)}"
-    figure = new_figure(12, 6, title)
+    title = "How much does each layer of WavLM and BERT count? Gates of one utterance"
+    figure = figure_of(recognizer, 6, title)
     ax = figure.add_subplot(
         xlabel="layer (0: the input of the first Transformer layer)",
         ylabel="gate (0: closed, 1: open)",
@@ -49,13 +47,15 @@ def draw_gates(recognizer: Recognizer, inputs: dict, path: Path) -> None:
         gates = gates[len(gates) // 2].numpy()
         ax.plot(gates, "o-", color=COLOURS[modality], label=modality)
     ax.legend()
-    figure.savefig(path)
+    return figure
 
 
-def draw_attention(recognizer: Recognizer, inputs: dict, text: str, path: Path) -> None:
+def draw_attention(recognizer: Recognizer, inputs: dict, text: str):
     """Draw the weights of Eq. (1), one panel for each cross-modal block."""
-    fusion = recognizer.model.fusion
-    x, mask = recognizer.model.features(**inputs)
+    net = recognizer.model
+    x_t, x_t_mask = net.extractor["text"](*inputs["text"])
+    x = {"audio": net.extractor["audio"](*inputs["audio"]), "text": x_t}
+    mask = {"audio": inputs["audio"][1], "text": x_t_mask}
     upstream = recognizer.upstreams["text"]
     numbers = upstream.prepare(text).tolist()
     tokens = upstream.preprocessor.convert_ids_to_tokens(numbers)
@@ -63,13 +63,14 @@ def draw_attention(recognizer: Recognizer, inputs: dict, text: str, path: Path) 
     n_tokens = x["text"].shape[1]
     tokens += ["(context)"] * (n_tokens - len(tokens))
     title = "Which frames does a token attend to? Weights of Eq. (1) for one utterance"
-    title += f"\n{describe(recognizer.run.config)}"
-    height = 1.5 + (2.2 + 0.22 * min(n_tokens, 20)) * len(fusion.paths)
-    figure = new_figure(12, height, title)
-    axes = figure.subplots(len(fusion.paths), 1, squeeze=False)[:, 0]
-    for ax, (target, source) in zip(axes, fusion.paths, strict=True):
-        block = fusion.blocks[f"{source}-to-{target}"]
-        weights = block.attend(x[target], x[source], mask[source])[1][0]
+    height = 1.5 + (2.2 + 0.22 * min(n_tokens, 20)) * len(net.fusion.paths)
+    figure = figure_of(recognizer, height, title)
+    axes = figure.subplots(len(net.fusion.paths), 1, squeeze=False)[:, 0]
+    for ax, (target, source) in zip(axes, net.fusion.paths, strict=True):
+        block = net.fusion.blocks[f"{source}-to-{target}"]
+        w = (block.w_q, block.w_k, block.w_v)
+        _, weights = cross_modal_attention(x[target], x[source], *w, mask[source])
+        weights = weights[0]  # (T_t, T_s)
         equal = 1 / weights.shape[1]
         title = "CMT(A→T): the weights of each token (row) sum to 1"
         if target == "audio":
@@ -86,7 +87,7 @@ def draw_attention(recognizer: Recognizer, inputs: dict, text: str, path: Path) 
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(title=title, ylabel="token of the text")
         ax.set_xlabel("frame of the audio, 20 ms each")
-    figure.savefig(path)
+    return figure
 
 
 @torch.no_grad()
@@ -102,14 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     recognizer = Recognizer(args.run)
     inputs = recognizer.inputs(args.wav, args.text, args.before, args.after)
-    args.dir.mkdir(parents=True, exist_ok=True)
-    draw_gates(recognizer, inputs, args.dir / "gates.png")
-    print(args.dir / "gates.png")
+    figures = {"gates.png": draw_gates(recognizer, inputs)}
     paths = recognizer.model.fusion.paths
     if all(source not in (None, target) for target, source in paths):
-        path = args.dir / "attention.png"
-        draw_attention(recognizer, inputs, args.text, path)
-        print(path)
+        figures["attention.png"] = draw_attention(recognizer, inputs, args.text)
+    save(figures, args.dir)
 
 
 if __name__ == "__main__":

@@ -1,94 +1,66 @@
 """The pictures of the course show the numbers of the code."""
 
 import re
-import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import evaluate
 import model
-import train
+from model import Config, EmotionRecognizer
 from tests.conftest import ROOT
 from tests.course import figures, pictures, which_frame
 
-# --- Figures 1 to 3 -------------------------------------------------------------------
 
-
-def test_the_figures_have_the_shapes_and_paths_of_the_code(tmp_path, monkeypatch):
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures by file name, in place of files."""
     pytest.importorskip("matplotlib")
-    texts = {}
+    figures = {}
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, path: figures.update({path.name: figure}),
+    )
+    return figures
+
+
+def test_the_figures_are_drawn_with_the_paths_of_the_code(tmp_path, saved, monkeypatch):
     panels = []
     draw = figures.draw
 
     def keep(ax, boxes, arrows):
-        texts.update({name: text for name, (_, _, text, _) in boxes.items()})
-        panels.append(arrows)
+        panels.append(set(arrows))
         draw(ax, boxes, arrows)
 
     monkeypatch.setattr(figures, "draw", keep)
     figures.main([str(tmp_path)])
-    names = {"figure-1.png", "figure-2.png", "figure-3.png", "cmt-block.png"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-
-    net = model.EmotionRecognizer(model.Config()).eval()
-    audio = torch.zeros(2 * 249, 25, 1024), torch.ones(2, 249, dtype=torch.bool)
-    text = torch.zeros(2 * 9 * 20, 13, 768), torch.ones(2, 9, 20, dtype=torch.bool)
-    x, mask = net.features(audio, text)
-    for name, tensor in {
-        "x_a": x["audio"],
-        "x_t": x["text"],
-        "fusion": net.fusion(x, mask),
-        "logits": net(audio, text),
-    }.items():
-        shape = ", ".join(["B", *map(str, tensor.shape[1:])])
-        assert f"({shape})" in texts[name]
+    assert list(saved) == ["figure-2.png", "figure-3.png", "cmt-block.png"]
     # CMT(s→t) takes its queries from t (§2.2). The last panel of Fig. 3 is MMT.
-    assert set(panels[-2]) == {
-        "text to-text: Q",
-        "audio to-text: K, V",
-        "audio to-audio: Q",
-        "text to-audio: K, V",
-        "to-text out",
-        "to-audio out",
-    }
+    to_text = {"text to-text: Q", "audio to-text: K, V", "to-text out"}
+    to_audio = {"audio to-audio: Q", "text to-audio: K, V", "to-audio out"}
+    assert panels[-2] == to_text | to_audio
 
 
-# --- Which frame? ---------------------------------------------------------------------
-
-
-def test_the_mood_of_the_asked_word_is_the_answer():
+def test_only_attention_finds_the_word_whose_mood_is_the_answer():
+    early_fusion = which_frame.learn("ef", 100)
+    attention = which_frame.learn("cmt-a2t", 100)
     torch.manual_seed(0)
-    clips = which_frame.Task().draw(200)
-    for row, word in enumerate(clips["asked"]):
-        frames = clips["spoken"][row] == word
-        assert 3 <= frames.sum() <= 5
-        assert (clips["mood"][row, frames] == clips["label"][row]).all()
-        # Each of the three moods is right for one question.
-        moods = clips["mood"][row].unique().tolist()
-        words = clips["spoken"][row].unique().tolist()
-        assert len(moods) == len(words) == 1 + 3  # -1 is silence
-
-
-def test_only_attention_finds_the_asked_word():
-    task = which_frame.Task()
-    early_fusion = which_frame.learn(task, "ef", 300)
-    attention = which_frame.learn(task, "cmt-a2t", 300)
-    torch.manual_seed(0)
-    clips = task.draw(500)
-    # Without looking for the word, one of three moods is right.
+    clips = which_frame.draw_clips(500)
+    frames = clips["spoken"] == clips["asked"].unsqueeze(1)  # (500, 24)
+    assert set(frames.sum(dim=1).tolist()) == {3, 4, 5}
+    answers = clips["label"].unsqueeze(1).expand(500, 24)
+    assert torch.equal(clips["mood"][frames], answers[frames])
+    # Three words have three moods. Without looking for the word, one of them is right.
+    assert all(len(moods.unique()) == 1 + 3 for moods in clips["mood"])  # -1 is silence
     assert which_frame.accuracy(early_fusion, clips) < 0.45
-    assert which_frame.accuracy(attention, clips) > 0.8
+    assert which_frame.accuracy(attention, clips) > 0.75
 
     block = attention.fusion.blocks["audio-to-text"]
-    total = 0.0
-    for row, word in enumerate(clips["asked"].tolist()):
-        q = clips["text"][row, 2] @ block.w_q
-        k = clips["audio"][row] @ block.w_k
-        weights = (k @ q / 4).softmax(dim=0)  # sqrt(16) is 4
-        total += weights[clips["spoken"][row] == word].sum().item()
+    q = clips["text"][:, 2] @ block.w_q  # (500, 16)
+    k = clips["audio"] @ block.w_k  # (500, 24, 16)
+    weights = (torch.einsum("nd,ntd->nt", q, k) / 4).softmax(dim=1)  # sqrt(16) is 4
     weight = which_frame.weight_on_asked(attention, clips)
-    assert weight == pytest.approx(total / 500, abs=1e-4)
+    assert weight == pytest.approx(weights[frames].sum().item() / 500, abs=1e-4)
     # Four of 24 frames say the word, so equal weights would give a sixth.
     assert weight > 0.5
 
@@ -101,95 +73,71 @@ def test_which_frame_writes_its_picture(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("made-up task: ") == 5
 
 
-# --- Gates and attention of a run -----------------------------------------------------
-
-CONTEXT = ["hate it", "oh no oh no oh"]
-
-
-@pytest.fixture(scope="module")
-def runs(small_corpus, tmp_path_factory):
-    """Train two systems for an epoch on a small corpus that says that it is the toy."""
-    root = tmp_path_factory.mktemp("pictures")
-    corpus = root / "corpus"
-    shutil.copytree(small_corpus, corpus)
-    (corpus / "toy.json").write_text("{}")
-    command = f"--iemocap {corpus} --out {root / 'runs'} --cache {root / 'cache'}"
-    train.main([*command.split(), "--max-epochs=1", "--system", "16", "18"])
-    (lf,) = root.glob("runs/toy/lf-*/*")
-    (mmt,) = root.glob("runs/toy/mmt-*/*")
-    return lf, mmt, str(next(corpus.rglob("Ses05F_impro01_M000.wav")))
+TEXT = "lovely party"  # 4 tokens, with [CLS] and [SEP]
+# Of the nine texts, number 3 has 7 tokens, and number 4, the target, has 4.
+TEXT_MASK = torch.arange(7) < torch.tensor([0, 0, 0, 7, 4, 0, 0, 0, 0]).view(9, 1)
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch):
-    """A function that draws the pictures of a run: their figures, by file name."""
-    pytest.importorskip("matplotlib")
-    drawn = []
-    new_figure = pictures.new_figure
+def draw(tiny, tmp_path, monkeypatch, saved):
+    """A function that draws an untrained model. Returns the model and its inputs."""
 
-    def keep(*arguments):
-        drawn.append(new_figure(*arguments))
-        return drawn[-1]
+    def draw(fusion, system):
+        torch.manual_seed(0)
+        net = EmotionRecognizer(Config(fusion, 2, 48, 2, 48)).eval()
+        audio = torch.randn(6, 2, 48), torch.ones(1, 6, dtype=torch.bool)
+        inputs = {"audio": audio, "text": (torch.randn(11, 2, 48), TEXT_MASK[None])}
+        config = {"title": "toy, x=1", "system": system, "fold": 5, "seed": 0}
+        recognizer = SimpleNamespace(run=SimpleNamespace(config=config))
+        recognizer.model = net
+        recognizer.upstreams = tiny
+        recognizer.inputs = lambda wav, text, before, after: inputs
+        monkeypatch.setattr(pictures, "Recognizer", lambda folder: recognizer)
+        pictures.main(["RUN", str(tmp_path), "--wav", "x.wav", "--text", TEXT])
+        return net, inputs
 
-    def draw(run, wav):
-        command = [str(run), str(tmp_path), "--wav", wav, "--text", "lovely party"]
-        pictures.main([*command, "--before", *CONTEXT])
-        names = sorted(path.name for path in tmp_path.iterdir())
-        return dict(zip(reversed(names), drawn, strict=True))
-
-    monkeypatch.setattr(pictures, "new_figure", keep)
     return draw
 
 
-def test_the_gates_are_those_of_the_clip_and_of_the_target(runs, draw, monkeypatch):
-    lf, _, wav = runs
-
+def test_the_gates_are_those_of_the_clip_and_of_the_target(draw, saved, monkeypatch):
     # The only clip has the gates 0.1. Text 4 of 0 to 8, the target, has the gates 0.5.
     def number_gates(self, states, mask):
-        gates = torch.arange(1, len(mask) + 1) / 10
-        return gates.unsqueeze(1).expand(-1, states.shape[1])
+        return torch.arange(1, len(mask) + 1).unsqueeze(1).expand(-1, 2) / 10
 
     monkeypatch.setattr(model.SqueezeExcitation, "forward", number_gates)
-    drawn = draw(lf, wav)
+    draw("lf", 16)
     # Late fusion has no cross-modal block, so it has no attention.png.
-    assert list(drawn) == ["gates.png"]
-    audio, text = drawn["gates.png"].axes[0].lines
+    assert list(saved) == ["gates.png"]
+    audio, text = saved["gates.png"].axes[0].lines
     assert (audio.get_label(), text.get_label()) == ("audio", "text")
     assert audio.get_ydata().tolist() == pytest.approx([0.1, 0.1])
     assert text.get_ydata().tolist() == pytest.approx([0.5, 0.5])
 
 
-def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(runs, draw):
-    _, mmt, wav = runs
-    drawn = draw(mmt, wav)
-    assert list(drawn) == ["gates.png", "attention.png"]
-    for figure in drawn.values():
+@torch.no_grad()
+def test_the_attention_is_that_of_both_blocks_over_tokens_and_frames(draw, saved):
+    net, inputs = draw("mmt", 18)
+    for figure in saved.values():
         title = figure.get_suptitle()
-        assert "Toy corpus (tones, no speech), system 18 (MMT, fine-tuned)" in title
-        assert title.endswith("max_epochs=1, fold 5, seed 0")
-    a_to_t, t_to_a = [ax for ax in drawn["attention.png"].axes if ax.get_title()]
+        assert title.endswith("toy, x=1, Sys. 18 (MMT fine-tuned), fold 5, seed 0")
+    axes = saved["attention.png"].axes
+    a_to_t, t_to_a = [ax for ax in axes if ax.get_title()]
     assert "token (row) sum to 1" in a_to_t.get_title()
     assert "frame (column) sum to 1" in t_to_a.get_title()
     labels = [label.get_text() for label in a_to_t.get_yticklabels()]
     context = ["(context)"] * 3  # its longest text has three tokens more
     assert labels == ["[CLS]", "lovely", "party", "[SEP]", *context]
 
-    recognizer = evaluate.Recognizer(mmt)
-    with torch.no_grad():
-        inputs = recognizer.inputs(wav, "lovely party", CONTEXT, [])
-        x, _ = recognizer.model.features(**inputs)
-    blocks = recognizer.model.fusion.blocks
+    x_t, _ = net.extractor["text"](*inputs["text"])
+    x = {"audio": net.extractor["audio"](*inputs["audio"]), "text": x_t}
     for ax, target, source in [(a_to_t, "text", "audio"), (t_to_a, "audio", "text")]:
-        q = x[target][0] @ blocks[f"{source}-to-{target}"].w_q
-        k = x[source][0] @ blocks[f"{source}-to-{target}"].w_k
-        weights = (q @ k.T / 4).softmax(dim=1)  # sqrt(16) is 4
+        block = net.fusion.blocks[f"{source}-to-{target}"]
+        scores = (x[target][0] @ block.w_q) @ (x[source][0] @ block.w_k).T / 4
+        weights = scores.softmax(dim=1)  # sqrt(16) is 4
         if target == "audio":
             weights = weights.T
         image = torch.tensor(ax.images[0].get_array())
         torch.testing.assert_close(image, weights, atol=1e-6, rtol=0)
-
-
-# --- The class on attention -----------------------------------------------------------
 
 
 def test_exercise_a_of_the_class_is_right_with_its_answer(capsys):

@@ -1,17 +1,13 @@
 """The scripts of the course run, and their numbers are right."""
 
 import codecs
-import math
 import re
 
-import numpy as np
 import pytest
 import torch
 
 from tests.conftest import ROOT
 from tests.course import first_hour, trace
-
-# --- The first hour -------------------------------------------------------------------
 
 
 def test_the_first_hour_shows_every_tensor_and_its_loss_is_right(monkeypatch, capsys):
@@ -41,85 +37,31 @@ def test_the_first_hour_shows_every_tensor_and_its_loss_is_right(monkeypatch, ca
     assert zeros in codecs.decode(answers, "rot13")
 
 
-# --- The trace, again with NumPy and without model.py ---------------------------------
-
-
-def norm(x):
-    return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
-
-
-def feature(steps):
-    """Fig. 2a of steps (T, 2 layers, 2): gates, s, W s, X."""
-    h = max(0, steps.mean((0, 2)).sum() / 4)
-    gates = 1 / (1 + np.exp([-h, h]))
-    s = np.einsum("l,tld->td", gates, steps)
-    projected = np.column_stack([s, s.sum(1)])
-    return gates, s, projected, norm(projected)
-
-
-def cmt(target, source):
-    """One path of Fig. 3d whose W_Q, W_K, W_V are 1: scores, weights, out, x, h."""
-    scores = target @ source.T / math.sqrt(3)
-    weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    x = norm(weights @ source)
-    fed = x + np.maximum(0, x) * [0, 0, 1]
-    return scores, weights, weights @ source, x, norm(fed)
-
-
-def read_trace(text):
-    """Collect [(title, numbers)]. The numbers start in column 63 of a line."""
-    blocks = []
-    for line in text.splitlines():
-        numbers = [float(x) for x in re.findall(r"-?\d[\d.e-]*", line[63:])]
-        if line[:63].strip():
-            blocks.append((line[:63], []))
-        blocks[-1][1].extend(numbers)
-    return blocks
-
-
-def test_the_trace_is_right(capsys):
+def test_the_trace_has_the_numbers_of_a_pencil(capsys):
     trace.main()
-    out = capsys.readouterr().out
-    blocks = read_trace(out)
-
-    def check(title, expected, occurrence=0):
-        found = [numbers for name, numbers in blocks if title in name][occurrence]
-        assert found == pytest.approx(np.ravel(expected).tolist(), abs=1e-3), title
-
-    # Fig. 2a. The squeeze is 2 and 2, so h is 1. The third step is padding.
-    gates, s, projected, x_a = feature(np.array([[[1, 3], [0, 2]], [[3, 1], [2, 4]]]))
-    check("squeeze", [2, 2])
-    check("h = ReLU", 1)
-    check("gates = ", gates)
-    check("s = gate_1", s)
-    check("W s = (s1", projected)
-    check("X_A = ", [*x_a, np.zeros(3)])
-
-    # Fig. 2b. The last text has one token less than the others.
-    before = feature(np.array([[[1, 1], [0, 2]], [[2, 0], [1, 1]]]))
-    target = feature(np.array([[[0, 1], [1, 2]], [[4, 0], [2, 2]]]))
-    after = feature(np.array([[[2, 2], [0, 0]]]))
-    maps = np.array([before[3], target[3], [*after[3], np.zeros(3)]])
-    x_t = maps[0] / 2 + maps[1] + maps[2] / 2
-    check("gates of the three", [before[0], target[0], after[0]])
-    check("each text through", maps)
-    check("X_T = ", x_t)
-    assert re.search(r"\[A5\] +\(True True\)", out)
-
-    # Fig. 3d. Padding of the source has a score and no weight.
-    pooled = []
-    for path, (target, source) in enumerate([(x_t, x_a), (x_a, x_t)]):
-        scores, weights, out, x, h = cmt(target, source)
-        padding = ((0, 0), (0, 1 - path))
-        check("Q K^T", np.pad(scores, padding), path)
-        check("softmax over", np.pad(weights, padding), path)
-        check("times V", out, path)
-        check("x = Norm", x, path)
-        check("Norm(x +", h, path)
-        check("mean over the target", h.mean(0), path)
-        pooled.append(h.mean(0))
-    u = np.maximum(0, sum(pooled))
-    logits = np.array([*u, -u.sum()])
-    check("u = ReLU", u)
-    check("logits = ", logits)
-    check("softmax: neu", np.exp(logits) / np.exp(logits).sum())
+    lines = capsys.readouterr().out.splitlines()
+    for equation, numbers in [
+        # The layers have the means 2 and 2, so h = 1, and sigmoid(1) = 1 / (1 + 1/e).
+        ("gates = sigmoid(h), sigmoid(-h)", "(0.731 0.269)"),
+        # 0.731 (1 3) + 0.269 (0 2), and W appends the sum.
+        ("s = gate_1 x_1 + gate_2 x_2", "(0.731 2.731)"),
+        ("W s = (s1, s2, s1 + s2)", "(0.731 2.731 3.462)"),
+        # The mean is 2.308, and sqrt((1.577² + 0.423² + 1.154²) / 3) = 1.154.
+        ("X_A = (W s - mean) / sd (divide by 3); padding: 0", "(-1.366 0.366 1)"),
+        # (-1.262 0.078 1.184) / 2 + (-1.375 0.402 0.973) + (-0.707 -0.707 1.414) / 2
+        ("X_T = before / 2 + target + after / 2", "(-2.36 0.088 2.272)"),
+        # (2.36 * 1.366 + 0.088 * 0.366 + 2.272) / sqrt(3). Padding has no weight.
+        ("Q K^T / sqrt(3), where Q and K are the features", "(3.191 2.048 0)"),
+        ("softmax over the source's real steps", "(0.758 0.242 0)"),
+        # 0.758 (-1.366 0.366 1) + 0.242 (-0.259 -1.074 1.334)
+        ("times V", "(-1.099 0.018 1.08)"),
+        ("x = Norm(that), without a residual [A7]", "(-1.235 0.02 1.214)"),
+        # Norm of (-1.235 0.02 2.428), and its mean with the second token's.
+        ("Norm(x + (0, 0, ReLU(x3)))", "(-1.079 -0.253 1.331)"),
+        ("mean over the target's real steps", "(-0.791 -0.573 1.364)"),
+        # 1.364 + 1.372. The other sums are negative.
+        ("u = ReLU(p1 + p4, p2 + p5, p3 + p6)", "(0 0 2.735)"),
+        ("softmax: neu, hap, ang, sad", "(0.057 0.057 0.882 0.004)"),
+    ]:
+        line = next(line for line in lines if equation in line)
+        assert line.endswith(f" {numbers}"), equation

@@ -12,22 +12,25 @@ import math
 import torch
 from torch import Tensor
 
-from model import Config, EmotionRecognizer, masked_mean, unpack
+from model import (
+    Config,
+    EmotionRecognizer,
+    cross_modal_attention,
+    masked_mean,
+    unpack,
+)
 
 
 def numbers(x: Tensor) -> str:
     """Format a vector as (a b c), and a matrix as its rows in one line."""
     if x.ndim == 2:
         return " ".join(numbers(row) for row in x)
-    if x.dtype == torch.bool:
-        return f"({' '.join(str(value) for value in x.tolist())})"
     return f"({' '.join(f'{value:.4g}' for value in x.tolist())})"
 
 
 def show(place: str, equation: str, x: Tensor) -> None:
     """Print a tensor beside its equation, with one line for each row of it."""
-    if x.dtype != torch.bool:
-        x = x.round(decimals=3) + 0.0  # -0 becomes 0
+    x = x.float().round(decimals=3) + 0.0  # -0 becomes 0
     for row in torch.atleast_2d(x):
         print(f"{place:9} {equation:52} {numbers(row)}")
         place = equation = ""
@@ -74,17 +77,14 @@ def main() -> None:
     audio_mask = torch.tensor([[True, True, False]])  # (B, T)
     # The window has the text before, the target and the text after. The last text has
     # one token, the others have two.
-    tokens = torch.tensor(
-        [
-            [[1.0, 1], [0, 2]],
-            [[2, 0], [1, 1]],
-            [[0, 1], [1, 2]],
-            [[4, 0], [2, 2]],
-            [[2, 2], [0, 0]],
-        ]
-    )  # (N, L, D)
+    before = [[1.0, 1], [0, 2]], [[2, 0], [1, 1]]
+    target = [[0, 1], [1, 2]], [[4, 0], [2, 2]]
+    tokens = torch.tensor([*before, *target, [[2, 2], [0, 0]]])  # (N, L, D)
     text_mask = torch.tensor([[[True, True], [True, True], [True, False]]])  # (B, C, T)
-    x, mask = net.features((frames, audio_mask), (tokens, text_mask))
+    x_a = net.extractor["audio"](frames, audio_mask)
+    x_t, x_t_mask = net.extractor["text"](tokens, text_mask)
+    x = {"audio": x_a, "text": x_t}
+    mask = {"audio": audio_mask, "text": x_t_mask}
 
     show("Fig. 2a", "WavLM's states, (N, L, D)", frames)
     show("", "which places of X_A are real", audio_mask)
@@ -112,7 +112,8 @@ def main() -> None:
         block = net.fusion.blocks[f"{source}-to-{target}"]
         real = mask[target]  # only these steps of the target are averaged
         scores = x[target] @ x[source].transpose(1, 2) / math.sqrt(3)
-        out, weights = block.attend(x[target], x[source], mask[source])
+        w = (block.w_q, block.w_k, block.w_v)
+        out, weights = cross_modal_attention(x[target], x[source], *w, mask[source])
         h = block(x[target], x[source], mask[source])
         place = f"CMT {source[0]}->{target[0]}".upper()
         show(place, "Q K^T / sqrt(3), where Q and K are the features", scores[real])

@@ -18,65 +18,62 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
-from model import Config, Fusion
-from tests.course.figures import AUDIO, FILLS, new_figure
+from model import Config, Fusion, cross_modal_attention
+from tests.course.figures import AUDIO, FILLS, new_figure, save
 
 WORDS = ["party", "table", "coffee", "garden", "letter", "window"]
 MOODS = ["neutral", "happy", "angry", "sad"]
 TOKENS = ["how", "was", "<word>", "said"]  # the text, with a place for a word
+ASKED = TOKENS.index("<word>")  # the token that names the word
 N_FRAMES = 24  # a clip of half a second
 DIM = 16  # d
 N_STEPS = 600  # of the optimizer, seconds of training
-ASKED = TOKENS.index("<word>")  # the token that names the word
+
+# The meaning of all vectors is fixed by a seed. One half of a frame tells the word, the
+# other half tells the mood. A written word has a vector of its own. So the model has to
+# learn which spoken word belongs to which written word.
+SEED = torch.Generator().manual_seed(0)
+SPOKEN = torch.randn(len(WORDS), DIM // 2, generator=SEED)
+SPOKEN_MOODS = torch.randn(len(MOODS), DIM // 2, generator=SEED)
+WRITTEN = torch.randn(len(WORDS), DIM, generator=SEED)
+FILLERS = torch.randn(len(TOKENS), DIM, generator=SEED)
 
 
-class Task:
-    """Draw clips with a question. The meaning of all vectors is fixed by a seed."""
+def draw_clips(n: int) -> dict[str, Tensor]:
+    """Draw n clips, each with a question.
 
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        # One half of a frame tells the word, the other half tells the mood.
-        self.spoken = torch.randn(len(WORDS), DIM // 2, generator=generator)
-        self.moods = torch.randn(len(MOODS), DIM // 2, generator=generator)
-        # A written word has a vector of its own. So the model has to learn which spoken
-        # word belongs to which written word.
-        self.written = torch.randn(len(WORDS), DIM, generator=generator)
-        self.fillers = torch.randn(len(TOKENS), DIM, generator=generator)
+    audio    (n, 24, 16)
+    text     (n, 4, 16)
+    label    (n,), the mood of the asked word
+    asked    (n,), the word that the text names
+    spoken   (n, 24), the word of each frame, -1 for none
+    mood     (n, 24), the mood of each frame, -1 for none
+    """
+    # Three different words, in three different moods.
+    words = torch.rand(n, len(WORDS)).argsort(dim=1)[:, :3]
+    moods = torch.rand(n, len(MOODS)).argsort(dim=1)[:, :3]
+    # Each word has a third of the clip, and fills 3 to 5 of its 8 frames.
+    start = torch.randint(4, (n, 3, 1))
+    stop = start + torch.randint(3, 6, (n, 3, 1))
+    frame = torch.arange(N_FRAMES // 3)
+    inside = (start <= frame) & (frame < stop)  # (n, 3, 8)
+    spoken = torch.where(inside, words.unsqueeze(2), -1).flatten(1)
+    mood = torch.where(inside, moods.unsqueeze(2), -1).flatten(1)
+    which = torch.randint(3, (n, 1))
+    asked = words.gather(1, which).squeeze(1)
+    label = moods.gather(1, which).squeeze(1)
+    audio = torch.cat([SPOKEN[spoken], SPOKEN_MOODS[mood]], dim=-1)
+    audio[spoken < 0] = 0.0
+    audio += 0.3 * torch.randn(n, N_FRAMES, DIM)
+    clips = {"audio": audio, "label": label, "spoken": spoken, "mood": mood}
+    return {**clips, "text": ask(asked), "asked": asked}
 
-    def draw(self, n: int) -> dict[str, Tensor]:
-        """Draw n clips, each with a question.
 
-        audio    (n, 24, 16)
-        text     (n, 4, 16)
-        label    (n,), the mood of the asked word
-        asked    (n,), the word that the text names
-        spoken   (n, 24), the word of each frame, -1 for none
-        mood     (n, 24), the mood of each frame, -1 for none
-        """
-        # Three different words, in three different moods.
-        words = torch.rand(n, len(WORDS)).argsort(dim=1)[:, :3]
-        moods = torch.rand(n, len(MOODS)).argsort(dim=1)[:, :3]
-        # Each word has a third of the clip, and fills 3 to 5 of its 8 frames.
-        start = torch.randint(4, (n, 3, 1))
-        stop = start + torch.randint(3, 6, (n, 3, 1))
-        frame = torch.arange(N_FRAMES // 3)
-        inside = (start <= frame) & (frame < stop)  # (n, 3, 8)
-        spoken = torch.where(inside, words.unsqueeze(2), -1).flatten(1)
-        mood = torch.where(inside, moods.unsqueeze(2), -1).flatten(1)
-        which = torch.randint(3, (n, 1))
-        asked = words.gather(1, which).squeeze(1)
-        label = moods.gather(1, which).squeeze(1)
-        audio = torch.cat([self.spoken[spoken], self.moods[mood]], dim=-1)
-        audio[spoken < 0] = 0.0
-        audio += 0.3 * torch.randn(n, N_FRAMES, DIM)
-        clips = {"audio": audio, "label": label, "spoken": spoken, "mood": mood}
-        return {**clips, "text": self.ask(asked), "asked": asked}
-
-    def ask(self, asked: Tensor) -> Tensor:
-        """Make the texts that ask for these words: (n,) -> (n, 4, 16)."""
-        text = self.fillers.repeat(len(asked), 1, 1)
-        text[:, ASKED] = self.written[asked]
-        return text
+def ask(asked: Tensor) -> Tensor:
+    """Make the texts that ask for these words: (n,) -> (n, 4, 16)."""
+    text = FILLERS.repeat(len(asked), 1, 1)
+    text[:, ASKED] = WRITTEN[asked]
+    return text
 
 
 class Listener(nn.Module):
@@ -84,25 +81,23 @@ class Listener(nn.Module):
 
     def __init__(self, fusion: str):
         super().__init__()
-        config = Config(fusion)
-        self.modalities = config.modalities
-        self.fusion = Fusion(config)
+        self.fusion = Fusion(Config(fusion))
         self.classifier = nn.Linear(DIM * len(self.fusion.paths), len(MOODS))
 
     def forward(self, clips: dict[str, Tensor]) -> Tensor:
-        x = {modality: clips[modality] for modality in self.modalities}
         # Every frame and every token is real.
-        mask = {m: torch.ones(x[m].shape[:2], dtype=torch.bool) for m in x}
-        return self.classifier(self.fusion(x, mask))
+        shapes = {m: clips[m].shape[:2] for m in ("audio", "text")}
+        mask = {m: torch.ones(shape, dtype=torch.bool) for m, shape in shapes.items()}
+        return self.classifier(self.fusion(clips, mask))
 
 
-def learn(task: Task, fusion: str, n_steps: int) -> Listener:
+def learn(fusion: str, n_steps: int) -> Listener:
     """Train a listener. Every step draws new clips, so nothing can be memorised."""
     torch.manual_seed(1)
     listener = Listener(fusion)
     optimizer = torch.optim.AdamW(listener.parameters(), lr=3e-3)
     for _ in range(n_steps):
-        clips = task.draw(64)
+        clips = draw_clips(64)
         loss = F.cross_entropy(listener(clips), clips["label"])
         optimizer.zero_grad()
         loss.backward()
@@ -110,6 +105,7 @@ def learn(task: Task, fusion: str, n_steps: int) -> Listener:
     return listener.eval()
 
 
+@torch.no_grad()
 def accuracy(listener: Listener, clips: dict[str, Tensor]) -> float:
     """Compute the share of right answers."""
     right = listener(clips).argmax(dim=1) == clips["label"]
@@ -121,7 +117,8 @@ def look(listener: Listener, clips: dict[str, Tensor]) -> Tensor:
     """Compute the weights of Eq. (1), CMT(A→T): (n, 4, 24), one row for each token."""
     block = listener.fusion.blocks["audio-to-text"]
     mask = torch.ones(clips["audio"].shape[:2], dtype=torch.bool)
-    return block.attend(clips["text"], clips["audio"], mask)[1]
+    w = (block.w_q, block.w_k, block.w_v)
+    return cross_modal_attention(clips["text"], clips["audio"], *w, mask)[1]
 
 
 def weight_on_asked(listener: Listener, clips: dict[str, Tensor]) -> float:
@@ -131,10 +128,10 @@ def weight_on_asked(listener: Listener, clips: dict[str, Tensor]) -> float:
     return (weights * frames).sum(dim=1).mean().item()
 
 
-def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> None:
+def draw_picture(before: Listener, after: Listener):
     """Draw one clip, and the weights of three questions about it."""
     torch.manual_seed(4)
-    clips = task.draw(1)
+    clips = draw_clips(1)
     title = "Cross-modal attention finds the word that the question names\n"
     title += "A made-up task, built to show it: CMT(A→T), one clip of 24 frames"
     figure = new_figure(10, 8.5, title)
@@ -147,13 +144,11 @@ def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> N
     edges = {}  # of each word, in frames. A frame is one unit wide around its number
     for word in sorted(set(spoken.tolist()) - {-1}):
         frames = (spoken == word).nonzero()
-        left = frames.min().item() - 0.5
-        right = frames.max().item() + 0.5
-        edges[word] = (left, right)
+        edges[word] = (frames.min().item() - 0.5, frames.max().item() + 0.5)
         mood = clips["mood"][0, frames[0]].item()
-        top.axvspan(left, right, color=FILLS[AUDIO])
+        top.axvspan(*edges[word], color=FILLS[AUDIO])
         name = f"{WORDS[word]}\n{MOODS[mood]}"
-        top.text((left + right) / 2, 0.5, name, ha="center", va="center")
+        top.text(sum(edges[word]) / 2, 0.5, name, ha="center", va="center")
 
     # Below are the weights, for two questions about this clip.
     first, second, _ = edges
@@ -163,46 +158,41 @@ def draw_picture(task: Task, before: Listener, after: Listener, path: Path) -> N
         ("after training", after, second),
     ]
     for ax, (when, listener, word) in zip(panels, questions, strict=True):
-        clips["text"] = task.ask(torch.tensor([word]))
-        weights = look(listener, clips)[0]
-        ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
-        tokens = [token.replace("<word>", WORDS[word]) for token in TOKENS]
-        ax.set_yticks(range(len(tokens)), tokens)
+        clips["text"] = ask(torch.tensor([word]))
+        weights = look(listener, clips)[0].numpy()
+        image = ax.imshow(weights, aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
+        ax.set_yticks(
+            range(4), [token.replace("<word>", WORDS[word]) for token in TOKENS]
+        )
         ax.set_ylabel("token")
         ax.set_title(f"{when}, the question: how was {WORDS[word]} said?")
-        # A red box is around the asked word.
-        left, right = edges[word]
-        across = [left, right, right, left, left]
-        down = [ASKED - 0.5, ASKED - 0.5, ASKED + 0.5, ASKED + 0.5, ASKED - 0.5]
-        ax.plot(across, down, color="#c0392b", linewidth=3)
+        # A red box is around the asked word. Its row is the third of four.
+        red = {"edgecolor": "#c0392b", "linewidth": 3, "fill": False}
+        ax.axvspan(*edges[word], ymin=0.25, ymax=0.5, **red)
     panels[-1].set_xlabel("frame of the audio (red: where the asked word is said)")
     label = "weight of Eq. (1): each row sums to 1"
-    figure.colorbar(panels[0].images[0], ax=panels, label=label)
-    figure.savefig(path)
+    figure.colorbar(image, ax=panels, label=label)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="See cross-modal attention at work.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="for the picture")
     args = parser.parse_args(arguments)
-    args.dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the tensors are small
 
-    task = Task()
     torch.manual_seed(2)
-    test = task.draw(2000)
+    test = draw_clips(2000)
     print("Made-up task: in which mood is the word said that the text asks for?")
     print("A model that cannot look for the word is right in a third of the clips.")
     for fusion in ("text-te", "audio-te", "ef", "lf", "cmt-a2t"):
-        listener = learn(task, fusion, N_STEPS)
+        listener = learn(fusion, N_STEPS)
         print(f"made-up task: {fusion:8} {accuracy(listener, test):6.1%} right")
-    before = learn(task, "cmt-a2t", 0)
+    before = learn("cmt-a2t", 0)
     what = "weight of the asked token on the frames of its word"
     print(f"{what}, before: {weight_on_asked(before, test):.0%}")
     print(f"{what}, after: {weight_on_asked(listener, test):.0%}")
-    path = args.dir / "which-frame.png"
-    draw_picture(task, before, listener, path)
-    print(path)
+    save({"which-frame.png": draw_picture(before, listener)}, args.dir)
 
 
 if __name__ == "__main__":

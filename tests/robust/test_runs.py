@@ -1,17 +1,17 @@
 """Damaged files, hostile files, full disks, kills and bugs: no loss, no silence."""
 
 import importlib
+import io
 import json
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
 import sys
 import time
 import warnings
-from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +20,26 @@ import torch
 
 import data
 import evaluate
-import model
 import train
 from data import InputError
-from tests.conftest import write_dialog
-
-# At a rate of 0 the loss stays the same. So fine-tuning starts after epoch 2.
-CONSTANT = "--lr-frozen 0 --finetune-after 1"
+from tests.conftest import write_run
+from tests.robust.conftest import mutations
 
 
 @pytest.fixture(scope="module")
-def command(small_corpus, tmp_path_factory):
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def command(small_corpus, cache):
     """The flags of a run, without --out. All of its runs share one cache."""
+    # The server of the last tests imports the libraries while others run.
+    forkserver.ensure_running()
     flags = ["--iemocap", str(small_corpus), "--partial", "--upstream", "tiny"]
-    flags += ["--cache", str(tmp_path_factory.mktemp("cache")), "--device", "cpu"]
-    return [*flags, *f"--fusion ef --max-epochs 4 {CONSTANT} --stop-after 2".split()]
+    flags += ["--cache", str(cache), "--device", "cpu", "--fusion", "ef"]
+    # At a rate of 0 the loss stays the same. So fine-tuning starts after epoch 2.
+    return [*flags, *"--lr-frozen 0 --finetune-after 1 --max-epochs 4".split()]
 
 
 @pytest.fixture(scope="module")
@@ -45,81 +50,46 @@ def finished(command, tmp_path_factory):
     return next(out.rglob("result.json")).parent
 
 
-@pytest.fixture(scope="module")
-def cache(command, finished):
-    return Path(command[command.index("--cache") + 1])
+def outcome(root):
+    """What the finished run below this folder has computed: losses and weights."""
+    (path,) = root.rglob("result.json")
+    state = torch.load(path.with_name("checkpoint.pt"), weights_only=True)
+    keys = ("phase", "train_loss", "dev_loss")
+    losses = [[row[key] for key in keys] for row in state["log"]]
+    weights = []
+    for part in [state["model"], *state["upstreams"].values()]:
+        weights += [(name, value.numpy().tobytes()) for name, value in part.items()]
+    return losses, weights, path.with_name("predictions.csv").read_text()
 
 
 # --- Damaged and hostile files --------------------------------------------------------
 
-
-def mutate(content, rng):
-    """Change one bit, or cut out, double, zero or replace a piece, or cut the end."""
-    start = rng.randrange(len(content))
-    size = rng.choice((1, 2, 8, 60, 1000))
-    head, piece, tail = content[:start], content[start:][:size], content[start + size :]
-    bit = bytes([piece[0] ^ 1 << rng.randrange(8)])
-    middle = [bit + piece[1:], b"", piece * 2, bytes(len(piece)), rng.randbytes(size)]
-    return rng.choice([*[head + new + tail for new in middle], head])
-
-
-def test_a_mutated_corpus_is_whole_or_a_dialogue_is_left_out(tmp_path):
-    """A mutation raises no other error, and changes no more than its own dialogue."""
-    turns = [("F000", 0, 0.1, "neu", "i hate it"), ("M000", 0.5, 0.6, "fru", "so")]
-    for session in (1, 2):
-        write_dialog(tmp_path, f"Ses0{session}F_impro01", turns)
-    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    clean, _ = data.read_iemocap(tmp_path)
-    n_damaged = 0
-    for seed in range(250):
-        rng = random.Random(seed)
-        path = rng.choice(files)
-        content = path.read_bytes()
-        path.write_bytes(mutate(content, rng))
-        corpus, problems = data.read_iemocap(tmp_path)
-        others = [u for u in clean if u.dialog != path.stem[:14]]
-        assert [u for u in corpus if u in others] == others
-        if problems:
-            assert corpus == others and len(problems) == 1
-            n_damaged += 1
-        else:
-            assert [u.id for u in corpus] == [u.id for u in clean]
-            clips = [data.clip(data.load_wav(u.wav)) for u in corpus]
-            assert all(x.isfinite().all() and 400 <= len(x) <= 80000 for x in clips)
-        path.write_bytes(content)
-    assert n_damaged > 60
-
-
-# How many of 100 mutations are noticed, at least. A checkpoint has a checksum.
-FILES = {"config.json": 50, "result.json": 50, "predictions.csv": 50}
-FILES |= {"checkpoint.pt": 90}
+FILES = ["config.json", "result.json", "predictions.csv", "checkpoint.pt"]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_mutated_files_of_a_run_are_named_or_say_the_same(name, finished, tmp_path):
-    folder = tmp_path / "fold5-seed0"
-    shutil.copytree(finished, folder)
+    folder = shutil.copytree(finished, tmp_path / "run")
     run = evaluate.read_json(folder / "config.json")
 
     def read():
-        if name == "checkpoint.pt":
-            state = evaluate.load_checkpoint(folder / name, run)
-            return {key: value.tolist() for key, value in state["model"].items()}
         rows = evaluate.read_run(folder).predictions
-        return Counter((row["label"], row["prediction"]) for row in rows)
+        state = evaluate.load_checkpoint(folder / "checkpoint.pt", run)
+        content = io.BytesIO()
+        torch.save(state, content)
+        guesses = sorted((row["label"], row["prediction"]) for row in rows)
+        return content.getvalue(), guesses
 
     clean = read()
-    content = (folder / name).read_bytes()
     n_damaged = 0
-    for seed in range(100):
-        (folder / name).write_bytes(mutate(content, random.Random(seed)))
+    for _ in mutations(folder / name, 30):
         try:
             assert read() == clean
         except InputError as error:
             n_damaged += 1
             assert str(folder) in str(error)
             assert not re.search("delete|remove", str(error).lower())
-    assert n_damaged >= FILES[name]
+    assert n_damaged > 12
 
 
 class Hostile:
@@ -139,8 +109,7 @@ def test_damaged_and_hostile_files_are_named_and_run_no_code(
     source = data.Source(None, {0: torch.zeros(3)}, [utterance], tmp_path, "cpu")
     states = next(cache.glob("audio-fp32-*/*.npy")).read_bytes()
     np.save("hostile.npy", np.array([Hostile()]), allow_pickle=True)
-    pieces = [states[:length] for length in range(0, len(states), 50)]
-    for content in [*pieces, Path("hostile.npy").read_bytes()]:
+    for content in [b"", states[:-50], Path("hostile.npy").read_bytes()]:
         source.files[0].write_bytes(content)
         with pytest.raises(InputError, match=source.files[0].name):
             source([0])
@@ -148,12 +117,81 @@ def test_damaged_and_hostile_files_are_named_and_run_no_code(
     shutil.copytree(next(cache.glob("tiny-*/text")), "upstream")
     Path("upstream", "model.safetensors").unlink()
     torch.save({"embeddings": Hostile()}, "upstream/pytorch_model.bin")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="upstream"):
         evaluate.load_upstream(str(tmp_path / "upstream"), "text", "fp32")
     assert not Path("ran").exists()
 
 
-# --- Disks, systems, bugs -------------------------------------------------------------
+def test_what_is_half_deleted_is_named_with_the_folder_that_may_go(
+    command, finished, cache, small_corpus, tmp_path
+):
+    """The toy and the tiny upstreams are written again."""
+    toy = shutil.copytree(small_corpus, tmp_path / "toy")
+    (toy / "toy.json").touch()
+    next(toy.rglob("*.wav")).unlink()
+    with pytest.raises(InputError, match=f"Delete {toy}, then: python data.py toy"):
+        train.main(["--iemocap", str(toy)])
+    tiny = next(cache.glob("tiny-*"))
+    copy = shutil.copytree(tiny, tmp_path / tiny.name)
+    (copy / "text" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=f"{tiny.name}.*tiny-... can be deleted"):
+        train.main([*command, "--cache", str(tmp_path)])
+
+
+def test_an_upstream_that_moved_is_found_by_its_new_path(
+    small_corpus, finished, cache, tmp_path
+):
+    wav = next(small_corpus.rglob("*.wav"))
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = evaluate.read_json(folder / "config.json")
+    config["upstreams"] = {m: str(tmp_path / "new" / m) for m in ("audio", "text")}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="new path into the run's config.json"):
+        evaluate.Recognizer(folder)
+    shutil.copytree(next(cache.glob("tiny-*")), tmp_path / "new")
+    answers = [evaluate.Recognizer(x).recognize(wav, "oh") for x in (folder, finished)]
+    assert answers[0] == answers[1]
+
+
+# --- Reports --------------------------------------------------------------------------
+
+
+def test_runs_of_unlike_corpora_are_not_in_one_mean(tmp_path):
+    for fold, checksum in ((1, "0"), (2, "0"), (3, "1")):
+        write_run(tmp_path / str(fold), fold=fold, corpus_checksum=checksum)
+    runs, (problem,) = evaluate.find_runs(tmp_path)
+    assert [run.config["fold"] for run in runs] == [1, 2]
+    other = runs[0].folder
+    assert problem == f"{tmp_path / '3'}: left out, on other data than {other}"
+
+
+def test_a_folder_that_is_no_run_names_the_runs_below_it(tmp_path):
+    run = write_run(tmp_path / "runs" / "toy" / "fold5-seed0")
+    with pytest.raises(InputError) as problem:
+        evaluate.Recognizer(tmp_path / "runs")
+    assert str(run) in str(problem.value)
+    assert "delete" not in str(problem.value)
+
+
+def test_a_picture_can_have_any_title_and_needs_no_screen(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    write_run(tmp_path / "runs", corpus="cost$ of $x_1")
+    evaluate.main(["draw", str(tmp_path / "runs"), str(tmp_path / "pictures")])
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+
+
+def test_tiny_stands_beside_every_number_of_a_dry_run(finished, small_corpus, capsys):
+    wav = str(next(small_corpus.rglob("*.wav")))
+    evaluate.main(["tables", str(finished)])
+    evaluate.main(["recognize", str(finished), "--wav", wav, "--text", "lovely"])
+    printed = capsys.readouterr().out.splitlines()
+    # The title of a table, and the four classes of an utterance.
+    numbers = [line for line in printed if re.search("Table|%$", line)]
+    assert len(numbers) == 5 and all("upstream=tiny" in line for line in numbers)
+
+
+# --- Disks, memory, systems, bugs -----------------------------------------------------
 
 
 def test_a_full_disk_is_an_error_and_the_same_command_goes_on(
@@ -177,12 +215,43 @@ def test_a_full_disk_is_an_error_and_the_same_command_goes_on(
         assert (tmp_path / "runs").exists() == started
         assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("checkpoint.pt")]
     train.main([*command, *flags])
-    assert same_predictions(tmp_path, finished)
+    assert outcome(tmp_path) == outcome(finished)
 
 
-def same_predictions(root, finished):
-    (path,) = root.rglob("predictions.csv")
-    return path.read_text() == (finished / "predictions.csv").read_text()
+def test_out_of_gpu_memory_keeps_the_checkpoint(
+    command, finished, tmp_path, monkeypatch, capsys
+):
+    """While upstreams are frozen, their states come from the cache."""
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    flags = [*command, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr("model.Upstream.forward", fail)
+        with pytest.raises(SystemExit, match="out of GPU memory. Add --micro-batch 8"):
+            data.run_command(lambda: train.main(flags))
+    train.main([*flags, "--micro-batch", "8"])
+    assert "resuming after epoch 2" in capsys.readouterr().out
+    (run,), _ = evaluate.find_runs(tmp_path)
+    assert (run.result["epochs"], run.result["finetune_epoch"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "gibibytes, frozen, fits",
+    [(8, False, 5), (24, False, 28), (80, False, None), (8, True, None)],
+)
+def test_a_small_gpu_is_warned_of_before_fine_tuning(
+    gibibytes, frozen, fits, monkeypatch, capsys
+):
+    """4 GiB and 0.7 GiB a clip, of the whole card: 4 + 32 * 0.7 = 26.4 GiB."""
+    size = (0, gibibytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: size)
+    args = train.parse_args(["--iemocap", "x"])
+    args.device = "cuda"
+    train.warn_of_memory(args, frozen, {"audio": None, "text": None})
+    printed = capsys.readouterr().out.strip()
+    assert printed.endswith(f"--micro-batch {fits}") if fits else printed == ""
 
 
 def test_nothing_of_unix_is_needed_and_imports_do_not_warn(
@@ -199,38 +268,37 @@ def test_nothing_of_unix_is_needed_and_imports_do_not_warn(
         warnings.simplefilter("error")
         again = importlib.import_module("train")
     again.main([*command, "--out", str(tmp_path)])
-    assert same_predictions(tmp_path, finished)
+    assert outcome(tmp_path) == outcome(finished)
+
+
+def test_a_terminal_without_unicode_gets_question_marks(monkeypatch):
+    """Tables have → and ±, which the terminal of some clusters does not know."""
+    for name in ("stdout", "stderr"):
+        screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, name, screen)
+    data.run_command(lambda: print("CMT(A→T) 1 ± 2"))
+    assert sys.stdout.buffer.getvalue().decode() == "CMT(A?T) 1 ? 2\n"
 
 
 class Bug(NameError, TypeError, ValueError, KeyError, RuntimeError):
     """All that a mistake in the code may raise, in one."""
 
 
-@pytest.mark.parametrize(
-    "owner, name",
-    [
-        (data, "read_dialog"),
-        (data, "load_wav"),
-        (data, "clip"),
-        (data, "split"),
-        (data, "gather"),
-        (model, "masked_mean"),
-        (model.Upstream, "prepare"),
-        (evaluate, "metrics"),
-        (train.Patience, "step"),
-        (train, "train_epoch"),
-    ],
-)
-def test_a_bug_is_a_traceback(owner, name, command, tmp_path, monkeypatch):
+BUGS = "data.read_dialog data.load_wav data.clip data.split data.gather "
+BUGS += "model.masked_mean model.Upstream.prepare evaluate.metrics "
+BUGS += "train.Patience.step train.train_epoch"
+
+
+@pytest.mark.parametrize("name", BUGS.split())
+def test_a_bug_is_a_traceback(name, command, tmp_path, monkeypatch):
     """No part of the four files takes a bug for a fault of the user's files."""
 
     def wrong(*args, **options):
         raise Bug(name)
 
-    monkeypatch.setattr(owner, name, wrong)
-    flags = [*command, "--fusion", "mmt", "--out", str(tmp_path)]
+    monkeypatch.setattr(name, wrong)
     with pytest.raises(Bug, match=name):
-        data.run_command(lambda: train.main(flags))
+        data.run_command(lambda: train.main([*command, "--out", str(tmp_path)]))
 
 
 # --- Processes ------------------------------------------------------------------------
@@ -240,8 +308,8 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__, "transformers.models.wavlm.modeling_wavlm"])
 
 
-def train_until(n_renames, output, flags):
-    """Train. Before it renames a file for the n-th time, the process kills itself.
+def train_until(death, output, flags):
+    """Train. The process kills itself before a file, for example the second log.jsonl.
 
     Every file is written by another name first, so only renaming changes the disk.
     """
@@ -249,11 +317,11 @@ def train_until(n_renames, output, flags):
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
     rename = os.replace
-    done = []
+    written = []
 
     def replace(old, new):
-        done.append(new)
-        if len(done) == n_renames:
+        written.append(new.suffix)
+        if (new.suffix, written.count(new.suffix)) == death:
             os.kill(os.getpid(), signal.SIGKILL)
         rename(old, new)
 
@@ -261,47 +329,29 @@ def train_until(n_renames, output, flags):
     data.run_command(lambda: train.main(flags))
 
 
-def start(root, flags, n_renames=None):
+def start(root, flags, death=None):
     output = root.with_suffix(".output")
-    output.parent.mkdir(exist_ok=True)
     output.touch()
-    arguments = (n_renames, output, [*flags, "--out", str(root)])
+    arguments = (death, output, [*flags, "--out", str(root)])
     process = SERVER.Process(target=train_until, args=arguments, daemon=True)
     process.start()
     return process
 
 
-def outcome(root):
-    """Everything that a run below this folder has computed, but no seconds."""
-    (path,) = root.rglob("result.json")
-    state = torch.load(path.with_name("checkpoint.pt"), weights_only=True)
-    result = json.loads(path.read_text())
-    for row in [*state["log"], result]:
-        del row["seconds"]
-    weights = []
-    for part in [state["model"], *state["upstreams"].values()]:
-        weights += [(name, value.numpy().tobytes()) for name, value in part.items()]
-    return state["log"], result, weights, path.with_name("predictions.csv").read_text()
-
-
-# The first has frozen upstreams, the second changes them from epoch 3 on.
-PHASES = ["--frozen --lr-frozen 0.01 --max-epochs 3", "--lr-finetune 0.01"]
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_killed_between_two_files_a_run_ends_with_the_same_bits(
-    phase, command, tmp_path
+def test_killed_in_both_phases_a_run_ends_with_the_same_bits(
+    command, finished, tmp_path
 ):
-    flags = [*command, "--stop-after", "9", *phase.split()]
-    train.main([*flags, "--out", str(tmp_path / "whole")])
+    """It dies in filling the cache, in epochs 2 and 4, and before its predictions."""
+    flags = [*command, "--cache", str(tmp_path / "cache")]
+    deaths = [(".npy", 60), (".jsonl", 2), (".pt", 3), (".csv", 1), None]
+    output = tmp_path / "killed.output"
     codes = []
-    # The first kill is before the checkpoint, the next is after it, and so on.
-    while 0 not in codes:
-        process = start(tmp_path / "killed", flags, 3 + len(codes))
+    for death in deaths:
+        process = start(tmp_path / "killed", flags, death)
         process.join()
         codes.append(process.exitcode)
-    assert codes == [-signal.SIGKILL] * 3 + [0]
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert codes == [-signal.SIGKILL] * 4 + [0], output.read_text()
+    assert outcome(tmp_path) == outcome(finished)
 
 
 def test_two_processes_fill_one_cache_and_end_alike(command, finished, tmp_path):
@@ -311,13 +361,13 @@ def test_two_processes_fill_one_cache_and_end_alike(command, finished, tmp_path)
     for process in both:
         process.join()
         assert process.exitcode == 0, (tmp_path / "runs.output").read_text()
-    assert same_predictions(tmp_path, finished)
+    assert outcome(tmp_path) == outcome(finished)
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_an_interrupted_run_says_how_to_go_on(command, tmp_path):
     """Its lines arrive one by one, in a file too."""
-    endless = ["--stop-after", "1000000", "--max-epochs", "1000000", "--frozen"]
+    endless = "--frozen --stop-after 100000 --max-epochs 100000".split()
     process = start(tmp_path / "runs", [*command, *endless])
     output = tmp_path / "runs.output"
     while process.is_alive() and "epoch  3 " not in output.read_text():
@@ -330,40 +380,13 @@ def test_an_interrupted_run_says_how_to_go_on(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_thirty_times_at_any_moment_a_run_ends_with_the_same_bits(
-    command, tmp_path
-):
-    """From nothing to the end, with the tiny upstreams and the cache."""
-    flags = [*command, "--stop-after", "9", *PHASES[1].split(), "--cache"]
-    # Measure the second process, because the first one waits for the server.
-    for name in ("first", "whole"):
-        started = time.monotonic()
-        start(tmp_path / name, [*flags, str(tmp_path / name / "cache")]).join()
-        seconds = time.monotonic() - started
-    rng = random.Random(0)
-    n_kills = 0
-    while n_kills < 30:
-        root = tmp_path / f"killed{n_kills}"
-        while not list(root.rglob("result.json")):
-            process = start(root, [*flags, str(root / "cache")])
-            process.join(timeout=rng.uniform(0, 0.8) * seconds)
-            n_kills += process.is_alive()
-            process.kill()
-            process.join()
-        assert outcome(root) == outcome(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_two_hundred_runs_leave_nothing_behind(command, finished, tmp_path):
+def test_two_hundred_runs_leave_nothing_behind(command, tmp_path):
     """Memory and open files stay the same after the first twenty runs."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs /proc")
     usage = []
     for seed in range(200):
         train.main([*command, "--out", str(tmp_path), "--seed", str(seed)])
         if seed in (19, 199):
-            memory = int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1])
-            usage.append((memory, len(os.listdir("/proc/self/fd"))))
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            usage.append((pages, len(os.listdir("/proc/self/fd"))))
     early, late = usage
     assert late[0] < 1.1 * early[0] and late[1] == early[1]

@@ -10,7 +10,8 @@ same utterances. The command answers two questions:
    standard deviation over all pairs, and a mean for each seed.
 2. Can the difference be an accident of which utterances were tested? McNemar's test and
    a bootstrap over dialogues answer this. Here each fold has one pair, of its lowest
-   seed, so that each utterance counts once.
+   seed, so that each utterance counts once. If the two disagree about WA, believe the
+   bootstrap: its dialogues are more independent than the turns of a dialogue.
 
 Read `mcnemar` and `bootstrap` first. The rest finds the pairs and prints.
 """
@@ -19,7 +20,6 @@ import argparse
 import math
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def bootstrap(counts_a: np.ndarray, counts_b: np.ndarray) -> np.ndarray:
     measure the difference on them. We do this 2,000 times. The interval leaves out the
     lowest and the highest 2.5 % of the differences. This is the percentile bootstrap
     (Efron and Tibshirani 1993, chapter 13). It draws whole dialogues instead of single
-    utterances, because neighbouring turns are alike.
+    utterances, because neighbouring turns are similar.
     """
     n = len(counts_a)
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def bootstrap(counts_a: np.ndarray, counts_b: np.ndarray) -> np.ndarray:
 
 # --- The pairs and the report ---------------------------------------------------------
 
-Pairs = dict[tuple[int, int], tuple[FinishedRun, FinishedRun]]  # by fold and seed
+Pairs = list[tuple[FinishedRun, FinishedRun]]  # by seed, then by fold
 
 
 def read_system(folder: Path) -> tuple[str, Runs]:
@@ -110,97 +110,83 @@ def find_pairs(runs_a: Runs, runs_b: Runs) -> Pairs:
     Raises InputError if there is no pair, or if the two runs of a pair were tested on
     different utterances.
     """
-    partners = {(run.config["fold"], run.config["seed"]): run for run in runs_b}
-    pairs = {}
-    for a in runs_a:
-        key = (a.config["fold"], a.config["seed"])
-        if key in partners:
-            pairs[key] = (a, partners[key])
+
+    def key(run: FinishedRun) -> tuple[int, int]:
+        return run.config["seed"], run.config["fold"]
+
+    def tested(run: FinishedRun) -> list[tuple[str, str]]:
+        return [(row["utterance"], row["label"]) for row in run.predictions]
+
+    partners = {key(run): run for run in runs_b}
+    pairs = [(a, partners[key(a)]) for a in runs_a if key(a) in partners]
+    for a, b in pairs:
+        if tested(a) != tested(b):
+            raise InputError(f"{a.folder} and {b.folder} have different test data")
     if not pairs:
         raise InputError("A and B have no run of the same fold and seed")
-    for a, b in pairs.values():
-        tested = []
-        for run in (a, b):
-            tested.append([(row["utterance"], row["label"]) for row in run.predictions])
-        if tested[0] != tested[1]:
-            raise InputError(f"{a.folder} and {b.folder} have different test data")
-    return dict(sorted(pairs.items()))
+    return sorted(pairs, key=lambda pair: key(pair[0]))
 
 
-def describe_differences(corpus: str, pairs: Pairs) -> str:
-    """Format how much the pairs differ, over all of them and for each seed."""
-    folds = sorted({fold for fold, _ in pairs})
-    seeds = sorted({seed for _, seed in pairs})
-    table = [["", "A", "B", "B minus A", *[f"seed {seed}" for seed in seeds]]]
+def print_differences(corpus: str, pairs: Pairs) -> None:
+    """Print how much the pairs differ, over all of them and for each seed."""
+    seeds = np.array([a.config["seed"] for a, _ in pairs])
+    folds = sorted({a.config["fold"] for a, _ in pairs})
+    header = [f"seed {seed}" for seed in np.unique(seeds)]
+    table = [["", "A", "B", "B minus A", *header]]
     for metric in METRICS:
-        values_a = {key: 100 * a.result[metric] for key, (a, _) in pairs.items()}
-        values_b = {key: 100 * b.result[metric] for key, (_, b) in pairs.items()}
-        differences = {key: values_b[key] - values_a[key] for key in pairs}
-        mean = f"{fmean(differences.values()):+.2f}"
+        values_a = np.array([100 * a.result[metric] for a, _ in pairs])
+        values_b = np.array([100 * b.result[metric] for _, b in pairs])
+        difference = values_b - values_a
+        cell = f"{difference.mean():+.2f}"
         if len(pairs) > 1:
-            mean += f" ± {stdev(differences.values()):.2f}"
-        row = [metric.upper()]
-        row += [f"{fmean(values.values()):.2f}" for values in (values_a, values_b)]
-        row.append(mean)
-        for seed in seeds:
-            of_seed = [differences[key] for key in pairs if key[1] == seed]
-            row.append(f"{fmean(of_seed):+.2f}")
+            cell += f" ± {difference.std(ddof=1):.2f}"
+        row = [metric.upper(), f"{values_a.mean():.2f}", f"{values_b.mean():.2f}", cell]
+        for seed in np.unique(seeds):
+            row.append(f"{difference[seeds == seed].mean():+.2f}")
         table.append(row)
-    title = (
-        f"{corpus}, in %: mean ± standard deviation over {len(pairs)} pair(s), folds "
-        f"{folds}, seeds {seeds}"
-    )
-    return (
-        format_table(title, table)
-        + "\nFolds have training data in common, so these pairs are not independent.\n"
-        "Believe a sign that all seeds have.\n"
-    )
+    title = f"{corpus}, in %: mean ± sd over {len(pairs)} pair(s), folds {folds}"
+    print(format_table(title, table))
+    print("Folds have training data in common, so these pairs are not independent.")
+    print("Believe a sign that all seeds have.\n")
 
 
-def describe_tests(corpus: str, pairs: Pairs) -> str:
-    """Format McNemar's test and the bootstrap, on one pair for each fold."""
-    first = {}  # by fold. The pairs are in the order of their seeds
-    for (fold, _), pair in pairs.items():
-        first.setdefault(fold, pair)
-    only_a = 0
-    only_b = 0
+def print_tests(corpus: str, pairs: Pairs) -> None:
+    """Print McNemar's test and the bootstrap, on one pair for each fold."""
+    first = {}  # by fold, its pair of the lowest seed
+    for a, b in pairs:
+        first.setdefault(a.config["fold"], (a, b))
     # One confusion matrix per dialogue, of A and of B.
     counts = defaultdict(lambda: np.zeros((2, 4, 4), dtype=int))
+    only_a = 0
+    only_b = 0
     for a, b in first.values():
         for row_a, row_b in zip(a.predictions, b.predictions, strict=True):
-            truth = CLASSES.index(row_a["label"])
-            guess_a = CLASSES.index(row_a["prediction"])
-            guess_b = CLASSES.index(row_b["prediction"])
             dialog = row_a["utterance"].rpartition("_")[0]
+            names = (row_a["label"], row_a["prediction"], row_b["prediction"])
+            truth, guess_a, guess_b = [CLASSES.index(name) for name in names]
             counts[dialog][0, truth, guess_a] += 1
             counts[dialog][1, truth, guess_b] += 1
             only_a += guess_a == truth != guess_b
             only_b += guess_b == truth != guess_a
     matrices = np.array(list(counts.values()))  # (dialogues, 2, 4, 4)
     total_a, total_b = matrices.sum(axis=0)
-    text = (
+    print(
         f"{corpus}: one pair for each of {len(first)} fold(s), the lowest seed: "
         f"{total_a.sum()} predictions in {len(counts)} dialogue(s)\n"
         f"{corpus}: only A is right in {only_a}, only B in {only_b}. "
-        f"McNemar's exact test: p = {mcnemar(only_a, only_b):.3g}\n"
+        f"McNemar's exact test: p = {mcnemar(only_a, only_b):.3g}"
     )
     differences = 100 * (accuracies(total_b) - accuracies(total_a))  # (2,)
     low, high = 100 * bootstrap(matrices[:, 0], matrices[:, 1])  # (2,) each
     for k, metric in enumerate(METRICS):
-        text += (
-            f"{corpus}: {metric.upper()} of B minus A: {differences[k]:+.2f} points, "
-            f"95 % interval {low[k]:+.2f} to {high[k]:+.2f}"
-        )
+        line = f"{metric.upper()} of B minus A: {differences[k]:+.2f} points, "
+        line += f"95 % interval {low[k]:+.2f} to {high[k]:+.2f}"
         if low[k] <= 0 <= high[k]:
-            text += " (contains 0: no difference is shown)"
-        text += "\n"
+            line += " (contains 0: no difference is shown)"
+        print(f"{corpus}: {line}")
     # Ten is a rule of thumb. With fewer things to draw, the interval is too narrow.
     if len(counts) < 10:
-        text += "There are fewer than 10 dialogues, so do not trust the intervals.\n"
-    return (
-        text + "If McNemar's test and the interval disagree about WA, believe the\n"
-        "interval: its dialogues are more independent than the turns of a dialogue.\n"
-    )
+        print("There are fewer than 10 dialogues, so do not trust the intervals.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -211,11 +197,11 @@ def main(arguments: list[str] | None = None) -> None:
     name_a, runs_a = read_system(args.a)
     name_b, runs_b = read_system(args.b)
     pairs = find_pairs(runs_a, runs_b)
-    corpora = {run.config["corpus"] for run in (runs_a[0], runs_b[0])}
+    corpora = {run.config["corpus"] for run in pairs[0]}
     corpus = " and ".join(sorted(corpora))
     print(f"A: {name_a}\nB: {name_b}\n")
-    print(describe_differences(corpus, pairs))
-    print(describe_tests(corpus, pairs))
+    print_differences(corpus, pairs)
+    print_tests(corpus, pairs)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m tests.studies.curves RUNS DIR     (needs matplotlib)
 
-Each fold has a colour, and each seed has a line style.
+Each fold has a colour, and each seed has a line style. Dots mark the last epoch before
+fine-tuning, and the last epoch of all.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 
 from data import InputError, run_command
-from evaluate import TABLE_1, Runs, find_runs, grouped
+from evaluate import TABLE_1, Runs, find_runs, grouped, reading
 
 PANELS = {
     "train_loss": "training loss",
@@ -22,73 +23,40 @@ LINE_STYLES = ["solid", "dashed", "dotted", "dashdot"]
 
 def read_log(path: Path) -> list[dict]:
     """Read log.jsonl, one dict per epoch. Raises InputError if it is damaged."""
-    try:
+    with reading(path, "Restore it from a copy"):
         lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except ValueError as problem:
-        raise InputError(f"{path}: damaged, {problem}") from None
-    if not rows:
-        raise InputError(f"{path}: damaged, it has no epochs")
-    return rows
-
-
-def describe(config: dict) -> str:
-    """Name the corpus, the system and the settings of a run, from its config.json."""
-    corpus, *settings = config["title"].split(", ")
-    corpus = "Toy corpus" if corpus == "toy" else f"Corpus {corpus}"
-    model, _, phase = TABLE_1[config["system"]][0].rpartition(" ")
-    system = f"system {config['system']} ({model}, {phase})"
-    return ", ".join([corpus, system, *settings])
+        return [json.loads(line) for line in lines]
 
 
 def draw_curves(runs: Runs):
     """Draw the curves of the runs of one system: a matplotlib figure."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
     except ImportError as problem:
         raise InputError(f"{problem}: pip install matplotlib") from None
-    # Large enough for the last row of a lecture hall, on a slide 12 inches wide.
-    matplotlib.rcParams.update({"font.size": 16})
-    figure = Figure((12, 9), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1)
+    # On a slide, the words are large enough for the last row of a lecture hall.
+    figure = Figure((9, 7), dpi=200, layout="constrained")
+    config = runs[0].config
+    system = f"Sys. {config['system']} ({TABLE_1[config['system']][0]})"
+    figure.suptitle(f"{config['title']}, {system}", parse_math=False, wrap=True)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
-    legend = {}
-    folds = sorted({run.config["fold"] for run in runs})
-    colours = {fold: f"C{k}" for k, fold in enumerate(folds)}
-    for fold, colour in colours.items():
-        legend[f"fold {fold}"] = Line2D([], [], color=colour, linewidth=3)
-    seeds = sorted({run.config["seed"] for run in runs})
-    styles = {seed: LINE_STYLES[k % 4] for k, seed in enumerate(seeds)}
-    for seed, style in styles.items():
-        legend[f"seed {seed}"] = Line2D([], [], color="black", linestyle=style)
-
     for run in runs:
-        colour = colours[run.config["fold"]]
+        fold, seed = run.config["fold"], run.config["seed"]
+        style = {"color": f"C{fold}", "linestyle": LINE_STYLES[seed % 4]}
         log = read_log(run.folder / "log.jsonl")
+        epochs = [row["epoch"] for row in log]
+        dots = {len(log) - 1}
+        if run.result["finetune_epoch"]:
+            dots.add(run.result["finetune_epoch"] - 1)
         for ax, name in zip(axes, PANELS, strict=True):
-            epochs = [row["epoch"] for row in log]
             values = [row[name] for row in log]
-            style = styles[run.config["seed"]]
-            ax.plot(epochs, values, color=colour, linestyle=style)
-            marks = {epochs[-1]: "o"}
-            if run.result["finetune_epoch"]:
-                marks[run.result["finetune_epoch"]] = "v"
-            for epoch, mark in marks.items():
-                ax.plot(epoch, values[epoch - 1], mark, color=colour, markersize=8)
-    legend["training stops"] = Line2D([], [], color="black", marker="o", linewidth=0)
-    if any(run.result["finetune_epoch"] for run in runs):
-        triangle = Line2D([], [], color="black", marker="v", linewidth=0)
-        legend["fine-tuning\nstarts after"] = triangle
-
-    for ax, label in zip(axes, PANELS.values(), strict=True):
-        ax.set_ylabel(label)
-    axes[-1].yaxis.set_major_formatter("{x:.0%}")
-    axes[-1].set_xlabel("epoch")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(legend.values(), legend.keys(), loc="outside right upper")
-    figure.suptitle(describe(runs[0].config), parse_math=False, wrap=True)
+            ax.plot(epochs, values, **style, marker="o", markevery=sorted(dots))
+            ax.set_ylabel(PANELS[name])
+        ax.lines[-1].set_label(f"fold {fold}, seed {seed}")
+    ax.yaxis.set_major_formatter("{x:.0%}")
+    ax.set_xlabel("epoch")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -99,13 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     runs, damaged = find_runs(args.runs)
     args.dir.mkdir(parents=True, exist_ok=True)
-    number = 0
     for title, group in grouped(runs, "title").items():
         for system, members in grouped(group, "system").items():
-            number += 1
-            path = args.dir / f"curves-{number}.png"
+            path = args.dir / f"{title}, Sys. {system}.png"
             draw_curves(members).savefig(path)
-            print(f"{path}: {title}, Sys. {system}")
+            print(path)
     if damaged:
         raise InputError("\n".join(damaged))
 

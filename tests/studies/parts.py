@@ -15,25 +15,21 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from data import CLASSES, InputError, Utterance, read_iemocap, run_command
+from data import CLASSES, Corpus, InputError, read_iemocap, run_command
 from evaluate import Runs, find_runs, format_table, grouped, metrics
 
 
-def plain(text: str) -> str:
-    """Leave out case and punctuation."""
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def seen_elsewhere(corpus: list[Utterance]) -> dict[str, bool]:
+def seen_elsewhere(corpus: Corpus) -> dict[str, bool]:
     """Tell for each id whether its text also occurs in another session.
 
-    A text that occurs twice in one session is not seen, because one session is never
-    both trained and tested on.
+    Case and punctuation do not count. A text that occurs twice in one session is not
+    seen, because one session is never both trained and tested on.
     """
+    texts = {u.id: " ".join(re.findall(r"\w+", u.text.lower())) for u in corpus}
     sessions = defaultdict(set)  # by text
     for u in corpus:
-        sessions[plain(u.text)].add(u.session)
-    return {u.id: len(sessions[plain(u.text)]) > 1 for u in corpus}
+        sessions[texts[u.id]].add(u.session)
+    return {u.id: len(sessions[texts[u.id]]) > 1 for u in corpus}
 
 
 def parts_of(row: dict[str, str], seen: dict[str, bool]) -> list[str]:
@@ -79,14 +75,13 @@ def describe_parts(runs: Runs, seen: dict[str, bool]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Results on parts of the test data.")
     parser.add_argument("runs", type=Path, metavar="RUNS", help="a folder of runs")
-    help_text = "the corpus of these runs, for the texts"
-    parser.add_argument("--iemocap", type=Path, metavar="DIR", help=help_text)
+    parser.add_argument("--iemocap", type=Path, help="the corpus of these runs")
     args = parser.parse_args(arguments)
     runs, damaged = find_runs(args.runs)
-    seen = {}
+    corpus = []
     if args.iemocap:
         corpus, _ = read_iemocap(args.iemocap)
-        seen = seen_elsewhere(corpus)
+    seen = seen_elsewhere(corpus)
     for group in grouped(runs, "title").values():
         print(describe_parts(group, seen))
     if damaged:

@@ -4,8 +4,8 @@
 
 Takes the flags of train.py. The test session takes the place of the development
 speaker, so it decides when fine-tuning starts and when training stops. The log then has
-the result on the test session after every epoch. The command prints that of the last
-epoch, which is not selected, beside that of two selected epochs: the one of the lowest
+the result on the test session after every epoch. The last epoch is not selected. The
+command prints its result beside that of two selected epochs: the one of the lowest
 loss, and the one of the highest UA.
 
 No test utterance is trained on, so the gain comes from the selection alone. The name of
@@ -27,9 +27,7 @@ honest_split = data.split
 honest_read_corpus = train.read_corpus
 
 
-def split_with_test_as_dev(
-    corpus: list[data.Utterance], fold: int, seed: int
-) -> tuple[list[int], list[int], list[int]]:
+def split_with_test_as_dev(corpus: data.Corpus, fold: int, seed: int) -> tuple:
     """Split as data.split does, but with the test session in place of the dev speaker.
 
     The development speaker stays out of training, so the training data is the same.
@@ -38,7 +36,7 @@ def split_with_test_as_dev(
     return train_rows, test_rows, test_rows
 
 
-def read_marked_corpus(args) -> tuple[str, list[data.Utterance]]:
+def read_marked_corpus(args) -> tuple[str, data.Corpus]:
     name, corpus = honest_read_corpus(args)
     return f"{name}-{MARK}", corpus
 
@@ -48,20 +46,19 @@ def describe_selection(system: Path) -> str:
 
     system   the folder of the runs of one system
     """
+    table = [["run", "last epoch", "lowest test loss", "highest test UA"]]
     rows = []
     for result in sorted(system.glob("fold*-seed*/result.json")):
         log = read_log(result.with_name("log.jsonl"))
         lowest_loss = min(log, key=lambda row: row["dev_loss"])
         highest_ua = max(log, key=lambda row: row["dev_ua"])
         uas = [100 * row["dev_ua"] for row in (log[-1], lowest_loss, highest_ua)]
-        rows.append((result.parent.name, *uas))
-    columns = list(zip(*rows, strict=True))[1:]
-    rows.append(("mean", *[fmean(column) for column in columns]))
-    cells = [["run", "last epoch", "lowest test loss", "highest test UA"]]
-    for name, *uas in rows:
-        cells.append([name, *[f"{ua:.2f}" for ua in uas]])
+        rows.append(uas)
+        table.append([result.parent.name, *[f"{ua:.2f}" for ua in uas]])
+    means = [fmean(column) for column in zip(*rows, strict=True)]
+    table.append(["mean", *[f"{mean:.2f}" for mean in means]])
     title = f"{system.parent.name}, {system.name}: UA on the test session, in %"
-    return format_table(title, cells)
+    return format_table(title, table)
 
 
 def main(arguments: list[str] | None = None) -> None:
