@@ -276,6 +276,24 @@ def test_states_are_kept_in_memory_up_to_a_limit(tmp_path, monkeypatch):
         assert source.memory == {}
 
 
+def test_prepare_takes_the_clips_of_the_classes_and_the_texts_around_them(tmp_path):
+    wav = tmp_path / "a.wav"
+    write_wav(wav, [0.1] * 400)
+    found = []
+    for i, emotion in enumerate("xxx fru sur neu fru xxx oth fru sad".split()):
+        found.append(data.Utterance("u", 1, "d", "s", i, i, f"text {i}", emotion, wav))
+    upstream = SimpleNamespace(name="b", modality="audio", prepare=len)
+    assert data.prepare(upstream, found, 3) == {3: 400, 8: 400}
+    with pytest.raises(InputError, match="u has no wav.*--fusion text-fc"):
+        data.prepare(upstream, [replace(u, wav=None) for u in found], 3)
+
+    upstream.modality = "text"
+    upstream.preprocessor = SimpleNamespace(unk_token_id=0)
+    upstream.prepare = lambda text: torch.tensor([int(text[-1])])
+    inputs = data.prepare(upstream, found, 3)
+    assert {row: row for row in (2, 3, 4, 7, 8)} == inputs
+
+
 # --- A corpus of your own -------------------------------------------------------------
 
 TABLE = """text,emotion,session,dialog,speaker
