@@ -134,14 +134,18 @@ def test_a_system_by_hand_with_its_residuals_and_dropouts(
     batch = {modality: batch[modality] for modality in config.modalities}
     logits = recognizer(**batch)
 
-    x, mask = recognizer.features(**batch)
+    x = {m: recognizer.extractor[m](*inputs) for m, inputs in batch.items()}
+    mask = {m: inputs[1] for m, inputs in batch.items()}
+    if "text" in x:
+        x["text"], mask["text"] = x["text"]
     averages = []
     for target, source, vanilla in PATHS[fusion]:
         out = x[target] / 0.5
         if source:
             block = recognizer.fusion.blocks[f"{source}-to-{target}"]
-            out, _ = block.attend(out, x[source] / 0.5, mask[source])
-            out = out / 0.9
+            matrices = block.w_q, block.w_k, block.w_v
+            inputs = x[target] / 0.5, x[source] / 0.5, *matrices, mask[source]
+            out = model.cross_modal_attention(*inputs)[0] / 0.9
             if vanilla or cma_residual:
                 out = out + x[target] / 0.5
             out = block.norm1(out)

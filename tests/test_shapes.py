@@ -181,11 +181,18 @@ FIG_2B = model.TextFeatureExtractor(13, 768, 16, 9)
 CMT = model.TransformerBlock(16, residual=False).eval()
 TE = model.TransformerBlock(16, residual=True).eval()
 MMT = EmotionRecognizer(Config()).eval()
+
+
+def attend(x_t, x_s):
+    matrices = CMT.w_q, CMT.w_k, CMT.w_v
+    return model.cross_modal_attention(x_t, x_s, *matrices, AUDIO_MASK)[0]
+
+
 BLOCKS = {
     "2.1 S&E": lambda audio: SE(audio, AUDIO_MASK),
     "2.1 X_A": lambda audio: FIG_2A(audio, AUDIO_MASK)[:, :5],
     "2.1 X_T": lambda text: FIG_2B(text, TEXTS_MASK)[0][:, :4],
-    "2.2 Eq. (1) A to T": lambda x_t, x_a: CMT.attend(x_t, x_a, AUDIO_MASK)[0][:, :4],
+    "2.2 Eq. (1) A to T": lambda x_t, x_a: attend(x_t, x_a)[:, :4],
     "2.2 CMT A to T": lambda x_t, x_a: CMT(x_t, x_a, AUDIO_MASK)[:, :4],
     "2.2 CMT T to A": lambda x_a, x_t: CMT(x_a, x_t, TEXT_MASK)[:, :5],
     "2.2 Transformer": lambda x_a: TE(x_a, x_a, AUDIO_MASK)[:, :5],

@@ -195,7 +195,7 @@ def test_a_run_from_end_to_end(mmt, small_corpus, trainer, capsys):
     # Otherwise a GPU computes WavLM's convolutions with fewer bits.
     assert not torch.backends.cudnn.allow_tf32
     trainer("mmt")
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 @torch.no_grad()
