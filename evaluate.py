@@ -296,7 +296,8 @@ class Recognizer:
         given = {m for m, argument in arguments.items() if argument is not None}
         if given != self.upstreams.keys():
             raise InputError(
-                f"{self.run.folder} takes {list(self.upstreams)}, no other"
+                f"{self.run.folder} uses {list(self.upstreams)}. Give a wav for audio, "
+                "a text for text, and nothing else"
             )
 
         # Treat the turns as a corpus of one dialogue. Its sources are live, so they

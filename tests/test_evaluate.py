@@ -264,7 +264,7 @@ def test_a_modality_that_is_missing_or_not_used_is_named(
     """The sentence names the modalities that the run uses."""
     folder, model = own(fusion)
     _, error = report("recognize", folder, *arguments.split())
-    assert f"{folder} takes {model.config.modalities}" in error
+    assert f"{folder} uses {model.config.modalities}" in error
 
 
 def test_another_checkpoint_or_upstream_is_refused(own):
