@@ -104,17 +104,16 @@ def read_system(folder: Path) -> tuple[str, Runs]:
 def find_pairs(runs_a: Runs, runs_b: Runs) -> Pairs:
     """Pair the runs of two systems, in the order of their seeds.
 
-    Raises InputError if there is no pair, or if a pair has two versions of a corpus.
+    Raises InputError if there is no pair, or if the corpora of a pair differ.
     """
     pairs = []
     for a, b in itertools.product(runs_a, runs_b):
         if all(a.config[key] == b.config[key] for key in ("fold", "seed")):
+            if a.config["corpus_checksum"] != b.config["corpus_checksum"]:
+                raise InputError(f"{a.folder} and {b.folder} have different corpora")
             pairs.append((a, b))
     if not pairs:
         raise InputError("A and B have no run of the same fold and seed")
-    for a, b in pairs:
-        if a.config["corpus_checksum"] != b.config["corpus_checksum"]:
-            raise InputError(f"{a.folder} and {b.folder} have different test data")
     return sorted(pairs, key=lambda pair: pair[0].config["seed"])
 
 

@@ -55,30 +55,24 @@ class Study:
         self.folder = folder
         self.code = code
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        texts = self.write_corpus()
-        with mock.patch.multiple(code.model, **self.sizes):
-            code.model.make_tiny_upstreams(folder, texts)
-
-    def write_corpus(self) -> list[str]:
-        """Write noise and words, of IEMOCAP's lengths. Returns the texts."""
+        # Write noise and words, of IEMOCAP's lengths.
         rng = np.random.default_rng(0)
         table = "text,emotion,session,dialog,speaker,wav\n"
-        texts = []
         for session, turn in itertools.product(range(1, 6), range(self.n_turns)):
             n_words = np.clip(rng.lognormal(np.log(8), 0.85), 1, 98)
             text = " ".join(f"word{k}" for k in rng.integers(0, 999, int(n_words)))
             seconds = np.clip(rng.lognormal(np.log(3.6), 0.7), 0.6, self.longest)
             samples = rng.integers(-9999, 9999, int(16000 * seconds), dtype="<i2")
             name = f"{session}-{turn}.wav"
-            with wave.open(str(self.folder / name), "wb") as file:
+            with wave.open(str(folder / name), "wb") as file:
                 file.setparams((1, 2, 16000, 0, "NONE", ""))
                 file.writeframes(samples.tobytes())
             emotion = data.CLASSES[(turn // 2 + session) % 4]
             speaker = f"{session}{'FM'[turn % 2]}"
             table += f"{text},{emotion},{session},{session},{speaker},{name}\n"
-            texts.append(text)
-        (self.folder / "random.csv").write_text(table)
-        return texts
+        (folder / "random.csv").write_text(table)
+        with mock.patch.multiple(code.model, **self.sizes):
+            code.model.make_tiny_upstreams(folder, [table])
 
     def run(self, flags: str, device: str | None = None, n_commands: int = 1) -> list:
         """Train for four epochs. Returns the log of each system, in order of its name.
@@ -128,7 +122,7 @@ class TinyStudy(Study):
 # --- Is it right? ---------------------------------------------------------------------
 
 
-def check(study: Study, name: str, flags: str = "", more="", **options) -> None:
+def check(study: Study, name: str, flags: str = "", more: str = "", **options):
     """Compare the losses of all epochs with and without more flags, or options of run.
 
     Raises ValueError if they differ by more than rounding.
