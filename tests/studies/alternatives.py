@@ -7,17 +7,12 @@ r"""Try another reading of a point that the paper leaves open.
 
 The four files have one reading of each open point. PATCHES has another one. To train,
 this script patches the texts of the four files in memory, and runs them. The runs go to
-runs-A5,A9 in the current folder, unless you name another --out.
-
-Every run is marked: the name of its folder and its title have alternative=A5,A9. To
-compare it with a run of the four files:
-
-    python -m tests.studies.compare FOLDER_A FOLDER_B
+runs-A5,A9 in the current folder, unless you name another --out. The name of a run's
+folder and its title have alternative=A5,A9.
 
 Do not use evaluate.py recognize on these runs. It has the model of the four files.
 """
 
-import difflib
 import importlib
 import re
 import sys
@@ -34,7 +29,7 @@ FILES = ("model.py", "data.py", "evaluate.py", "train.py")
 
 # In a patch, the lines after "+" replace the lines after "-" above them, which only one
 # of the four files has, once. All lines are indented like the place where they go.
-PATCHES = r"""
+TEXT = r"""
 [A1] The layers are laid side by side, so the projector has L * D inputs.
 - self.linear = nn.Linear(width, dim)
 + self.linear = nn.Linear(n_layers * width, dim)
@@ -193,45 +188,31 @@ PATCHES = r"""
 """
 
 
-def read_patches() -> dict[str, tuple[str, list]]:
-    """Read PATCHES: by name, what a patch is, and its edits (old lines, new lines)."""
-    patches = {}
-    for block in PATCHES.strip().split("\n\n"):
-        tag, sentence = block.split("\n")[0].split(" ", maxsplit=1)
-        edits = []
-        for lines in re.findall(r"(?:^- .*\n)+(?:^\+ .*\n?)+", block, re.M):
-            old = re.findall(r"^- (.*)", lines, re.M)
-            new = re.findall(r"^\+ (.*)", lines, re.M)
-            edits.append((old, new))
-        patches[tag.strip("[]")] = (sentence, edits)
-    return patches
+# By name, for example "A5".
+PATCHES = {patch[1 : patch.index("]")]: patch for patch in TEXT.strip().split("\n\n")}
 
 
 def read_files() -> dict[str, str]:
     return {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
 
 
-def apply(names: list[str]) -> dict[str, str]:
-    """Apply patches, one after another. Returns the texts of the four files, by name.
-
-    Raises InputError if a patch has no edits, or does not fit.
-    """
-    text = "\0".join(read_files().values())
-    for name in names:
-        sentence, edits = read_patches()[name]
-        if not edits:
-            raise InputError(f"{name} needs no patch. {sentence}")
-        for old, new in edits:
-            pattern = r"(?m)^( *)" + r"\n *".join(re.escape(line) for line in old)
-            parts = re.split(pattern, text)
-            if len(parts) != 3:
-                raise InputError(
-                    f"{name} does not fit. One file must have this once:\n{old[0]}\n"
-                    "Correct this patch, or leave out another one that changes it"
-                )
-            before, indentation, after = parts
-            text = before + indent("\n".join(new), indentation) + after
-    return dict(zip(FILES, text.split("\0"), strict=True))
+def apply(name: str, text: str) -> str:
+    """Apply a patch to a text. Raises InputError if it has none, or does not fit."""
+    edits = re.findall(r"((?:^- .*\n)+)((?:^\+ .*\n?)+)", PATCHES[name], re.M)
+    if not edits:
+        raise InputError(f"no patch: {PATCHES[name]}")
+    for edit in edits:
+        old, new = [[line[2:] for line in lines.splitlines()] for lines in edit]
+        pattern = r"(?m)^( *)" + r"\n *".join(re.escape(line) for line in old)
+        parts = re.split(pattern, text)
+        if len(parts) != 3:
+            raise InputError(
+                f"{name} does not fit. One file must have this once:\n{old[0]}\n"
+                "Correct this patch, or leave out another one that changes it"
+            )
+        before, indentation, after = parts
+        text = before + indent("\n".join(new), indentation) + after
+    return text
 
 
 def load(texts: dict[str, str], name: str) -> SimpleNamespace:
@@ -250,43 +231,29 @@ def load(texts: dict[str, str], name: str) -> SimpleNamespace:
 
 def load_patched(names: list[str]) -> SimpleNamespace:
     """Import the four files with patches. Their runs are marked in every report."""
-    name = ",".join(names)
-    texts = apply(names)
-    mark = f'args.changed = ["alternative={name}"]'
-    texts["train.py"] = texts["train.py"].replace("args.changed = []", mark)
-    return load(texts, name)
-
-
-def show(names: list[str]) -> None:
-    """Print what patches are and which lines they change."""
+    text = "\0".join(read_files().values())
     for name in names:
-        print(f"{name}: {read_patches()[name][0]}")
-    texts = apply(names)
-    for file, before in read_files().items():
-        lines = (before.splitlines(), texts[file].splitlines())
-        for line in difflib.unified_diff(*lines, file, file, n=0, lineterm=""):
-            print(line)
+        text = apply(name, text)
+    mark = f'args.changed = ["alternative={",".join(names)}"]'
+    text = text.replace("args.changed = []", mark)
+    return load(dict(zip(FILES, text.split("\0"), strict=True)), ",".join(names))
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    patches = read_patches()
     if not arguments:
-        for name, (sentence, _) in patches.items():
-            print(f"{name:4} {sentence}")
+        print("\n".join(patch.split("\n")[0] for patch in PATCHES.values()))
         return
-    chosen = arguments[0].split(",")
-    for name in chosen:
-        if name not in patches:
-            raise InputError(f"{name}: unknown. There are {', '.join(patches)}")
-    # In one order, so that A9,A5 is the same as A5,A9.
-    names = [name for name in patches if name in chosen]
+    names = arguments[0].split(",")
+    for name in names:
+        if name not in PATCHES:
+            raise InputError(f"{name}: unknown. There are {', '.join(PATCHES)}")
     if len(arguments) == 1:
-        show(names)
+        print("\n\n".join(PATCHES[name] for name in names))
     elif arguments[1] == "--":
         code = load_patched(names)
-        out = ["--out", f"runs-{','.join(names)}"]
-        code.data.run_command(lambda: code.train.main([*out, *arguments[2:]]))
+        flags = ["--out", f"runs-{arguments[0]}", *arguments[2:]]
+        code.data.run_command(lambda: code.train.main(flags))
     else:
         raise InputError("write -- before the flags of train.py")
 

@@ -13,20 +13,21 @@ little.
 """
 
 import argparse
-import statistics
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 from data import run_command
+from evaluate import format_table
 from tests.studies import gpu
 from tests.studies.alternatives import FILES, load, read_files
 
-WORK = ["cache fp32", "frozen epoch from files, 8 threads"]
+WORK = ["cache fp32", "frozen epoch from files"]
 WORK += ["audio-fc fp32, micro-batch 32", "text-fc fp32, micro-batch 32"]
 
 
@@ -37,23 +38,14 @@ class SmallStudy(gpu.Study):
     sizes = {"TINY": hidden | layers, "TINY_CNN": {"conv_dim": (128,) * 7}}
 
 
-def read_commit(commit: str) -> dict[str, str]:
-    """Read the texts of the four files of a commit, by name."""
-    texts = {}
-    for file in FILES:
-        show = ["git", "show", f"{commit}:{file}"]
-        texts[file] = subprocess.check_output(show, text=True, encoding="utf-8")
-    return texts
-
-
 def measure(texts: dict[str, str]) -> dict[str, float]:
-    """Measure the seconds of each kind of work, by name."""
+    """Measure the seconds of each kind of work, with the texts of the four files."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(time, "perf_counter", clock),
     ):
-        study = SmallStudy(load(texts, "bench"), Path(folder))
+        study = SmallStudy(Path(folder), load(texts, "bench"))
         for name in WORK:
             gpu.PARTS[name](study, name)
     return study.figures
@@ -64,18 +56,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--before", default="HEAD", metavar="COMMIT")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
+    texts_now = read_files()
+    texts_before = {}
+    for file in FILES:
+        show = ["git", "show", f"{args.before}:{file}"]
+        texts_before[file] = subprocess.check_output(show, encoding="utf-8")
     torch.set_num_threads(1)
-    measure(read_files())  # the first time is slower
-    pairs = []
+    names = list(measure(texts_now))  # the first time is slower
+    seconds = []
     for _ in range(args.repeats):
-        pairs.append((measure(read_files()), measure(read_commit(args.before))))
-    print(f"torch {torch.__version__}: medians now, {args.before}, and their ratio")
-    for name in pairs[0][0]:
-        now = [pair[0][name] for pair in pairs]
-        before = [pair[1][name] for pair in pairs]
-        ratios = [a / b for a, b in zip(now, before, strict=True)]
-        medians = [statistics.median(values) for values in (now, before, ratios)]
-        print(f"{name:60} {medians[0]:8.4f} {medians[1]:8.4f} {medians[2]:6.2f}")
+        pair = (measure(texts_now), measure(texts_before))
+        seconds.append([list(figures.values()) for figures in pair])
+    now, before = np.median(seconds, axis=0)  # seconds is (repeats, 2, work)
+    ratios = np.median(np.divide(*np.swapaxes(seconds, 0, 1)), axis=0)
+    table = [["", "now", args.before, "now / before"]]
+    for name, *row in zip(names, now, before, ratios, strict=True):
+        table.append([name, *[f"{value:.4f}" for value in row]])
+    print(format_table(f"Medians in s, torch {torch.__version__}", table))
 
 
 if __name__ == "__main__":

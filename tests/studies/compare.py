@@ -10,13 +10,13 @@ same utterances. The command answers two questions:
    standard deviation over all pairs, and a mean for each seed.
 2. Can the difference be an accident of which utterances were tested? McNemar's test and
    a bootstrap over dialogues answer this. Here each fold has one pair, of its lowest
-   seed, so that each utterance counts once. If the two disagree about WA, believe the
-   bootstrap: its dialogues are more independent than the turns of a dialogue.
+   seed, so that each utterance counts once.
 
 Read `mcnemar` and `bootstrap` first. The rest finds the pairs and prints.
 """
 
 import argparse
+import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -43,9 +43,6 @@ def mcnemar(only_a: int, only_b: int) -> float:
     coin. p is the probability that so many coins fall at least as unevenly as these
     did. For 1 to A and 5 to B, at least as uneven are 0, 1, 5 and 6 heads in 6 tosses:
     14 of the 64 outcomes.
-
-    >>> mcnemar(1, 5) == 14 / 64
-    True
     """
     n = only_a + only_b
     fewer = min(only_a, only_b)
@@ -88,7 +85,7 @@ def bootstrap(counts_a: np.ndarray, counts_b: np.ndarray) -> np.ndarray:
 
 # --- The pairs and the report ---------------------------------------------------------
 
-Pairs = list[tuple[FinishedRun, FinishedRun]]  # by seed, then by fold
+Pairs = list[tuple[FinishedRun, FinishedRun]]
 
 
 def read_system(folder: Path) -> tuple[str, Runs]:
@@ -105,47 +102,38 @@ def read_system(folder: Path) -> tuple[str, Runs]:
 
 
 def find_pairs(runs_a: Runs, runs_b: Runs) -> Pairs:
-    """Pair the runs of two systems.
+    """Pair the runs of two systems, in the order of their seeds.
 
-    Raises InputError if there is no pair, or if the two runs of a pair were tested on
-    different utterances.
+    Raises InputError if there is no pair, or if the corpora of a pair differ.
     """
-
-    def key(run: FinishedRun) -> tuple[int, int]:
-        return run.config["seed"], run.config["fold"]
-
-    def tested(run: FinishedRun) -> list[tuple[str, str]]:
-        return [(row["utterance"], row["label"]) for row in run.predictions]
-
-    partners = {key(run): run for run in runs_b}
-    pairs = [(a, partners[key(a)]) for a in runs_a if key(a) in partners]
-    for a, b in pairs:
-        if tested(a) != tested(b):
-            raise InputError(f"{a.folder} and {b.folder} have different test data")
+    pairs = []
+    for a, b in itertools.product(runs_a, runs_b):
+        if all(a.config[key] == b.config[key] for key in ("fold", "seed")):
+            if a.config["corpus_checksum"] != b.config["corpus_checksum"]:
+                raise InputError(f"{a.folder} and {b.folder} have different corpora")
+            pairs.append((a, b))
     if not pairs:
         raise InputError("A and B have no run of the same fold and seed")
-    return sorted(pairs, key=lambda pair: key(pair[0]))
+    return sorted(pairs, key=lambda pair: pair[0].config["seed"])
 
 
 def print_differences(corpus: str, pairs: Pairs) -> None:
     """Print how much the pairs differ, over all of them and for each seed."""
     seeds = np.array([a.config["seed"] for a, _ in pairs])
-    folds = sorted({a.config["fold"] for a, _ in pairs})
     header = [f"seed {seed}" for seed in np.unique(seeds)]
     table = [["", "A", "B", "B minus A", *header]]
     for metric in METRICS:
-        values_a = np.array([100 * a.result[metric] for a, _ in pairs])
-        values_b = np.array([100 * b.result[metric] for _, b in pairs])
-        difference = values_b - values_a
+        values = [[100 * run.result[metric] for run in pair] for pair in pairs]
+        a, b = np.array(values).T  # (pairs,) each
+        difference = b - a
         cell = f"{difference.mean():+.2f}"
         if len(pairs) > 1:
             cell += f" ± {difference.std(ddof=1):.2f}"
-        row = [metric.upper(), f"{values_a.mean():.2f}", f"{values_b.mean():.2f}", cell]
+        row = [metric.upper(), f"{a.mean():.2f}", f"{b.mean():.2f}", cell]
         for seed in np.unique(seeds):
             row.append(f"{difference[seeds == seed].mean():+.2f}")
         table.append(row)
-    title = f"{corpus}, in %: mean ± sd over {len(pairs)} pair(s), folds {folds}"
-    print(format_table(title, table))
+    print(format_table(f"{corpus}, in %: mean ± sd over {len(pairs)} pair(s)", table))
     print("Folds have training data in common, so these pairs are not independent.")
     print("Believe a sign that all seeds have.\n")
 
@@ -171,11 +159,14 @@ def print_tests(corpus: str, pairs: Pairs) -> None:
     matrices = np.array(list(counts.values()))  # (dialogues, 2, 4, 4)
     total_a, total_b = matrices.sum(axis=0)
     print(
-        f"{corpus}: one pair for each of {len(first)} fold(s), the lowest seed: "
-        f"{total_a.sum()} predictions in {len(counts)} dialogue(s)\n"
+        f"{corpus}: {total_a.sum()} predictions in {len(counts)} dialogue(s), one pair "
+        "per fold, of its lowest seed\n"
         f"{corpus}: only A is right in {only_a}, only B in {only_b}. "
         f"McNemar's exact test: p = {mcnemar(only_a, only_b):.3g}"
     )
+    if len(counts) < 2:
+        print("A bootstrap over dialogues needs at least two of them.")
+        return
     differences = 100 * (accuracies(total_b) - accuracies(total_a))  # (2,)
     low, high = 100 * bootstrap(matrices[:, 0], matrices[:, 1])  # (2,) each
     for k, metric in enumerate(METRICS):
@@ -184,9 +175,13 @@ def print_tests(corpus: str, pairs: Pairs) -> None:
         if low[k] <= 0 <= high[k]:
             line += " (contains 0: no difference is shown)"
         print(f"{corpus}: {line}")
+    print(
+        "If the two tests disagree about WA, believe the interval: McNemar's test takes"
+    )
+    print("the turns of a dialogue for independent, but they are similar.")
     # Ten is a rule of thumb. With fewer things to draw, the interval is too narrow.
     if len(counts) < 10:
-        print("There are fewer than 10 dialogues, so do not trust the intervals.")
+        print("But there are fewer than 10 dialogues, so do not trust the intervals.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -197,8 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     name_a, runs_a = read_system(args.a)
     name_b, runs_b = read_system(args.b)
     pairs = find_pairs(runs_a, runs_b)
-    corpora = {run.config["corpus"] for run in pairs[0]}
-    corpus = " and ".join(sorted(corpora))
+    corpus = " and ".join(sorted({run.config["corpus"] for run in pairs[0]}))
     print(f"A: {name_a}\nB: {name_b}\n")
     print_differences(corpus, pairs)
     print_tests(corpus, pairs)

@@ -30,10 +30,8 @@ def read_log(path: Path) -> list[dict]:
 
 def draw_curves(runs: Runs):
     """Draw the curves of the runs of one system: a matplotlib figure."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as problem:
-        raise InputError(f"{problem}: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     # On a slide, the words are large enough for the last row of a lecture hall.
     figure = Figure((9, 7), dpi=200, layout="constrained")
     config = runs[0].config

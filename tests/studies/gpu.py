@@ -6,8 +6,8 @@ It needs no corpus and no download. Clips, texts and weights are random, in the 
 IEMOCAP, WavLM-Large and BERT-base. All figures come from short runs of train.py: two
 epochs with frozen upstreams, and two of fine-tuning. It prints one line per figure, and
 rewrites gpu.json after every part. A part that fails prints one line, and the next one
-starts. The exit code is 1 if one of the checks failed, did not run, or printed WRONG.
---tiny tries the script itself in seconds, on a CPU too.
+starts. The exit code is 1 if one of the checks failed, or did not run. --tiny tries the
+script itself in seconds, on a CPU too.
 """
 
 import argparse
@@ -19,8 +19,7 @@ import sys
 import tempfile
 import time
 import wave
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -33,57 +32,50 @@ from torch.nn import functional as F
 import data
 import model
 import train
+from tests.studies.curves import read_log
 
+CODE = SimpleNamespace(model=model, data=data, train=train)
 # A fold's mean: 4/5 of 5,531 utterances, of which one speaker is for development.
 N_ROWS = 3872 + 553
-# All inputs of the cache. The texts are at most this many.
-N_INPUTS = {"audio": 5531, "text": 10039}
 
 
 class Study:
-    """A corpus and two upstreams for runs of train.py, and the figures so far."""
+    """A corpus and two upstreams for runs of train.py, and the figures so far.
+
+    code   the modules to measure. bench.py has others.
+    """
 
     n_turns = 64  # of each of the five dialogues
     longest = 5.0  # seconds
     # As make_tiny_upstreams reads them: nothing differs from WavLM-Large and BERT-base.
     sizes = {"TINY": {}, "TINY_CNN": {}}
 
-    def __init__(self, code: SimpleNamespace, folder: Path):
-        self.started = time.perf_counter()
-        self.stdout = sys.stdout
+    def __init__(self, folder: Path, code: SimpleNamespace = CODE):
         self.figures = {}
-        self.wrong = []
-        self.code = code
         self.folder = folder
+        self.code = code
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.n_rows = 4 * self.n_turns  # of training and development
-        texts = self.write_corpus()
-        with mock.patch.multiple(code.model, **self.sizes):
-            code.model.make_tiny_upstreams(folder, texts)
-
-    def write_corpus(self) -> list[str]:
-        """Write noise and words, of IEMOCAP's lengths. Returns the texts."""
+        # Write noise and words, of IEMOCAP's lengths.
         rng = np.random.default_rng(0)
         table = "text,emotion,session,dialog,speaker,wav\n"
-        texts = []
         for session, turn in itertools.product(range(1, 6), range(self.n_turns)):
             n_words = np.clip(rng.lognormal(np.log(8), 0.85), 1, 98)
             text = " ".join(f"word{k}" for k in rng.integers(0, 999, int(n_words)))
             seconds = np.clip(rng.lognormal(np.log(3.6), 0.7), 0.6, self.longest)
             samples = rng.integers(-9999, 9999, int(16000 * seconds), dtype="<i2")
             name = f"{session}-{turn}.wav"
-            with wave.open(str(self.folder / name), "wb") as file:
+            with wave.open(str(folder / name), "wb") as file:
                 file.setparams((1, 2, 16000, 0, "NONE", ""))
                 file.writeframes(samples.tobytes())
             emotion = data.CLASSES[(turn // 2 + session) % 4]
             speaker = f"{session}{'FM'[turn % 2]}"
             table += f"{text},{emotion},{session},{session},{speaker},{name}\n"
-            texts.append(text)
-        (self.folder / "random.csv").write_text(table)
-        return texts
+        (folder / "random.csv").write_text(table)
+        with mock.patch.multiple(code.model, **self.sizes):
+            code.model.make_tiny_upstreams(folder, [table])
 
-    def run(self, flags: str, device: str | None = None, n_commands: int = 1) -> dict:
-        """Train for four epochs. Returns the logs by fusion.
+    def run(self, flags: str, device: str | None = None, n_commands: int = 1) -> list:
+        """Train for four epochs. Returns the log of each system, in order of its name.
 
         n_commands   5 to interrupt the run after each of its epochs, and start it again
         """
@@ -92,8 +84,7 @@ class Study:
         out = Path(tempfile.mkdtemp(dir=folder))
         fixed = f"--corpus {folder}/random.csv --out {out} --max-epochs 4 "
         fixed += f"--device {device} --cache {folder}/cache-{device} "
-        if "tiny" not in flags:
-            fixed += f"--wavlm {folder}/audio --bert {folder}/text "
+        fixed += f"--wavlm {folder}/audio --bert {folder}/text "
 
         def step(patience: train.Patience, dev_loss: float) -> str:
             """Start fine-tuning after two epochs, whatever the losses are."""
@@ -110,25 +101,16 @@ class Study:
             for _ in range(n_commands):
                 with contextlib.suppress(KeyboardInterrupt):
                     self.code.train.main((fixed + flags).split())
-        logs = {}
-        for path in out.rglob("log.jsonl"):
-            config = json.loads(path.with_name("config.json").read_text())
-            lines = path.read_text().splitlines()
-            logs[config["fusion"]] = [json.loads(line) for line in lines]
-        return logs
-
-    @cached_property
-    def reference(self) -> dict:
-        """The logs that all checks compare theirs with."""
-        return self.run(CHECKED)
-
-    def say(self, text: str) -> None:
-        seconds = time.perf_counter() - self.started
-        print(f"[{seconds:5.1f} s] {text}", file=self.stdout, flush=True)
+        return [read_log(path) for path in sorted(out.rglob("log.jsonl"))]
 
     def add(self, name: str, value: float, unit: str = "") -> None:
         self.figures[name] = float(value)
-        self.say(f"{name}: {value:.4g} {unit}")
+        print(f"{name}: {value:.4g} {unit}", flush=True)
+
+    def add_epoch(self, name: str, log_entry: dict) -> None:
+        """Report the seconds of an epoch, scaled to the size of IEMOCAP."""
+        n_rows = 4 * self.n_turns  # of training and development
+        self.add(name, log_entry["seconds"] * N_ROWS / n_rows, "s")
 
 
 class TinyStudy(Study):
@@ -139,29 +121,24 @@ class TinyStudy(Study):
 
 # --- Is it right? ---------------------------------------------------------------------
 
-LIMIT = 1e-3
-# The vanilla block on audio, text without a block, and both cross-modal blocks.
-CHECKED = "--upstream tiny --system 4 6 18 --batch-size 8 --lr-frozen 1e-2 "
-CHECKED += "--lr-finetune 1e-2"
 
+def check(study: Study, name: str, flags: str = "", more: str = "", **options):
+    """Compare the losses of all epochs with and without more flags, or options of run.
 
-def check(study: Study, name: str, flags: str = "", **options) -> None:
-    """Compare the losses of all epochs with those of the reference."""
+    Raises ValueError if they differ by more than rounding.
+    """
+    flags += " --upstream tiny --batch-size 8 --lr-frozen 1e-2 --lr-finetune 1e-2 "
+    losses = []
     # Dropout draws other numbers on another device, and in parts of a batch.
     with mock.patch.object(F, "dropout", lambda x, *_, **__: x):
-        reference = study.reference
-        logs = study.run(f"{CHECKED} {flags}", **options)
-    for fusion, log in logs.items():
-        losses = []
-        for rows in (log, reference[fusion]):
-            losses.append([(row["train_loss"], row["dev_loss"]) for row in rows])
-        difference = np.abs(np.subtract(*losses)).max()
-        figure = f"{name}, {fusion}, difference of the losses"
-        study.add(figure, difference, f"(at most {LIMIT})")
-        # NaN is wrong too.
-        if not difference <= LIMIT:
-            study.wrong.append(figure)
-            study.say(f"WRONG: {figure}")
+        for logs in (study.run(flags), study.run(flags + more, **options)):
+            entries = itertools.chain(*logs)
+            losses.append([(e["train_loss"], e["dev_loss"]) for e in entries])
+    difference = np.abs(np.subtract(*losses)).max()
+    study.add(f"{name}, difference of the losses", difference)
+    # NaN is wrong too.
+    if not difference <= 1e-3:
+        raise ValueError("WRONG: the losses differ")
 
 
 # --- How fast is it at full size, and how much memory does it need? -------------------
@@ -169,17 +146,19 @@ def check(study: Study, name: str, flags: str = "", **options) -> None:
 
 def fill_cache(study: Study, name: str, precision: str) -> None:
     """Report the seconds to compute the states of one input."""
-    source_class = study.code.data.Source
-    fill = source_class.fill
+    seconds = {}
+    fill = study.code.data.Source.fill
 
     def timed_fill(source: data.Source) -> None:
         started = time.perf_counter()
         fill(source)
-        seconds = (time.perf_counter() - started) / len(source.files)
-        study.add(f"{name}, {source.upstream.modality}, per input", seconds, "s")
+        elapsed = time.perf_counter() - started
+        seconds[source.upstream.modality] = elapsed / len(source.files)
 
-    with mock.patch.object(source_class, "fill", timed_fill):
+    with mock.patch.object(study.code.data.Source, "fill", timed_fill):
         study.run(f"--frozen --max-epochs 1 --precision {precision}")
+    for modality, value in seconds.items():
+        study.add(f"{name}, {modality}, per input", value, "s")
 
 
 def compare_states(study: Study, name: str) -> None:
@@ -193,74 +172,48 @@ def compare_states(study: Study, name: str) -> None:
         study.add(f"{name}, {bf16.name.split('-')[0]}", error)
 
 
-def measure(study: Study, name: str, fusion: str, precision: str, size: int) -> None:
-    """Report the seconds of an epoch and of a fine-tuning step, and the peak memory."""
-    flags = f"--fusion {fusion} --precision {precision} --micro-batch {size}"
-    (log,) = study.run(flags).values()
+def read_files(study: Study, name: str) -> None:
+    """Report the seconds of a frozen epoch whose states do not fit into memory."""
+    limits = {"GPU_RESERVE": 2**60, "CPU_LIMIT": 0}  # bytes
+    with mock.patch.multiple(study.code.data, **limits):
+        (log,) = study.run("--frozen --max-epochs 2")
+    study.add_epoch(name, log[1])
+
+
+def measure(study: Study, name: str, flags: str) -> None:
+    """Report the seconds of an epoch of each phase, and the peak memory."""
+    (log,) = study.run(flags)
     # The first epoch of each phase is slower.
-    frozen = log[1]["seconds"] * N_ROWS / study.n_rows
-    study.add(f"{name}, frozen epoch", frozen, "s")
-    step = log[3]["seconds"] * 32 / study.n_rows
-    study.add(f"{name}, fine-tuning step", step, "s")
+    study.add_epoch(f"{name}, frozen epoch", log[1])
+    study.add_epoch(f"{name}, fine-tuning epoch", log[3])
     if study.device == "cuda":
         peak = torch.cuda.max_memory_reserved() / 2**30
         study.add(f"{name}, peak memory", peak, "GiB")
 
 
-def read_files(study: Study, name: str, n_threads: int) -> None:
-    """Report the seconds of a frozen epoch whose states do not fit into memory."""
-    pool = ThreadPoolExecutor(n_threads)
-    limits = {"GPU_RESERVE": 2**60, "CPU_LIMIT": 0}  # bytes
-    patches = {**limits, "ThreadPoolExecutor": lambda n: pool}
-    with mock.patch.multiple(study.code.data, **patches):
-        (log,) = study.run("--frozen --max-epochs 2").values()
-    study.add(name, log[1]["seconds"] * N_ROWS / study.n_rows, "s")
-
-
-def project(study: Study, name: str) -> None:
-    """Estimate the hours of Table 1."""
-    figures = study.figures
-    for precision in ("fp32", "bf16"):
-        seconds = 0
-        for modality, n in N_INPUTS.items():
-            seconds += n * figures[f"cache {precision}, {modality}, per input"]
-        for fusion in model.FUSIONS:
-            # The upstreams and their states take nearly all of the time.
-            modalities = model.Config(fusion).modalities
-            like = "mmt" if len(modalities) == 2 else f"{modalities[0]}-fc"
-            like = f"{like} {precision}, micro-batch 32"
-            frozen = figures[f"{like}, frozen epoch"]
-            finetuning = figures[f"{like}, fine-tuning step"] * N_ROWS / 32
-            # Five folds. A guess: frozen runs take 30 epochs, fine-tuned ones 20 + 10.
-            seconds += 5 * ((30 + 20) * frozen + 10 * finetuning)
-        study.add(f"{name}, {precision}", seconds / 3600, "h")
-
-
 # --- All parts ------------------------------------------------------------------------
 
 CHECKS = {
-    "against the CPU": partial(check, device="cpu"),
-    "micro-batches of 3": partial(check, flags="--system 18 --micro-batch 3"),
-    "resumed": partial(check, flags="--system 18", n_commands=5),
+    # The vanilla block on audio, text without a block, and both cross-modal blocks.
+    "against the CPU": partial(check, flags="--system 4 6 18", device="cpu"),
+    "micro-batches of 3": partial(check, more="--micro-batch 3"),
+    "resumed": partial(check, n_commands=5),
 }
 PARTS = CHECKS | {
     "cache fp32": partial(fill_cache, precision="fp32"),
     "cache bf16": partial(fill_cache, precision="bf16"),
     "states in bf16 against fp32": compare_states,
-    "frozen epoch from files, 1 thread": partial(read_files, n_threads=1),
-    "frozen epoch from files, 8 threads": partial(read_files, n_threads=8),
+    "frozen epoch from files": read_files,
 }
 SIZES = [("mmt", 32), ("audio-fc", 32), ("text-fc", 32), ("mmt", 16), ("mmt", 8)]
 for (fusion, size), precision in itertools.product(SIZES, ("fp32", "bf16")):
-    part = partial(measure, fusion=fusion, precision=precision, size=size)
+    flags = f"--fusion {fusion} --precision {precision} --micro-batch {size}"
+    part = partial(measure, flags=flags)
     PARTS[f"{fusion} {precision}, micro-batch {size}"] = part
-PARTS["Table 1"] = project
 
 
-def run_part(study: Study, name: str, limit: float) -> str:
-    """Run a part. Returns "done", or why not in one line."""
-    if time.perf_counter() - study.started > limit:
-        return "skipped, no time left"
+def run_part(study: Study, name: str) -> str:
+    """Run a part. Returns "done", or why it failed in one line."""
     try:
         PARTS[name](study, name)
     except Exception as problem:
@@ -280,22 +233,24 @@ def main(arguments: list[str] | None = None) -> int:
     limit_help = "seconds: no part starts in the last 20"
     parser.add_argument("--limit", type=float, default=520, help=limit_help)
     args = parser.parse_args(arguments)
+    end = time.perf_counter() + args.limit - 20
     content = {"torch": torch.__version__, "transformers": transformers.__version__}
     content |= {"device": "cpu", "tiny": args.tiny, "parts": {}}
     if torch.cuda.is_available():
         content["device"] = torch.cuda.get_device_name()
+    print(content)
     with tempfile.TemporaryDirectory() as folder:
-        kind = TinyStudy if args.tiny else Study
-        study = kind(SimpleNamespace(model=model, data=data, train=train), Path(folder))
-        study.say(f"{content}")
+        study = (TinyStudy if args.tiny else Study)(Path(folder))
+        content["figures"] = study.figures
         for name in PARTS:
-            result = run_part(study, name, args.limit - 20)
-            study.say(f"{name}: {result}")
+            result = "skipped, no time left"
+            if time.perf_counter() < end:
+                result = run_part(study, name)
+            print(f"{name}: {result}")
             content["parts"][name] = result
-            content |= {"figures": study.figures, "wrong": study.wrong}
             Path("gpu.json").write_text(json.dumps(content, indent=1))
-    right = not study.wrong and all(content["parts"][name] == "done" for name in CHECKS)
-    study.say(f"right: {right}. All figures are in gpu.json")
+    right = all(content["parts"][name] == "done" for name in CHECKS)
+    print(f"right: {right}. All figures are in gpu.json")
     return 0 if right else 1
 
 

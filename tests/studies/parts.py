@@ -22,8 +22,7 @@ from evaluate import Runs, find_runs, format_table, grouped, metrics
 def seen_elsewhere(corpus: Corpus) -> dict[str, bool]:
     """Tell for each id whether its text also occurs in another session.
 
-    Case and punctuation do not count. A text that occurs twice in one session is not
-    seen, because one session is never both trained and tested on.
+    Case and punctuation do not count.
     """
     texts = {u.id: " ".join(re.findall(r"\w+", u.text.lower())) for u in corpus}
     sessions = defaultdict(set)  # by text
@@ -33,20 +32,14 @@ def seen_elsewhere(corpus: Corpus) -> dict[str, bool]:
 
 
 def parts_of(row: dict[str, str], seen: dict[str, bool]) -> list[str]:
-    """Name the parts that a prediction belongs to.
-
-    seen   by id, empty if the corpus is not at hand
-    """
+    """Name the parts that a prediction belongs to."""
     name = row["utterance"]
     parts = ["all", f"speaker {row['speaker']}", f"class {row['label']}"]
     # Only the dialogues of IEMOCAP have these names, so other corpora lack these parts.
-    if re.match(r"Ses\d\d[FM]_impro", name):
-        parts.append("improvised")
-    if re.match(r"Ses\d\d[FM]_script", name):
-        parts.append("scripted")
-    if seen:
-        if name not in seen:
-            raise InputError(f"{name} is not in the corpus of --iemocap")
+    part = re.match(r"Ses\d\d[FM]_(impro|script)", name)
+    if part:
+        parts.append({"impro": "improvised", "script": "scripted"}[part[1]])
+    if name in seen:
         parts.append("text seen" if seen[name] else "text not seen")
     return parts
 
@@ -55,20 +48,18 @@ def describe_parts(runs: Runs, seen: dict[str, bool]) -> str:
     """Format one table for the runs of one title, a row for each system and part."""
     table = [["Sys.", "part", "predictions", "WA", "UA"]]
     for system, group in grouped(runs, "system").items():
-        classes = defaultdict(list)  # by part: (truth, guess)
+        parts = defaultdict(list)
         for run in group:
             for row in run.predictions:
-                truth = CLASSES.index(row["label"])
-                guess = CLASSES.index(row["prediction"])
                 for part in parts_of(row, seen):
-                    classes[part].append((truth, guess))
-        for part, pairs in sorted(classes.items()):
-            truth, guesses = zip(*pairs, strict=True)
+                    parts[part].append(row)
+        for part, rows in sorted(parts.items()):
+            truth = [CLASSES.index(row["label"]) for row in rows]
+            guesses = [CLASSES.index(row["prediction"]) for row in rows]
             scores = metrics(truth, guesses)
             percents = [f"{100 * scores[name]:.2f}" for name in ("wa", "ua")]
-            table.append([str(system), part, str(len(pairs)), *percents])
-    title = runs[0].config["title"]
-    title = f"Parts of the test data, {title}, in %, all runs pooled"
+            table.append([str(system), part, str(len(rows)), *percents])
+    title = f"Parts of the test data, {runs[0].config['title']}, in %, all runs pooled"
     return format_table(title, table)
 
 
@@ -78,10 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--iemocap", type=Path, help="the corpus of these runs")
     args = parser.parse_args(arguments)
     runs, damaged = find_runs(args.runs)
-    corpus = []
+    seen = {}
     if args.iemocap:
-        corpus, _ = read_iemocap(args.iemocap)
-    seen = seen_elsewhere(corpus)
+        seen = seen_elsewhere(read_iemocap(args.iemocap)[0])
     for group in grouped(runs, "title").values():
         print(describe_parts(group, seen))
     if damaged:
