@@ -43,13 +43,11 @@ def write(folder, kind, config=(), settings=()):
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
 
 
-def load(folder, kind):
-    return load_upstream(str(folder), modality_of(kind), "fp32")
+def load(name, kind):
+    return load_upstream(str(name), modality_of(kind), "fp32")
 
 
 # --- Encoders that run ----------------------------------------------------------------
-
-LEFT = {"padding_side": "left", "truncation_side": "left", "model_max_length": 2}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +56,7 @@ LEFT = {"padding_side": "left", "truncation_side": "left", "model_max_length": 2
         ("Hubert", LAYER_NORM, {}),
         ("Wav2Vec2", {}, {"padding_side": "left"}),
         ("UniSpeechSat", LAYER_NORM, {"return_attention_mask": False}),
-        ("Bert", {"max_position_embeddings": 64}, LEFT),
+        ("Bert", {"max_position_embeddings": 64}, {"truncation_side": "left"}),
         ("Roberta", {"max_position_embeddings": 130}, {}),
         ("Electra", {"max_position_embeddings": 600}, {}),
     ],
@@ -93,33 +91,32 @@ def test_a_known_kind_gives_the_states_of_the_library(kind, config, settings, tm
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
 
 
-def rename(folder, new_name):
-    """Save the weights under other names, without those that get none, by pickle."""
-    old = load_file(folder / "model.safetensors")
-    new = {new_name(name): x for name, x in old.items() if new_name(name)}
-    assert new.keys() != old.keys()
+def pickle(folder, weights):
+    """Store other weights, in the older format of the hub."""
     (folder / "model.safetensors").unlink()
-    torch.save(new, folder / "pytorch_model.bin")
+    torch.save(weights, folder / "pytorch_model.bin")
 
 
-def old_bert(name):
-    """bert-base-uncased is part of a larger model, in an old spelling."""
-    name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
-    name = name.replace("LayerNorm.bias", "LayerNorm.beta")
-    return "" if "pooler" in name else f"bert.{name}"
+# bert-base-uncased has old names for its norms, and wavlm-large for its weight norm.
+OLD_NAMES = {
+    "LayerNorm.weight": "LayerNorm.gamma",
+    "LayerNorm.bias": "LayerNorm.beta",
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
 
 
-def old_wavlm(name):
-    """wavlm-large has old names for the two parts of its weight norm."""
-    name = name.replace("parametrizations.weight.original0", "weight_g")
-    return name.replace("parametrizations.weight.original1", "weight_v")
-
-
-@pytest.mark.parametrize("kind, new_name", [("Bert", old_bert), ("WavLM", old_wavlm)])
-def test_the_older_formats_of_the_hub_load_whole(kind, new_name, tmp_path):
+@pytest.mark.parametrize("kind, prefix", [("Bert", "bert."), ("WavLM", "")])
+def test_the_older_formats_of_the_hub_load_whole(kind, prefix, tmp_path):
     write(tmp_path, kind)
     expected = load_file(tmp_path / "model.safetensors")
-    rename(tmp_path, new_name)
+    old_weights = {}
+    for name, weights in expected.items():
+        for new, old in OLD_NAMES.items():
+            name = name.replace(new, old)
+        if "pooler" not in name:
+            old_weights[prefix + name] = weights
+    pickle(tmp_path, old_weights)
     loaded = load(tmp_path, kind).model.state_dict()
     for name, weights in expected.items():
         assert "pooler" in name or torch.equal(loaded[name], weights), name
@@ -134,7 +131,8 @@ def edit(folder, file="config.json", **changes):
 
 
 def drop(folder, part):
-    rename(folder, lambda name: "" if part in name else name)
+    weights = load_file(folder / "model.safetensors")
+    pickle(folder, {name: x for name, x in weights.items() if part not in name})
 
 
 def bring_code(folder):
@@ -151,14 +149,12 @@ EXTRACTOR = "preprocessor_config.json"
     "kind, reason, damage",
     [
         # another kind
-        ("Bert", " gpt2", lambda f: edit(f, model_type="gpt2")),
         ("WavLM", " bert", lambda f: edit(f, model_type="bert")),
         ("WavLM", " 8000 ", lambda f: edit(f, EXTRACTOR, sampling_rate=8000)),
         ("Bert", " 14 rows", lambda f: write(f, "Bert", {"vocab_size": 14})),
         ("Bert", " 60 rows", lambda f: write(f, "Bert", {"vocab_size": 60})),
         ("Bert", "repository", bring_code),
         # a part is missing
-        ("WavLM", " encoder.layers.2.", lambda f: edit(f, num_hidden_layers=3)),
         ("WavLM", " encoder.layer_norm", lambda f: drop(f, "encoder.layer_norm")),
         ("Bert", " embeddings.word_emb", lambda f: drop(f, "word_embeddings")),
         ("WavLM", "feature extractor", lambda f: (f / EXTRACTOR).unlink()),
@@ -182,13 +178,11 @@ def test_it_is_refused_in_one_sentence(kind, reason, damage, tmp_path, monkeypat
 
 
 def assert_refused(name, kind, reason):
-    """A user sees one sentence instead of a traceback."""
-    flag = {"audio": "--wavlm", "text": "--bert"}[modality_of(kind)]
     with pytest.raises(InputError) as error:
         load(name, kind)
     sentence = str(error.value)
-    assert "\n" not in sentence
-    assert str(name) in sentence and reason in sentence and flag in sentence
+    assert "\n" not in sentence and "--wavlm or --bert" in sentence
+    assert str(name) in sentence and reason in sentence
 
 
 def test_what_is_not_on_the_hub_is_refused(monkeypatch):
@@ -197,16 +191,9 @@ def test_what_is_not_on_the_hub_is_refused(monkeypatch):
     assert_refused("nobody/no-such-model-anywhere", "WavLM", "")
 
 
-def test_unknown_words_are_measured_on_the_corpus(tiny, capsys):
+def test_a_few_unknown_words_give_a_warning(tiny, capsys):
     """A text has eight tokens with [CLS] and [SEP]. The tiny BERT knows no Chinese."""
-
-    def prepare(unknown):
-        text = " ".join(["难"] * unknown + ["a"] * (6 - unknown))
+    for text, warned in (("a a a a a a", False), ("a a a a 难 难", True)):
         corpus = [data.Utterance("d_1", 1, "d", "x", 0.0, 0.0, text, "sad", None)]
         data.prepare(tiny["text"], corpus, 1)
-        return capsys.readouterr().out
-
-    assert prepare(0) == ""
-    assert "warning: " in prepare(2)
-    with pytest.raises(InputError, match="75% of all tokens.*--bert"):
-        prepare(6)
+        assert ("warning: " in capsys.readouterr().out) == warned
