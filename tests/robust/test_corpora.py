@@ -210,7 +210,6 @@ HEADER = "text,emotion,session,dialog,speaker"
 GOOD = "hm,sad,1,a,x\n"
 TABLES = [
     # columns and cells
-    ("", "line 1 .*columns"),
     (GOOD, "line 1 .*columns"),
     (f"{HEADER},age\nhm,sad,1,a,x,30", "line 1 .*columns"),
     (f"{HEADER},text\nhm,sad,1,a,x,oh", "line 1 .*columns"),
