@@ -156,41 +156,6 @@ def test_a_mutated_file_is_read_whole_or_its_dialogue_is_left_out(
     assert n_damaged > 5
 
 
-# --- The full release -----------------------------------------------------------------
-
-# By session: the dialogues, the utterances, the excited ones, and how many are angry,
-# happy or excited, sad, and neutral, first of the woman, then of the man.
-RELEASE = [
-    (28, 1819, 143, (147, 132, 78, 171), (82, 146, 116, 213)),
-    (30, 1811, 210, (67, 166, 113, 135), (70, 161, 84, 227)),
-    (32, 2136, 151, (92, 128, 172, 130), (148, 158, 133, 190)),
-    (30, 2103, 238, (205, 185, 62, 76), (122, 118, 81, 182)),
-    (31, 2170, 299, (78, 159, 132, 221), (92, 283, 113, 163)),
-]
-
-
-def test_the_full_release_has_no_problem_and_one_turn_less_has(monkeypatch, capsys):
-    corpus = []
-    for session, (n_dialogs, n_turns, exc, woman, man) in enumerate(RELEASE, 1):
-        ang, happy, sad, neu = map(sum, zip(woman, man, strict=True))
-        emotions = ["ang"] * ang + ["exc"] * exc + ["hap"] * (happy - exc)
-        emotions += ["sad"] * sad + ["neu"] * neu
-        emotions += ["xxx"] * (n_turns - len(emotions))
-        for i, emotion in enumerate(emotions):
-            place = (session, f"{session}-{i % n_dialogs}", f"{session}{i % 2}")
-            corpus.append(data.Utterance("", *place, 0, 1, "", emotion, None))
-    monkeypatch.setattr(data, "read_iemocap", lambda root: (corpus, []))
-    data.main(["check", "release"])
-    printed = capsys.readouterr().out
-    assert "10039 utterances, 151 dialogues, 10 speakers" in printed
-    assert "neu 1708, hap 1636, ang 1103, sad 1084" in printed
-    args = train.parse_args(["--iemocap", "release"])
-    assert train.read_corpus(args) == ("iemocap", corpus)
-    corpus.pop()
-    with pytest.raises(InputError, match="session 5: 2169 utterances, not 2170"):
-        data.main(["check", "release"])
-
-
 # --- Tables ---------------------------------------------------------------------------
 
 HEADER = "text,emotion,session,dialog,speaker"
