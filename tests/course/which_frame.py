@@ -3,8 +3,7 @@
     python -m tests.course.which_frame DIR     less than a minute; needs matplotlib
 
 A speaker says three words, each in one of four moods. The text asks for one of them:
-"how was table said". The answer is the mood of this word. The text alone does not know
-it. The audio alone does not know which word is asked for. So a model has to look for
+"how was table said". The answer is the mood of this word. So a model has to look for
 the frames of the word that the text names. This task was built to need attention, so
 it says nothing about emotion recognition. No sound is made: the frames are numbers that
 a feature extractor could give. Fusion and Eq. (1) are those of model.py.
@@ -24,7 +23,7 @@ from tests.course.figures import AUDIO, FILLS, new_figure, save
 WORDS = ["party", "table", "coffee", "garden", "letter", "window"]
 MOODS = ["neutral", "happy", "angry", "sad"]
 TOKENS = ["how", "was", "<word>", "said"]  # the text, with a place for a word
-ASKED = TOKENS.index("<word>")  # the token that names the word
+ASKED = 2  # the place of the word
 N_FRAMES = 24  # a clip of half a second
 DIM = 16  # d
 N_STEPS = 600  # of the optimizer, seconds of training
@@ -152,18 +151,14 @@ def draw_picture(before: Listener, after: Listener):
 
     # Below are the weights, for two questions about this clip.
     first, second, _ = edges
-    questions = [
-        ("before training", before, first),
-        ("after training", after, first),
-        ("after training", after, second),
-    ]
-    for ax, (when, listener, word) in zip(panels, questions, strict=True):
+    questions = [(before, first), (after, first), (after, second)]
+    for ax, (listener, word) in zip(panels, questions, strict=True):
+        when = "before training" if listener is before else "after training"
         clips["text"] = ask(torch.tensor([word]))
         weights = look(listener, clips)[0].numpy()
         image = ax.imshow(weights, aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
-        ax.set_yticks(
-            range(4), [token.replace("<word>", WORDS[word]) for token in TOKENS]
-        )
+        tokens = [*TOKENS[:ASKED], WORDS[word], *TOKENS[ASKED + 1 :]]
+        ax.set_yticks(range(4), tokens)
         ax.set_ylabel("token")
         ax.set_title(f"{when}, the question: how was {WORDS[word]} said?")
         # A red box is around the asked word. Its row is the third of four.
