@@ -69,58 +69,49 @@ def check_1(masked_mean: Callable) -> None:
 def check_2(attention: Callable) -> None:
     # d_t = 1, d_s = 2, d_k = 4, d_v = 1. The first query is (2, 0, 0, 0), and the keys
     # begin with ln 9 and 0. So the scores are 2 ln 9 / sqrt(4) = ln 9 and 0. The second
-    # query is 0.
-    x_t = tensor([[[1.0], [0.0]]])
-    x_s = tensor([[[np.log(9), 10.0], [0.0, 20.0]]]).float()
+    # query is 0. A loud padding is before these two steps. Another utterance has no
+    # real step.
+    x_t = tensor([[[1.0], [0.0]]] * 2)
+    x_s = tensor([[[1e6, 0.0], [np.log(9), 10.0], [0.0, 20.0]]] * 2).float()
     w_q = tensor([[2.0, 0, 0, 0]], requires_grad=True)
     w_k = tensor([[1.0, 0, 0, 0], [0, 0.1, 0, 0]])
     matrices = w_q, w_k, tensor([[0.0], [1.0]])
+    mask = tensor([[False, True, True], [False, False, False]])
 
-    def weights_with_odds(odds):
-        p = odds / (odds + 1)
-        return tensor([[[p, 1 - p], [0.5, 0.5]]])
+    def with_weight(p, other=0.0):
+        """Give the first real step the weight p, and the other utterance this one."""
+        return [[[0.0, p, 1 - p], [0.0, 0.5, 0.5]], [[other] * 3] * 2]
 
-    answer = attention(x_t, x_s, *matrices, tensor([[True, True]]))
+    answer = attention(x_t, x_s, *matrices, mask)
     assert answer is not None, NOTHING
     out, weights = answer
-    right = weights_with_odds(9)
-    compare(
-        weights,
-        right,
-        "the scores ln 9 and 0 give weights of 9/10 and 1/10",
-        (right.mT, "is the softmax over the queries? A query's weights sum to 1"),
-        (weights_with_odds(9**2), "is sqrt(d_k) missing, or the root of d_t or d_v?"),
-        (weights_with_odds(9**0.5), "is it divided by d_k? Eq. (1) has its root"),
-        (weights_with_odds(9 / np.e), "K must be transposed, not reshaped"),
-    )
-    compare(out, [[[11.0], [15.0]]], "V has 10 and 20: 9/10 of 10 and 1/10 of 20 is 11")
-
-    # Two utterances. In the first, a loud padding is before the two steps from above.
-    # The second has no real step.
-    x_s = torch.cat([tensor([[[1e6, 0.0]]]), x_s], dim=1)
-    mask = tensor([[False, True, True], [False, False, False]])
-    out, weights = attention(x_t.repeat(2, 1, 1), x_s.repeat(2, 1, 1), *matrices, mask)
-    right = [[0.0, 0.9, 0.1], [0.0, 0.5, 0.5]]
-    thirds = [1 / 3] * 3
-    zeros = [0.0, 0.0, 0.0]
-    unmasked = [[[1.0, 0.0, 0.0], thirds]] * 2
-    masked_late = [[zeros, [0.0, 1 / 3, 1 / 3]], [zeros, zeros]]
+    thirds = [1 / 3, 1 / 3, 1 / 3]
+    zeros = [[0.0, 0.0, 0.0]] * 2
+    over_queries = [[[0.0, 0.9, 0.5], [0.0, 0.1, 0.5]], zeros]
+    masked_late = [[[0.0, 0.0, 0.0], [0.0, 1 / 3, 1 / 3]], zeros]
     no_step = "no real step in the source: NaN, or weights on padding? Make them zero"
     compare(
         weights,
-        [right, [zeros, zeros]],
-        "which steps are whose? mask_s is (B, T_s), and padding may hold any number",
-        (unmasked, "a padded step of the source gets weight: where is mask_s?"),
+        with_weight(0.9),
+        "the weights are 9/10 and 1/10. Which steps are real? mask_s is (B, T_s)",
+        (over_queries, "is the softmax over the queries? A query's weights sum to 1"),
+        (with_weight(81 / 82), "is sqrt(d_k) missing, or the root of d_t or d_v?"),
+        (with_weight(3 / 4), "is it divided by d_k? Eq. (1) has its root"),
+        (with_weight(1 / 2), "K must be transposed, not reshaped"),
+        ([[[1.0, 0.0, 0.0], thirds]] * 2, "padding gets weight: where is mask_s?"),
         (masked_late, "masked after the softmax? Rows must sum to 1"),
-        ([right, [thirds, thirds]], no_step),
-        ([right, [[nan] * 3] * 2], no_step),
+        (with_weight(0.9, 1 / 3), no_step),
+        (with_weight(0.9, nan), no_step),
     )
+    question = "V has 10 and 20: 9/10 of 10 and 1/10 of 20 is 11"
+    compare(out, [[[11.0], [15.0]], [[0.0], [0.0]]], question)
     out.sum().backward()
     assert w_q.grad.isfinite().all(), "a row of nothing but -inf: its gradient is NaN"
 
     # The only real step has scores of 659 and -659.
     mask = tensor([[True, False]])
-    weights = attention(x_t * 600 - 300, x_s[:, 1:], *matrices, mask)[1]
+    x_t = tensor([[[300.0], [-300.0]]])
+    weights = attention(x_t, x_s[:1, 1:], *matrices, mask)[1]
     question = "scores of 659 and -659: is exp(659) infinite, or is the padding higher?"
     compare(weights, [[[1.0, 0.0], [1.0, 0.0]]], question)
 

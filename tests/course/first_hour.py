@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import (
-    Config,
-    EmotionRecognizer,
-    cross_modal_attention,
-    masked_mean,
-    unpack,
-)
+from model import Config, EmotionRecognizer, cross_modal_attention, masked_mean, unpack
 
 
 def show(name: str, x: Tensor, meaning: str) -> None:

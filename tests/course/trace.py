@@ -12,13 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from model import (
-    Config,
-    EmotionRecognizer,
-    cross_modal_attention,
-    masked_mean,
-    unpack,
-)
+from model import Config, EmotionRecognizer, cross_modal_attention, masked_mean, unpack
 
 
 def numbers(x: Tensor) -> str:
