@@ -158,11 +158,10 @@ def key(path: Path) -> None:
     lines = [answers, "## The nine exercises\n"]
     for n, (file, name, *_) in EXERCISES.items():
         lines.append(f"**{n}. `{name}`** ({file})\n\n```python\n{body_of(n)}\n```\n")
-    lines.append("## The hunts\n\n| N | what a user reports | what is wrong | where |")
-    lines.append("|---|---|---|---|")
+    lines.append("## The hunts\n")
     for number, (fault, (report, changes)) in enumerate(BUGS.items(), 1):
         file, _, new = changes[0]
-        lines.append(f"| {number} | {report} | {fault} | {file}: `{new.strip()}` |")
+        lines.append(f"{number}. *{report}* It is: {fault}. {file}: `{new.strip()}`")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{path}: not for students")
 

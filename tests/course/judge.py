@@ -40,6 +40,8 @@ def explain(problem: BaseException) -> str:
     is_empty = "is yours to write first" in str(problem)
     if is_question or is_empty:
         return str(problem)
+    if is_from_check and "NoneType" in str(problem):
+        return "nothing is returned yet: is there a return statement?"
     # The first line in one of the four files is the answer's, because a check calls it.
     place = ""
     for step in reversed(steps):
