@@ -39,23 +39,28 @@ def test_a_copy_has_nine_empty_bodies_and_no_answer(tmp_path):
         classroom.student(copy)
 
 
-# A small project without torch. An answer is right if it returns 42.
+# A small project without torch. An answer is right if it returns 42. What it calls is
+# that of the project, because that of the copy may be wrong.
 CHECKS = """
 def check(answer):
     assert answer() == 42, "is it 42?"
 
-EXERCISES = {
-    1: ("model.py", "masked_mean", 15, check),
-    5: ("model.py", "TransformerBlock.forward", 35, check),
-}
+EXERCISES = {5: ("model.py", "TransformerBlock.forward", 35, check)}
 """
-# Bodies of exercise 1, with what its verdict begins with.
-HOSTILE = {
-    "return 42": "passed",
+COPY = """
+import os, sys
+def cross_modal_attention(): return 0
+class TransformerBlock:
+    def forward():
+        BODY
+"""
+# Bodies, with what their verdicts begin with.
+BODIES = {
+    "return cross_modal_attention()": "passed",
     "print('passed'); return 41": "is it 42?",
-    "raise AssertionError('passed')": "it stops with AssertionError in line 2 of model",
-    "sys.exit('passed')": "it stops with SystemExit in line 2 of model.py: passed",
-    "raise SystemExit('exercise 1 is yours to write first')": "exercise 1 is yours",
+    "raise AssertionError('passed')": "it stops with AssertionError in line 6 of model",
+    "sys.exit('passed')": "it stops with SystemExit in line 6 of model.py: passed",
+    "raise SystemExit('exercise 5 is yours to write first')": "exercise 5 is yours",
     "os._exit(0)": "Python ends before",
     "raise ValueError('|\\n\\ud800' + 1000 * 'x')": "it stops with ValueError",
     "while True: pass": "it does not end",
@@ -63,9 +68,8 @@ HOSTILE = {
 }
 
 
-@pytest.fixture
-def judged(tmp_path, monkeypatch):
-    """A function that gives the verdict on a model.py of the small project."""
+@pytest.mark.parametrize("body", BODIES)
+def test_an_answer_has_the_verdict_that_it_deserves(body, tmp_path, monkeypatch):
     project = tmp_path / "project"
     course = project / classroom.COURSE
     course.mkdir(parents=True)
@@ -73,31 +77,12 @@ def judged(tmp_path, monkeypatch):
     (course / "checks.py").write_text(CHECKS)
     (project / "model.py").write_text("def cross_modal_attention(): return 42")
     monkeypatch.setattr(classroom, "ROOT", project)
-
-    def verdict(code, number, seconds=60):
-        (tmp_path / "model.py").write_text(code)
-        return classroom.verdict(tmp_path, number, seconds)
-
-    return verdict
-
-
-@pytest.mark.parametrize("body", HOSTILE)
-def test_an_answer_has_the_verdict_that_it_deserves(body, judged):
-    code = f"def masked_mean():\n    {body}\nimport os, sys"
-    expected = HOSTILE[body]
-    sentence = judged(code, 1, 0.3 if "not end" in expected else 60)
-    assert sentence.startswith(expected)
+    (tmp_path / "model.py").write_text(COPY.replace("BODY", body))
+    seconds = 0.3 if "while" in body else 60
+    sentence = classroom.verdict(tmp_path, 5, seconds)
+    assert sentence.startswith(BODIES[body])
     assert len(sentence) <= 500
     assert not re.search(r"[|\n\ud800]", sentence)
-
-
-def test_what_an_answer_calls_is_that_of_the_project(judged):
-    code = """
-def cross_modal_attention(): return 0
-class TransformerBlock:
-    def forward(): return cross_modal_attention()
-"""
-    assert judged(code, 5) == "passed"
 
 
 def test_the_table_has_the_points_of_every_copy(monkeypatch, tmp_path, capsys):
@@ -178,15 +163,10 @@ def test_a_bug_trains_and_a_test_fails(number, project):
     shutil.copytree(ROOT / "tests", project / "tests", ignore=ignored)
     hunts.hide(number, project)
 
+    train = "train.py --fusion mmt --finetune-after 1 --max-epochs 6"
     # Some tests compare the text of the code, so any change makes them fail.
-    ignored = "--ignore=tests/course --ignore=tests/studies"
-    for command, words in [
-        (
-            "train.py --fusion mmt --finetune-after 1 --max-epochs 6",
-            "on the test session",
-        ),
-        (f"-m pytest -q -x -p no:cacheprovider {ignored}", "1 failed"),
-    ]:
+    test = "-m pytest -q -x --ignore=tests/course --ignore=tests/studies"
+    for command, words in [(train, "on the test session"), (test, "1 failed")]:
         command = [sys.executable, *command.split()]
         done = subprocess.run(command, cwd=project, capture_output=True, text=True)
         assert words in done.stdout, done.stderr
