@@ -45,9 +45,7 @@ def hidden(root: Path = ROOT) -> list[str]:
     faults = []
     for fault, (_, changes) in BUGS.items():
         # A file of a bug has its new text, and no longer the old one.
-        if all(
-            new in code[name] and old not in code[name] for name, old, new in changes
-        ):
+        if all(new in code[f] and old not in code[f] for f, old, new in changes):
             faults.append(fault)
     return faults
 

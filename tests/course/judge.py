@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = Path(__file__).with_name("checks.py")
-# Exercises that call another one: its file and its function.
-NEEDS = {3: ("model.py", "masked_mean"), 5: ("model.py", "cross_modal_attention")}
+# Exercises that call another one of the same file.
+NEEDS = {3: "masked_mean", 5: "cross_modal_attention"}
 
 
 def verdict(number: int) -> str:
@@ -23,8 +23,8 @@ def verdict(number: int) -> str:
         module = importlib.import_module(file.removesuffix(".py"))
         if number in NEEDS:
             # The other exercise may be wrong here, so take it from this project.
-            file, needed = NEEDS[number]
-            setattr(module, needed, runpy.run_path(str(ROOT / file))[needed])
+            right = runpy.run_path(str(ROOT / file))[NEEDS[number]]
+            setattr(module, NEEDS[number], right)
         check(operator.attrgetter(name)(module))
     except BaseException as problem:
         # SystemExit and KeyboardInterrupt, too, if an answer raises them.
@@ -47,10 +47,8 @@ def explain(problem: BaseException) -> str:
     for step in reversed(steps):
         if Path(step.filename).parent == Path.cwd():
             place = f" in line {step.lineno} of {Path(step.filename).name}"
-    return (
-        f"it stops with {type(problem).__name__}{place}: {problem}. "
-        "What should that line do, and what does it do?"
-    )
+    name = type(problem).__name__
+    return f"it stops with {name}{place}: {problem}. What should that line do?"
 
 
 if __name__ == "__main__":
