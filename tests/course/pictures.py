@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("dir", type=Path, help="for the pictures")
     parser.add_argument("--wav", type=Path, help="16-bit mono WAV")
     parser.add_argument("--text", help="its words")
-    for flag in ("--before", "--after"):
-        parser.add_argument(flag, nargs="+", default=[], help="texts of turns")
+    parser.add_argument("--before", nargs="+", default=[], help="texts of turns")
+    parser.add_argument("--after", nargs="+", default=[], help="texts of turns")
     args = parser.parse_args(arguments)
 
     recognizer = Recognizer(args.run)
