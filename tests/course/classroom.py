@@ -5,17 +5,15 @@
     python -m tests.course.classroom check --exercise 5               one exercise
     python -m tests.course.classroom key FILE                         for teachers
 
-`check` runs the checks of this project on the code in DIR, so a check that was changed
-in DIR has no effect. Without DIR, it checks this project. Each exercise has a process
-and a time limit of its own, so an endless loop, an exit or a crash costs one exercise.
-Careful: this is not a sandbox. The code in DIR may do all that you may do, for example
-delete your files.
+`check` runs the checks of this project on the code in DIR, or on this project itself.
+Each exercise has a process and a time limit of its own, so an endless loop or a crash
+costs one exercise. Careful: this is not a sandbox. The code in DIR may delete your
+files.
 """
 
 import argparse
 import ast
 import codecs
-import contextlib
 import csv
 import io
 import re
@@ -23,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -38,9 +37,7 @@ SHARED = ("requirements.txt", ".gitignore", "tests/__init__.py")
 FOR_TEACHERS = ("## Silent bugs", "## For teachers", "### The star")
 NOTE = "> This is a student's copy, without hunts, studies and tests.\n\n"
 # The comments that stay: from a tag to the end of the comment.
-TAGGED = re.compile(
-    r"(?m)^ *# (?:UNSPECIFIED|DEVIATION|PAPER-ERROR|Eq\. ).*\n(?: *#.*\n)*"
-)
+TAGGED = r"(?m)^ *# (?:UNSPECIFIED|DEVIATION|PAPER-ERROR|Eq\. ).*\n(?: *#.*\n)*"
 
 
 def read(name: str | Path) -> str:
@@ -69,10 +66,8 @@ def emptied(file: str) -> str:
             indent = re.match(r" *", body)[0]
             message = f"exercise {number}, {name}, is yours to write first"
             empty = f'{indent}raise SystemExit("{message}")'
-            code = code.replace(body, "".join(TAGGED.findall(body)) + empty)
-    code = re.sub(r"(# EXERCISE .*?: ).*", r"\1write the body", code)
-    # The other readings are in a folder that the copy lacks.
-    return re.sub(r"\s+(# )?\(tests/studies\)", "", code)
+            code = code.replace(body, "".join(re.findall(TAGGED, body)) + empty)
+    return re.sub(r"(# EXERCISE .*?: ).*", r"\1write the body", code)
 
 
 def student(folder: Path) -> None:
@@ -93,7 +88,7 @@ def student(folder: Path) -> None:
         kept = [part for part in sections if not part.startswith(FOR_TEACHERS)]
         texts[name] = NOTE + "".join(kept)
     # The first hour needs five exercises, so the copy has its output.
-    with contextlib.redirect_stdout(io.StringIO()) as output:
+    with redirect_stdout(io.StringIO()) as output:
         first_hour.main()
     texts[COURSE / "first_hour.txt"] = output.getvalue()
     for name, text in texts.items():
@@ -107,16 +102,12 @@ def student(folder: Path) -> None:
 
 def verdict(folder: Path, number: int, seconds: float = 60) -> str:
     """Run judge.py on an exercise of a copy. Returns its verdict in one line."""
-    # Python starts in the copy, so it imports the four files of the copy. The checks
-    # and judge.py are those of the project.
-    judge = str(ROOT / COURSE / "judge.py")
-    code = f"import runpy; runpy.run_path({judge!r}, run_name='__main__')"
     with tempfile.TemporaryDirectory() as private:
         file = Path(private) / "verdict.txt"
-        command = [sys.executable, "-B", "-c", code, str(number), str(file)]
-        nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        command = [sys.executable, "-B", ROOT / COURSE / "judge.py", str(number), file]
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
-            subprocess.run(command, cwd=folder, timeout=seconds, **nothing)
+            subprocess.run(command, cwd=folder, timeout=seconds, **streams)
             sentence = file.read_text(encoding="utf-8")
         except subprocess.TimeoutExpired:
             sentence = "it does not end: is there a loop without an end?"
@@ -127,14 +118,13 @@ def verdict(folder: Path, number: int, seconds: float = 60) -> str:
 
 
 def check(folders: list[Path], numbers: list[int], table: Path | None = None) -> bool:
-    """Print a table for each copy. Returns whether everything passed.
+    """Check these exercises of each copy. Returns whether everything passed.
 
-    numbers   the exercises to check
-    table     a CSV file to write: a row for each copy, with its points
+    table   a CSV file to write, with the points: one row per copy
     """
     best = {n: minutes // 5 for n, (_, _, minutes, _) in EXERCISES.items()}
     rows = [["copy", *numbers, "points"]]
-    everything_passed = True
+    all_points = []
     for folder in folders:
         if not folder.is_dir():
             sys.exit(f"there is no folder {folder}")
@@ -146,13 +136,13 @@ def check(folders: list[Path], numbers: list[int], table: Path | None = None) ->
             points.append(best[n] if sentence == "passed" else 0)
             name = EXERCISES[n][1]
             print(f"| {n} | {name} | {points[-1]} of {best[n]} | {sentence} |")
+        all_points += points
         print(f"\n{sum(points)} of {sum(best[n] for n in numbers)} points")
         rows.append([folder, *points, sum(points)])
-        everything_passed &= all(points)
     if table:
         with table.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
-    return everything_passed
+    return all(all_points)
 
 
 # --- The teacher's key ----------------------------------------------------------------
@@ -168,11 +158,10 @@ def key(path: Path) -> None:
     lines = [answers, "## The nine exercises\n"]
     for n, (file, name, *_) in EXERCISES.items():
         lines.append(f"**{n}. `{name}`** ({file})\n\n```python\n{body_of(n)}\n```\n")
-    lines.append("## The hunts\n\n| N | what a user reports | what is wrong | where |")
-    lines.append("|---|---|---|---|")
+    lines.append("## The hunts\n")
     for number, (fault, (report, changes)) in enumerate(BUGS.items(), 1):
         file, _, new = changes[0]
-        lines.append(f"| {number} | {report} | {fault} | {file}: `{new.strip()}` |")
+        lines.append(f"{number}. *{report}* It is: {fault}. {file}: `{new.strip()}`")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{path}: not for students")
 

@@ -1,14 +1,12 @@
-"""Draw Figures 1 to 3 with the names and shapes of the code, for slides.
+"""Draw Fig. 3 and the inside of its blocks, with the names of the code, for slides.
 
     python -m tests.course.figures DIR     needs matplotlib
 
-    figure-2.png    the feature extractors, and what follows them (Fig. 1)
     figure-3.png    the nine fusions: who asks (Q), and who answers (K, V)
     cmt-block.png   the inside of a cross-modal Transformer, CMT
 
-The shapes are those of clips of 5 s and texts of 20 tokens, at the size of WavLM-Large
-and BERT-base. B is the number of utterances, and N is the number of their real time
-steps.
+The shapes are those of clips of 5 s and texts of 20 tokens. B is the number of
+utterances.
 """
 
 import argparse
@@ -16,7 +14,6 @@ from pathlib import Path
 
 import data
 from data import InputError
-from evaluate import TABLE_1
 from model import FUSIONS, Config
 
 # One look for all pictures of the course: blue is audio, orange is text, grey is both.
@@ -74,49 +71,16 @@ def draw(ax, boxes: dict[str, tuple], arrows: list[str]) -> None:
             # A third of the way, so that labels of crossing arrows do not meet.
             x, y = x1 + 0.36 * (x2 - x1), y1 + 0.36 * (y2 - y1)
             ax.text(x, y, label, color=colour, backgroundcolor="w", **middle)
-    # Texts do not widen the axes by themselves.
-    xs = [x for x, *_ in boxes.values()]
-    ys = [y for _, y, *_ in boxes.values()]
-    ax.set(xlim=(min(xs) - 0.8, max(xs) + 0.8), ylim=(min(ys) - 0.8, max(ys) + 0.8))
     ax.axis("off")
-
-
-def draw_figures_1_and_2():
-    """Draw Fig. 1 and 2: from layer states to logits."""
-    title = "Fig. 1 and 2: from layer states to features, and to the four classes\n"
-    title += "B utterances, which have N real time steps together"
-    figure = new_figure(18, 7.5, title)
-    boxes = {
-        "x_a": (5.3, 3, "X_A\n(B, 249, 16)", AUDIO),
-        "maps": (5.3, 0, "nine maps\n(B, 9, 20, 16)", TEXT),
-        "conv": (6.6, 0, "Conv2D\n9 to 1", TEXT),
-        "x_t": (7.8, 0, "X_T\n(B, 20, 16)", TEXT),
-        "fusion": (8.9, 1.5, "Fusion\n(B, 32)", BOTH),
-        "logits": (10.5, 1.5, "classifier:\nlogits (B, 4)", BOTH),
-    }
-    arrows = ["audio-project x_a fusion logits", "text-project maps conv x_t fusion"]
-    # Both modalities have the same boxes up to Project & Norm.
-    for y, m, states, mask, gates in [
-        (3, "audio", "WavLM\n(N, 25, 1024)", "(B, 249)", "(B, 25)"),
-        (0, "text", "BERT\n(N, 13, 768)", "(B, 9, 20)", "(9 B, 13)"),
-    ]:
-        project = "Project & Norm:\ngates × layers,\nsummed; linear; norm"
-        boxes[f"{m}-states"] = (0, y, f"layer states\nof {states}", COLOURS[m])
-        boxes[f"{m}-mask"] = (1.7, y + 1.1, f"padding mask {mask}", COLOURS[m])
-        boxes[f"{m}-se"] = (1.7, y, f"Squeeze &\nExcitation\n{gates}", COLOURS[m])
-        boxes[f"{m}-project"] = (3.5, y, project, COLOURS[m])
-        arrows += [f"{m}-states {m}-se {m}-project", f"{m}-mask {m}-se"]
-    draw(figure.subplots(), boxes, arrows)
-    return figure
 
 
 def draw_figure_3():
     """Draw Fig. 3: the paths of the nine fusions, from FUSIONS."""
     title = "Fig. 3: the nine fusions. The target asks (Q), the source answers (K, V)"
     figure = new_figure(16, 10, title)
-    features = {"audio": (0, 1, "X_A", AUDIO), "text": (0, 0, "X_T", TEXT)}
     axes = figure.subplots(3, 3).flat
     for number, (ax, name) in enumerate(zip(axes, FUSIONS, strict=True)):
+        features = {"audio": (0, 1, "X_A", AUDIO), "text": (0, 0, "X_T", TEXT)}
         boxes = {modality: features[modality] for modality in Config(name).modalities}
         boxes["out"] = (5.4, 0.5, f"(B, {16 * len(FUSIONS[name])})", BOTH)
         arrows = []
@@ -135,9 +99,8 @@ def draw_figure_3():
                 boxes[end] = (3, y, f"{cmt},\nmean", BOTH)
                 arrows += [f"{target} {end}: Q", f"{source} {end}: K, V"]
         draw(ax, boxes, arrows)
-        system = 2 * number + 1
-        model = TABLE_1[system][0].removesuffix(" frozen")
-        ax.set_title(f"{name}: Sys. {system}, {system + 1} ({model})")
+        ax.set(xlim=(-0.8, 6.2), ylim=(-0.8, 1.8))
+        ax.set_title(f"{name}: Sys. {2 * number + 1}, {2 * number + 2}")
     return figure
 
 
@@ -162,6 +125,7 @@ def draw_cmt_block():
     }
     arrows = ["text q weights values norm1 norm2 out", "audio k weights"]
     draw(ax, boxes, [*arrows, "audio v values", "norm1 ff norm2"])
+    ax.set(xlim=(-0.8, 11.3), ylim=(-1, 2.9))
     bend = {"arrowstyle": "-|>", "mutation_scale": 18, "linewidth": 1.8, "color": TEXT}
     bend.update(connectionstyle="arc3,rad=-0.18", linestyle="--")
     ax.annotate("", (6.7, 1.5), (0.3, 2.25), arrowprops=bend)
@@ -171,11 +135,11 @@ def draw_cmt_block():
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw Figures 1 to 3.")
+    parser = argparse.ArgumentParser(description="Draw Fig. 3 and a CMT block.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="for the pictures")
     args = parser.parse_args(arguments)
-    figures = {"figure-2.png": draw_figures_1_and_2(), "figure-3.png": draw_figure_3()}
-    save({**figures, "cmt-block.png": draw_cmt_block()}, args.dir)
+    figures = {"figure-3.png": draw_figure_3(), "cmt-block.png": draw_cmt_block()}
+    save(figures, args.dir)
 
 
 if __name__ == "__main__":

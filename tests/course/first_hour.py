@@ -3,22 +3,15 @@
     python -m tests.course.first_hour
 
 This script does what train.py does in one step, without dropout, and prints a line for
-each tensor. The blocks are those of model.py. Read §2.1 to §2.3 of the paper beside it.
-The states are random numbers, so no WavLM or BERT is needed. Everything is small: 3
-layers of width 8, d = 4, and a context of 3 texts.
+each tensor. Read §2.1 to §2.3 of the paper beside it. The states are random numbers:
+3 layers of width 8. The features have d = 4 numbers, and the context has 3 texts.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import (
-    Config,
-    EmotionRecognizer,
-    cross_modal_attention,
-    masked_mean,
-    unpack,
-)
+from model import Config, EmotionRecognizer, cross_modal_attention, masked_mean, unpack
 
 
 def show(name: str, x: Tensor, meaning: str) -> None:
@@ -42,8 +35,8 @@ def main() -> None:
     tokens = torch.randn(3, 5, 3, 8)
     # The window of a turn has the text before it, its own, and the text after it.
     windows = torch.tensor([[-1, 0, 1], [0, 1, 2], [1, 2, -1]])
-    exists = (windows >= 0).unsqueeze(-1)
-    text_mask = token_mask[windows] & exists  # a missing neighbour has no real step
+    # A missing neighbour has no real step.
+    text_mask = token_mask[windows] & (windows >= 0).unsqueeze(-1)
     text = tokens[windows][text_mask]  # (N, L, D)
     labels = torch.tensor([0, 2, 1])  # neu, ang, hap
     show("audio", audio, f"WavLM's states: N = {len(audio)} frames, 3 layers, width 8")
@@ -52,10 +45,8 @@ def main() -> None:
     show("text", text, f"BERT's states: N = {len(text)} tokens of three windows")
     show("text_mask", text_mask, "True where a text has a token; none before turn 0")
 
-    config = Config("mmt", 3, 8, 3, 8, dim=4, n_context=3)
-    net = EmotionRecognizer(config).eval()
-    acoustic = net.extractor["audio"]
-    textual = net.extractor["text"]
+    net = EmotionRecognizer(Config("mmt", 3, 8, 3, 8, dim=4, n_context=3)).eval()
+    acoustic, textual = net.extractor["audio"], net.extractor["text"]
 
     print("\n--- 2. Squeeze and excitation: which layers matter? (§2.1, Fig. 2)")
     z = masked_mean(unpack(audio.mean(dim=-1), audio_mask), audio_mask)
@@ -91,8 +82,8 @@ def main() -> None:
     show("CMT T->A", h_a, "as long as the audio, made of text")
 
     print("\n--- 6. Average time pooling, concatenation, classifier (§2.2, §2.3)")
-    paths = [masked_mean(h_t, x_t_mask), masked_mean(h_a, audio_mask)]
-    pooled = torch.cat(paths, dim=-1)
+    means = masked_mean(h_t, x_t_mask), masked_mean(h_a, audio_mask)
+    pooled = torch.cat(means, dim=-1)
     logits = net.classifier(pooled)
     show("pooled", pooled, "one vector for each turn: 4 numbers from each path")
     show("logits", logits, "one number for each of neu, hap, ang, sad")
@@ -106,8 +97,7 @@ def main() -> None:
     show("by hand", by_hand, "the same")
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-3)
     loss.backward()
-    gradient = acoustic.se.reduce.weight.grad
-    show("gradient", gradient, "it reaches the first weights of S&E")
+    show("gradient", acoustic.se.reduce.weight.grad, "of the first weights of S&E")
     before = acoustic.se.expand.bias.detach().clone()
     optimizer.step()
     step = acoustic.se.expand.bias - before

@@ -4,9 +4,8 @@
     python -m tests.course.hunts reveal       name it, and take it out again
     python -m tests.course.hunts list         for teachers: all bugs with their changes
 
-Between hide and reveal, find it: train, read, run the tests. The bugs are in the file
-bugs.rot13, where every letter is replaced by the 13th after it. So nobody reads them by
-accident. To change them, decode the file, and encode it again:
+Between hide and reveal, find it: train, read, run the tests. The bugs are in a file
+that nobody reads by accident. To change them, decode it, and encode it the same way:
 
     python -m encodings.rot_13 < tests/course/bugs.rot13 > bugs.json
 """
@@ -26,17 +25,18 @@ LIST = json.loads(codecs.decode(read(COURSE / "bugs.rot13"), "rot13"))
 BUGS = {fault: (report, changes) for fault, report, changes in LIST}
 
 
-def swap(changes: list[list[str]], root: Path = ROOT, back: bool = False) -> None:
-    """Put a bug in, or take it out: all of its changes or none."""
+def swap(changes: list[list[str]], root: Path) -> None:
+    """Replace the old texts of these changes by the new ones, all of them or none."""
     texts = {name: read(root / name) for name, _, _ in changes}
     for name, old, new in changes:
-        if back:
-            old, new = new, old
         if texts[name].count(old) != 1:
             sys.exit(f"{name} has changed. git checkout {name}, then try again")
         texts[name] = texts[name].replace(old, new)
     for name, text in texts.items():
         (root / name).write_text(text, encoding="utf-8")
+    # Delete the cache and the runs on the toy, which other code has made.
+    for folder in (root / "cache", *root.glob("runs/toy*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def hidden(root: Path = ROOT) -> list[str]:
@@ -44,18 +44,10 @@ def hidden(root: Path = ROOT) -> list[str]:
     code = {name: read(root / name) for name in FILES}
     faults = []
     for fault, (_, changes) in BUGS.items():
-        is_in = [
-            new in code[name] and old not in code[name] for name, old, new in changes
-        ]
-        if all(is_in):
+        # A file of a bug has its new text, and no longer the old one.
+        if all(new in code[f] and old not in code[f] for f, old, new in changes):
             faults.append(fault)
     return faults
-
-
-def forget(root: Path = ROOT) -> None:
-    """Delete the cache and the runs on the toy, which other code has made."""
-    for folder in (root / "cache", *root.glob("runs/toy*")):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def hide(number: int | None, root: Path = ROOT) -> None:
@@ -65,7 +57,6 @@ def hide(number: int | None, root: Path = ROOT) -> None:
     bugs = list(BUGS.values())
     report, changes = random.choice(bugs) if number is None else bugs[number - 1]
     swap(changes, root)
-    forget(root)
     print(f"A user reports: {report}\nFind the cause. (git diff would be cheating.)")
 
 
@@ -75,9 +66,8 @@ def reveal(root: Path = ROOT) -> None:
     if not faults:
         sys.exit("None of these bugs is in the code")
     for fault in faults:
-        swap(BUGS[fault][1], root, back=True)
+        swap([[name, new, old] for name, old, new in BUGS[fault][1]], root)
         print(f"It was: {fault}. It is taken out again")
-    forget(root)
 
 
 def main() -> None:

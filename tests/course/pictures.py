@@ -15,28 +15,24 @@ from pathlib import Path
 import torch
 
 import data
-from evaluate import TABLE_1, Recognizer
+from evaluate import Recognizer
 from model import cross_modal_attention
 from tests.course.figures import COLOURS, new_figure, save
 
 
 def figure_of(recognizer: Recognizer, height: float, title: str):
     """Create a figure whose title names the run: corpus, settings, system, fold."""
-    config = recognizer.run.config
-    system = f"Sys. {config['system']} ({TABLE_1[config['system']][0]})"
-    fold = f"fold {config['fold']}, seed {config['seed']}"
-    return new_figure(12, height, f"{title}\n{config['title']}, {system}, {fold}")
+    run = "{title}, Sys. {system}, fold {fold}, seed {seed}"
+    return new_figure(12, height, f"{title}\n{run.format(**recognizer.run.config)}")
 
 
 def draw_gates(recognizer: Recognizer, inputs: dict):
     """Draw the gates of one utterance over the layers, one line for each modality."""
     title = "How much does each layer of WavLM and BERT count? Gates of one utterance"
     figure = figure_of(recognizer, 6, title)
-    ax = figure.add_subplot(
-        xlabel="layer (0: the input of the first Transformer layer)",
-        ylabel="gate (0: closed, 1: open)",
-        ylim=(0, 1),
-    )
+    ax = figure.subplots()
+    ax.set(ylabel="gate (0: closed, 1: open)", ylim=(0, 1))
+    ax.set_xlabel("layer (0: the input of the first Transformer layer)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     for modality, (states, mask) in inputs.items():
         extractor = recognizer.model.extractor[modality]
@@ -63,42 +59,35 @@ def draw_attention(recognizer: Recognizer, inputs: dict, text: str):
     n_tokens = x["text"].shape[1]
     tokens += ["(context)"] * (n_tokens - len(tokens))
     title = "Which frames does a token attend to? Weights of Eq. (1) for one utterance"
-    height = 1.5 + (2.2 + 0.22 * min(n_tokens, 20)) * len(net.fusion.paths)
-    figure = figure_of(recognizer, height, title)
+    figure = figure_of(recognizer, 1.5 + 5 * len(net.fusion.paths), title)
     axes = figure.subplots(len(net.fusion.paths), 1, squeeze=False)[:, 0]
     for ax, (target, source) in zip(axes, net.fusion.paths, strict=True):
         block = net.fusion.blocks[f"{source}-to-{target}"]
         w = (block.w_q, block.w_k, block.w_v)
         _, weights = cross_modal_attention(x[target], x[source], *w, mask[source])
         weights = weights[0]  # (T_t, T_s)
-        equal = 1 / weights.shape[1]
         title = "CMT(A→T): the weights of each token (row) sum to 1"
         if target == "audio":
             title = "CMT(T→A): the weights of each frame (column) sum to 1"
             weights = weights.T  # both panels are (T_T, T_A)
-        # Equal weights are drawn in a middle blue.
-        top = max(2 * equal, weights.max().item())
-        image = ax.imshow(
-            weights.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=top
-        )
-        figure.colorbar(image, ax=ax, label=f"weight (all equal: {equal:.3f})")
+        image = ax.imshow(weights.numpy(), aspect="auto", cmap="Blues", vmin=0)
+        figure.colorbar(image, ax=ax, label="weight")
         every = 1 + n_tokens // 20  # at most 20 labels
         ax.set_yticks(range(0, n_tokens, every), tokens[::every])
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(title=title, ylabel="token of the text")
-        ax.set_xlabel("frame of the audio, 20 ms each")
+        ax.set(title=title, xlabel="frame, 20 ms each", ylabel="token of the text")
     return figure
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the gates and the attention.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of one run")
-    parser.add_argument("dir", type=Path, metavar="DIR", help="for the pictures")
-    parser.add_argument("--wav", type=Path, metavar="FILE", help="16-bit mono WAV")
-    parser.add_argument("--text", metavar="WORDS", help="its words")
-    parser.add_argument("--before", nargs="+", default=[], metavar="WORDS")
-    parser.add_argument("--after", nargs="+", default=[], metavar="WORDS")
+    parser.add_argument("run", type=Path, help="the folder of one run")
+    parser.add_argument("dir", type=Path, help="for the pictures")
+    parser.add_argument("--wav", type=Path, help="16-bit mono WAV")
+    parser.add_argument("--text", help="its words")
+    parser.add_argument("--before", nargs="+", default=[], help="texts of turns")
+    parser.add_argument("--after", nargs="+", default=[], help="texts of turns")
     args = parser.parse_args(arguments)
 
     recognizer = Recognizer(args.run)

@@ -21,9 +21,7 @@ def test_a_copy_has_nine_empty_bodies_and_no_answer(tmp_path):
     assert not [name for name in names if name.startswith("test_")]
     everything = "\n".join(read(path) for path in copy.rglob("*.*"))
     for number, (file, name, *_) in EXERCISES.items():
-        message = (
-            f'raise SystemExit("exercise {number}, {name}, is yours to write first")'
-        )
+        message = f'("exercise {number}, {name}, is yours to write first")'
         assert read(copy / file).count(message) == 1
         body = classroom.body_of(number).split("\n")
         lines = [line.partition("#")[0].strip() for line in body]
@@ -41,23 +39,28 @@ def test_a_copy_has_nine_empty_bodies_and_no_answer(tmp_path):
         classroom.student(copy)
 
 
-# A small project without torch. An answer is right if it returns 42.
+# A small project without torch. An answer is right if it returns 42. What it calls is
+# that of the project, because that of the copy may be wrong.
 CHECKS = """
 def check(answer):
     assert answer() == 42, "is it 42?"
 
-EXERCISES = {
-    1: ("model.py", "masked_mean", 15, check),
-    5: ("model.py", "TransformerBlock.forward", 35, check),
-}
+EXERCISES = {5: ("model.py", "TransformerBlock.forward", 35, check)}
 """
-# Bodies of exercise 1, with what its verdict begins with.
-HOSTILE = {
-    "return 42": "passed",
+COPY = """
+import os, sys
+def cross_modal_attention(): return 0
+class TransformerBlock:
+    def forward():
+        BODY
+"""
+# Bodies, with what their verdicts begin with.
+BODIES = {
+    "return cross_modal_attention()": "passed",
     "print('passed'); return 41": "is it 42?",
-    "raise AssertionError('passed')": "it stops with AssertionError in line 2 of model",
-    "sys.exit('passed')": "it stops with SystemExit in line 2 of model.py: passed",
-    "raise SystemExit('exercise 1 is yours to write first')": "exercise 1 is yours",
+    "raise AssertionError('passed')": "it stops with AssertionError in line 6 of model",
+    "sys.exit('passed')": "it stops with SystemExit in line 6 of model.py: passed",
+    "raise SystemExit('exercise 5 is yours to write first')": "exercise 5 is yours",
     "os._exit(0)": "Python ends before",
     "raise ValueError('|\\n\\ud800' + 1000 * 'x')": "it stops with ValueError",
     "while True: pass": "it does not end",
@@ -65,9 +68,8 @@ HOSTILE = {
 }
 
 
-@pytest.fixture
-def judged(tmp_path, monkeypatch):
-    """A function that gives the verdict on a model.py of the small project."""
+@pytest.mark.parametrize("body", BODIES)
+def test_an_answer_has_the_verdict_that_it_deserves(body, tmp_path, monkeypatch):
     project = tmp_path / "project"
     course = project / classroom.COURSE
     course.mkdir(parents=True)
@@ -75,31 +77,12 @@ def judged(tmp_path, monkeypatch):
     (course / "checks.py").write_text(CHECKS)
     (project / "model.py").write_text("def cross_modal_attention(): return 42")
     monkeypatch.setattr(classroom, "ROOT", project)
-
-    def verdict(code, number, seconds=60):
-        (tmp_path / "model.py").write_text(code)
-        return classroom.verdict(tmp_path, number, seconds)
-
-    return verdict
-
-
-@pytest.mark.parametrize("body", HOSTILE)
-def test_an_answer_has_the_verdict_that_it_deserves(body, judged):
-    code = f"def masked_mean():\n    {body}\nimport os, sys"
-    expected = HOSTILE[body]
-    sentence = judged(code, 1, 0.3 if "not end" in expected else 60)
-    assert sentence.startswith(expected)
+    (tmp_path / "model.py").write_text(COPY.replace("BODY", body))
+    seconds = 0.3 if "while" in body else 60
+    sentence = classroom.verdict(tmp_path, 5, seconds)
+    assert sentence.startswith(BODIES[body])
     assert len(sentence) <= 500
     assert not re.search(r"[|\n\ud800]", sentence)
-
-
-def test_what_an_answer_calls_is_that_of_the_project(judged):
-    code = """
-def cross_modal_attention(): return 0
-class TransformerBlock:
-    def forward(): return cross_modal_attention()
-"""
-    assert judged(code, 5) == "passed"
 
 
 def test_the_table_has_the_points_of_every_copy(monkeypatch, tmp_path, capsys):
@@ -137,53 +120,38 @@ def test_the_key_has_all_answers(tmp_path):
 
 # Somebody may be hunting now. Then these tests must not name any bug.
 hunting = pytest.mark.skipif(bool(hunts.hidden()), reason="a bug is hidden")
-NUMBERS = range(1, len(hunts.BUGS) + 1)
-
-
-def code_of(folder):
-    return {name: read(folder / name) for name in classroom.FILES}
+NUMBERS = range(1, 13)
 
 
 @pytest.fixture
 def project(tmp_path):
-    for name, code in code_of(ROOT).items():
-        (tmp_path / name).write_text(code, encoding="utf-8")
+    """A copy of the four files."""
+    for name in classroom.FILES:
+        shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
 @hunting
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_bug_can_be_hidden_and_revealed(number, project, capsys):
-    for command in (lambda: hunts.hide(number, project), lambda: hunts.reveal(project)):
-        # What other code has made is deleted.
-        for name in ("cache/tiny", "runs/toy/mmt", "runs/iemocap/mmt", "corpora/toy"):
-            (project / name).mkdir(parents=True, exist_ok=True)
-        command()
-        assert not (project / "cache").exists()
-        assert [path.name for path in (project / "runs").iterdir()] == ["iemocap"]
-        assert (project / "corpora" / "toy").exists()
-        for name, code in code_of(project).items():
-            compile(code, name, "exec")
-    assert code_of(project) == code_of(ROOT)
+    for name in ("cache/tiny", "runs/toy/mmt", "runs/iemocap/mmt"):
+        (project / name).mkdir(parents=True)
+    hunts.hide(number, project)
+    # What other code has made is deleted.
+    assert not (project / "cache").exists()
+    assert [path.name for path in (project / "runs").iterdir()] == ["iemocap"]
+    for name in classroom.FILES:
+        compile(read(project / name), name, "exec")
+    with pytest.raises(SystemExit, match="There is a bug in the code already"):
+        hunts.hide(1, project)
+    hunts.reveal(project)
+    assert all(read(project / name) == read(name) for name in classroom.FILES)
+    with pytest.raises(SystemExit, match="None of these bugs"):
+        hunts.reveal(project)
     fault, (report, _) = list(hunts.BUGS.items())[number - 1]
     reported, _, named = capsys.readouterr().out.splitlines()
     assert reported == f"A user reports: {report}"
     assert named.startswith(f"It was: {fault}.")
-
-
-@hunting
-def test_no_file_report_or_name_of_a_test_gives_a_bug_away(request):
-    everything = "\n".join(item.nodeid for item in request.session.items)
-    for path in (ROOT / "tests/course").iterdir():
-        if path.suffix in (".py", ".md", ".rot13"):
-            everything += read(path)
-    assert len(hunts.BUGS) == 12
-    for fault, (report, _) in hunts.BUGS.items():
-        assert fault not in report
-        assert fault not in everything
-        assert report not in everything
-    with pytest.raises(SystemExit, match="None of these bugs"):
-        hunts.reveal()
 
 
 @hunting
@@ -195,16 +163,10 @@ def test_a_bug_trains_and_a_test_fails(number, project):
     shutil.copytree(ROOT / "tests", project / "tests", ignore=ignored)
     hunts.hide(number, project)
 
-    def run(command):
-        command = [sys.executable, *command.split()]
-        return subprocess.run(command, cwd=project, capture_output=True, text=True)
-
-    flags = "--fusion mmt --device cpu --finetune-after 1 --max-epochs 6"
-    trained = run(f"train.py {flags}")
-    assert "on the test session" in trained.stdout, trained.stderr
+    train = "train.py --fusion mmt --finetune-after 1 --max-epochs 6"
     # Some tests compare the text of the code, so any change makes them fail.
-    flags = "--ignore tests/course/test_classroom.py"
-    flags += " --ignore tests/studies/test_alternatives.py"
-    tested = run(f"-m pytest -q -x -p no:cacheprovider {flags}")
-    assert "1 failed" in tested.stdout
-    assert not [fault for fault in hunts.BUGS if fault in tested.stdout]
+    test = "-m pytest -q -x --ignore=tests/course --ignore=tests/studies"
+    for command, words in [(train, "on the test session"), (test, "1 failed")]:
+        command = [sys.executable, *command.split()]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+        assert words in done.stdout, done.stderr

@@ -10,20 +10,14 @@ from tests.conftest import ROOT
 from tests.course import first_hour, trace
 
 
-def test_the_first_hour_shows_every_tensor_and_its_loss_is_right(monkeypatch, capsys):
+def test_the_first_hour_has_the_numbers_of_the_whole_model(monkeypatch, capsys):
     tensors = {}
-    show = first_hour.show
 
     def keep(name, x, meaning):
         tensors[name] = x.detach().clone()
-        show(name, x, meaning)
 
     monkeypatch.setattr(first_hour, "show", keep)
     first_hour.main()
-    shapes = {name: list(x.shape) for name, x in tensors.items()}
-    assert shapes["audio"] == [6 + 4 + 5, 3, 8]
-    assert shapes["text"] == [7 + 10 + 5, 3, 8]
-    assert shapes["weights"] == [3, 5, 6]
     lengths = tensors["text_mask"].sum(dim=2).tolist()
     assert lengths == [[0, 5, 2], [5, 2, 3], [2, 3, 0]]
     # The pieces give what the whole model gives.

@@ -3,8 +3,7 @@
     python -m tests.course.trace
 
 Read it beside Figures 1 to 3. It has d = 3, two layers of width 2, and one text of
-context on each side. The weights are ones and simple fractions. The blocks are those of
-model.py.
+context on each side. The weights are ones and simple fractions.
 """
 
 import math
@@ -12,13 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from model import (
-    Config,
-    EmotionRecognizer,
-    cross_modal_attention,
-    masked_mean,
-    unpack,
-)
+from model import Config, EmotionRecognizer, cross_modal_attention, masked_mean, unpack
 
 
 def numbers(x: Tensor) -> str:
@@ -70,6 +63,7 @@ def make_model() -> EmotionRecognizer:
 def main() -> None:
     """Print every intermediate result, from the layer states to the four classes."""
     net = make_model()
+    acoustic, textual = net.extractor["audio"], net.extractor["text"]
 
     # The clip has two frames. The mask has a third place, as if another clip of the
     # batch were longer.
@@ -81,14 +75,12 @@ def main() -> None:
     target = [[0, 1], [1, 2]], [[4, 0], [2, 2]]
     tokens = torch.tensor([*before, *target, [[2, 2], [0, 0]]])  # (N, L, D)
     text_mask = torch.tensor([[[True, True], [True, True], [True, False]]])  # (B, C, T)
-    x_a = net.extractor["audio"](frames, audio_mask)
-    x_t, x_t_mask = net.extractor["text"](tokens, text_mask)
-    x = {"audio": x_a, "text": x_t}
-    mask = {"audio": audio_mask, "text": x_t_mask}
+    x = {"audio": acoustic(frames, audio_mask)}
+    mask = {"audio": audio_mask}
+    x["text"], mask["text"] = textual(tokens, text_mask)
 
     show("Fig. 2a", "WavLM's states, (N, L, D)", frames)
     show("", "which places of X_A are real", audio_mask)
-    acoustic = net.extractor["audio"]
     z = masked_mean(unpack(frames.mean(dim=-1), audio_mask), audio_mask)
     gates = acoustic.se(frames, audio_mask)
     show("S&E", "squeeze z_l: mean over frames and features", z)
@@ -101,9 +93,8 @@ def main() -> None:
 
     show("Fig. 2b", "BERT's states, (N, L, D)", tokens)
     show("", "which tokens the three texts have", text_mask[0])
-    each_text = net.extractor["text"].each_text
-    show("", "gates of the three texts", each_text.se(tokens, text_mask[0]))
-    each = each_text(tokens, text_mask[0])
+    show("", "gates of the three texts", textual.each_text.se(tokens, text_mask[0]))
+    each = textual.each_text(tokens, text_mask[0])
     show("", "each text through S&E, Project & Norm; padding: 0", each)
     show("Conv2D", "X_T = before / 2 + target + after / 2", x["text"][0])
     show("", "real where any of the three has a token [A5]", mask["text"])

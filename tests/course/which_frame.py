@@ -3,8 +3,7 @@
     python -m tests.course.which_frame DIR     less than a minute; needs matplotlib
 
 A speaker says three words, each in one of four moods. The text asks for one of them:
-"how was table said". The answer is the mood of this word. The text alone does not know
-it. The audio alone does not know which word is asked for. So a model has to look for
+"how was table said". The answer is the mood of this word. So a model has to look for
 the frames of the word that the text names. This task was built to need attention, so
 it says nothing about emotion recognition. No sound is made: the frames are numbers that
 a feature extractor could give. Fusion and Eq. (1) are those of model.py.
@@ -24,7 +23,7 @@ from tests.course.figures import AUDIO, FILLS, new_figure, save
 WORDS = ["party", "table", "coffee", "garden", "letter", "window"]
 MOODS = ["neutral", "happy", "angry", "sad"]
 TOKENS = ["how", "was", "<word>", "said"]  # the text, with a place for a word
-ASKED = TOKENS.index("<word>")  # the token that names the word
+ASKED = 2  # the place of the word
 N_FRAMES = 24  # a clip of half a second
 DIM = 16  # d
 N_STEPS = 600  # of the optimizer, seconds of training
@@ -86,8 +85,7 @@ class Listener(nn.Module):
 
     def forward(self, clips: dict[str, Tensor]) -> Tensor:
         # Every frame and every token is real.
-        shapes = {m: clips[m].shape[:2] for m in ("audio", "text")}
-        mask = {m: torch.ones(shape, dtype=torch.bool) for m, shape in shapes.items()}
+        mask = {m: torch.ones(clips[m].shape[:2]) > 0 for m in ("audio", "text")}
         return self.classifier(self.fusion(clips, mask))
 
 
@@ -116,7 +114,7 @@ def accuracy(listener: Listener, clips: dict[str, Tensor]) -> float:
 def look(listener: Listener, clips: dict[str, Tensor]) -> Tensor:
     """Compute the weights of Eq. (1), CMT(A→T): (n, 4, 24), one row for each token."""
     block = listener.fusion.blocks["audio-to-text"]
-    mask = torch.ones(clips["audio"].shape[:2], dtype=torch.bool)
+    mask = torch.ones(clips["audio"].shape[:2]) > 0
     w = (block.w_q, block.w_k, block.w_v)
     return cross_modal_attention(clips["text"], clips["audio"], *w, mask)[1]
 
@@ -124,19 +122,17 @@ def look(listener: Listener, clips: dict[str, Tensor]) -> Tensor:
 def weight_on_asked(listener: Listener, clips: dict[str, Tensor]) -> float:
     """Add up the weight that the asked token gives to the frames of its word."""
     frames = clips["spoken"] == clips["asked"].unsqueeze(1)  # (n, 24)
-    weights = look(listener, clips)[:, ASKED]  # (n, 24)
-    return (weights * frames).sum(dim=1).mean().item()
+    return (look(listener, clips)[:, ASKED] * frames).sum(dim=1).mean().item()
 
 
 def draw_picture(before: Listener, after: Listener):
-    """Draw one clip, and the weights of three questions about it."""
+    """Draw one clip, and the weights for questions about it."""
     torch.manual_seed(4)
     clips = draw_clips(1)
     title = "Cross-modal attention finds the word that the question names\n"
     title += "A made-up task, built to show it: CMT(A→T), one clip of 24 frames"
     figure = new_figure(10, 8.5, title)
-    ratios = {"height_ratios": [0.7, 1, 1, 1]}
-    top, *panels = figure.subplots(4, 1, sharex=True, gridspec_kw=ratios)
+    top, *panels = figure.subplots(4, 1, sharex=True)
 
     # Above is the clip: where each word is said, and in which mood.
     top.set(title="the clip: three words, each in a mood", yticks=[], ylim=(0, 1))
@@ -150,28 +146,22 @@ def draw_picture(before: Listener, after: Listener):
         name = f"{WORDS[word]}\n{MOODS[mood]}"
         top.text(sum(edges[word]) / 2, 0.5, name, ha="center", va="center")
 
-    # Below are the weights, for two questions about this clip.
+    # Below are the weights. The asked word is in a red box, in the third of four rows.
     first, second, _ = edges
-    questions = [
-        ("before training", before, first),
-        ("after training", after, first),
-        ("after training", after, second),
-    ]
-    for ax, (when, listener, word) in zip(panels, questions, strict=True):
+    questions = [(before, first), (after, first), (after, second)]
+    for ax, (listener, word) in zip(panels, questions, strict=True):
+        when = "before training" if listener is before else "after training"
         clips["text"] = ask(torch.tensor([word]))
         weights = look(listener, clips)[0].numpy()
         image = ax.imshow(weights, aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
-        ax.set_yticks(
-            range(4), [token.replace("<word>", WORDS[word]) for token in TOKENS]
-        )
+        tokens = [*TOKENS[:ASKED], WORDS[word], *TOKENS[ASKED + 1 :]]
+        ax.set_yticks(range(4), tokens)
         ax.set_ylabel("token")
         ax.set_title(f"{when}, the question: how was {WORDS[word]} said?")
-        # A red box is around the asked word. Its row is the third of four.
         red = {"edgecolor": "#c0392b", "linewidth": 3, "fill": False}
         ax.axvspan(*edges[word], ymin=0.25, ymax=0.5, **red)
     panels[-1].set_xlabel("frame of the audio (red: where the asked word is said)")
-    label = "weight of Eq. (1): each row sums to 1"
-    figure.colorbar(image, ax=panels, label=label)
+    figure.colorbar(image, ax=panels, label="weight of Eq. (1): each row sums to 1")
     return figure
 
 
