@@ -4,6 +4,8 @@ All tensors stay on the CPU. A tensor that was moved to "cuda" is marked, and so
 that is computed from it.
 """
 
+import inspect
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import model
 import train
 from tests.robust.conftest import outcome
 
@@ -106,8 +109,23 @@ def test_a_run_resumed_in_both_phases_mixes_no_devices(
     assert outcome(tmp_path) == outcome(finished)
 
 
-def test_a_tensor_on_the_wrong_device_is_found(start, monkeypatch):
-    gather = data.gather
-    monkeypatch.setattr(data, "gather", lambda *x: gather(*x[:2], "cpu"))
+# Pieces of the code, and what replaces them.
+PLANTED = [
+    (data, "gather", "mask.to(device)", "mask"),
+    (model.Upstream, "forward", "batch_first=True).to(device)", "batch_first=True)"),
+    (train, "train", "labels.to(args.device)", "labels"),
+    (model, "unpack", "x.new_zeros(", "torch.zeros("),
+    (model.Upstream, "forward", "mask.long().to(device)", "mask.long()"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "old", "new"), PLANTED)
+def test_planted_mistakes_are_found(owner, name, old, new, start, monkeypatch):
+    function = getattr(owner, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{name} has changed, so change this test"
+    changed = {}
+    exec(source.replace(old, new), function.__globals__, changed)
+    monkeypatch.setattr(owner, name, changed[name])
     with pytest.raises(AssertionError, match="mixes devices"):
         start()

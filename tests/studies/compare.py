@@ -98,6 +98,9 @@ def read_system(folder: Path) -> tuple[str, Runs]:
     if damaged or len(names) != 1:
         problems = [*damaged, f"{folder} must have one system, and has {sorted(names)}"]
         raise InputError("\n".join(problems))
+    folds = {(run.config["fold"], run.config["seed"]) for run in runs}
+    if len(folds) < len(runs):
+        raise InputError(f"{folder} has more than one run of one fold and seed")
     return names.pop(), runs
 
 

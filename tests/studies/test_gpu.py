@@ -5,6 +5,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def read_json():
 
 def test_every_part_runs_and_leaves_its_figures(monkeypatch):
     # Other sizes take the same path as these.
-    parts = {name: gpu.PARTS[name] for name in [*gpu.PARTS][:8]}
+    parts = {name: gpu.PARTS[name] for name in [*gpu.PARTS][:9]}
     assert list(parts)[-1] == "mmt fp32, micro-batch 32"
     monkeypatch.setattr(gpu, "PARTS", parts)
     assert gpu.main(["--tiny"]) == 0
@@ -72,6 +73,23 @@ def test_a_part_that_fails_is_one_line_and_the_next_one_starts(monkeypatch):
 def test_without_time_no_part_starts_and_nothing_is_known_to_be_right():
     assert gpu.main(["--tiny", "--limit", "5"]) == 1
     assert set(read_json()["parts"].values()) == {"skipped, no time left"}
+
+
+def test_the_hours_of_table_1():
+    figures = {}
+    for like in ("mmt", "audio-fc", "text-fc"):
+        for precision in ("fp32", "bf16"):
+            name = f"{like} {precision}, micro-batch 32"
+            figures[f"{name}, frozen epoch"] = 36  # seconds
+            figures[f"{name}, fine-tuning epoch"] = 72
+    hours = []
+
+    def add(name, value, unit):
+        hours.append(value)
+
+    gpu.project(SimpleNamespace(figures=figures, add=add), "Table 1")
+    # 90 runs: 45 of 30 frozen epochs, and 45 of 20 frozen ones and 10 of fine-tuning
+    assert hours == [(45 * 50 * 36 + 45 * 10 * 72) / 3600] * 2
 
 
 def noisy_mean(x, mask):

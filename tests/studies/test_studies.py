@@ -90,11 +90,12 @@ def test_intervals_need_two_dialogues_and_better_ten(
         (1, {"frozen": True}, "must have one system"),
         (1, {"title": "toy, context=5"}, "must have one system"),
         (1, {"wa": 0.1}, "damaged"),
+        (1, {"fold": 5}, "more than one run"),
     ],
 )
 def test_mixtures_and_unlike_corpora_are_refused(fold, changes, message, tmp_path):
     write_run(tmp_path / "a", frozen=True)
-    write_run(tmp_path / "b" / "1", fold=fold, **changes)
+    write_run(tmp_path / "b" / "1", **({"fold": fold} | changes))
     if fold == 1:
         write_run(tmp_path / "b" / "5")
     with pytest.raises(data.InputError, match=message):
