@@ -188,8 +188,7 @@ def split(corpus: Corpus, fold: int, seed: int) -> tuple[list, list, list]:
     speakers = sorted({corpus[row].speaker for row in others})
     if not test or len(speakers) < 2:
         sessions = sorted({corpus[row].session for row in targets})
-        reason = f"the sessions are {sessions}, and the others need two speakers"
-        raise InputError(f"--fold {fold}: {reason}")
+        raise InputError(f"--fold {fold} of {sessions}: the others need two speakers")
     # UNSPECIFIED [A14]: "we randomly select one speaker as a development set" (§3.2).
     # The seed draws it, so another --seed may give another speaker. Careful: the
     # partner of this speaker stays in training, with this speaker's turns as context.
@@ -237,9 +236,8 @@ def load_wav(path: str | Path) -> Tensor:
         raise InputError(f"{path}: {problem!r}. {advice}") from None
     # Resampling from a rate that has little in common with 16 kHz takes minutes.
     usual = 4000 <= rate <= 192000 and math.gcd(rate, SAMPLE_RATE) >= 25
-    whole = n > 0 and len(samples) == 2 * n
-    if (channels, width) != (1, 2) or not usual or not whole:
-        form = f"{n} samples of {8 * width} bits, {channels} channel(s), {rate} Hz"
+    if (channels, width, len(samples)) != (1, 2, 2 * n) or n == 0 or not usual:
+        form = f"{channels} channel(s) of {width} bytes at {rate} Hz"
         raise InputError(f"{path}: {form}, or an incomplete file. {advice}")
 
     x = torch.from_numpy(np.frombuffer(samples, "<i2") / np.float32(32768))
@@ -404,8 +402,8 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
     or if most tokens are unknown to the encoder.
     """
     targets = [row for row, u in enumerate(corpus) if u.label is not None]
-    inputs = {}
     if upstream.modality == "audio":
+        inputs = {}
         for row in targets:
             wav = corpus[row].wav
             if wav is None:
@@ -413,10 +411,9 @@ def prepare(upstream: nn.Module, corpus: Corpus, n_context: int) -> dict[int, Te
             inputs[row] = upstream.prepare(clip(load_wav(wav)))
         return inputs
     rows = context_windows(corpus, n_context)[targets].unique()
-    for row in rows[rows >= 0].tolist():
-        inputs[row] = upstream.prepare(corpus[row].text)
-    tokens = torch.cat(list(inputs.values()))
-    unknown = (tokens == upstream.preprocessor.unk_token_id).float().mean()
+    rows = rows[rows >= 0].tolist()
+    inputs = {row: upstream.prepare(corpus[row].text) for row in rows}
+    unknown = upstream.unknown_fraction(list(inputs.values()))
     message = f"{upstream.name} does not know {unknown:.0%} of all tokens"
     if unknown > 0.5:
         raise InputError(f"{message}. Give --bert an encoder of this language")
@@ -472,7 +469,7 @@ COLUMNS = {
     "start": (r"\d+(\.\d*)?", "a number of seconds"),
     "id": (r"[^\0\"]*", "a name"),
 }
-REQUIRED = ("text", "emotion", "session", "dialog", "speaker")
+REQUIRED = "text emotion session dialog speaker".split()
 # Plain names of emotions, for tables.
 LABELS |= {"neutral": 0, "calm": 0, "happy": 1, "happiness": 1, "joy": 1, "excited": 1}
 LABELS |= {"angry": 2, "anger": 2, "sadness": 3}
@@ -485,16 +482,16 @@ def read_csv(path: str | Path) -> Corpus:
     """
     path = Path(path)
     # Each line is a row, so that an unpaired quote cannot join rows.
-    lines = read_text(path).split("\n")
-    separator = max(",;\t", key=lines[0].count)
-    names = [name.strip(' "').lower() for name in lines[0].split(separator)]
+    header, *lines = read_text(path).split("\n")
+    separator = max(",;\t", key=header.count)
+    names = [name.strip(' "').lower() for name in header.split(separator)]
     # Look for missing, unknown and repeated columns.
     if not Counter(REQUIRED) <= Counter(names) <= Counter(list(COLUMNS)):
         raise InputError(f"{path}: line 1 has columns {names}, not {list(COLUMNS)}")
     corpus = []
     problems = []
     seen = {}
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines, start=2):
         if not line.strip():
             continue
         try:
@@ -550,11 +547,10 @@ def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> N
     session = f"session {utterance.session}"
     places = {
         f"id {utterance.id}": line,
-        f"wav {utterance.wav}": line,
+        f"wav {utterance.wav or line}": line,
         f"speaker {utterance.speaker}": session,
         f"dialogue {utterance.dialog}": session,
     }
-    places.pop("wav None", None)
     for name, place in places.items():
         first = seen.setdefault(name, place)
         if first != place:
@@ -571,12 +567,12 @@ def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> N
 # By emotion: the pitch in Hz, and how fast the harmonics get weaker.
 VOICES = {"neu": (200, 1.6), "hap": (800, 1.2), "ang": (400, 0.6), "sad": (100, 2.2)}
 KEYWORDS = {
-    "neu": ["table", "monday"],
-    "hap": ["lovely", "wonderful"],
-    "ang": ["stupid", "hate"],
-    "sad": ["lost", "alone"],
+    "neu": "table monday",
+    "hap": "lovely wonderful",
+    "ang": "stupid hate",
+    "sad": "lost alone",
 }
-FILLERS = ["well", "you", "know", "i", "think", "that", "it", "was"]
+FILLERS = "well you know i think that it was".split()
 
 
 def write_toy(root: Path) -> None:
@@ -604,7 +600,7 @@ def write_toy_dialog(folder: Path, dialog: str, rng: np.random.Generator) -> Non
         # 36 % of the texts show the mood. 22 % of the voices are drawn by chance.
         text = rng.choice(FILLERS, rng.integers(2, 5))
         if rng.random() < 0.36:
-            text = rng.choice(KEYWORDS[mood], len(text))
+            text = rng.choice(KEYWORDS[mood].split(), len(text))
         voice = mood
         if rng.random() < 0.22:
             voice = rng.choice(CLASSES)
@@ -638,7 +634,7 @@ def make_tone(pitch: float, fall: float, rng: np.random.Generator) -> np.ndarray
 # --- The counts of the full release ---------------------------------------------------
 
 # By session: the number of dialogues, of utterances, and of those with each emotion.
-COUNTED = ("dialogues", "utterances", "ang", "hap", "exc", "sad", "neu")
+COUNTED = "dialogues utterances ang hap exc sad neu".split()
 SESSION_COUNTS = {
     1: (28, 1819, 229, 135, 143, 194, 384),
     2: (30, 1811, 137, 117, 210, 197, 362),

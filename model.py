@@ -444,10 +444,14 @@ class Upstream(nn.Module):
         if self.modality == "audio":
             prepared = self.preprocessor(raw.numpy(), sampling_rate=16000)
             return torch.from_numpy(prepared["input_values"][0])
-        # UNSPECIFIED [A19]: tags, like [LAUGHTER]. We keep them. Another reading: no
-        # tags.
+        # UNSPECIFIED [A19]: tags like [LAUGHTER]. We keep them. Another reading: none.
         prepared = self.preprocessor(raw, truncation=True, max_length=self.max_tokens)
         return torch.tensor(prepared["input_ids"])
+
+    def unknown_fraction(self, inputs: list[Tensor]) -> float:
+        """Compute the fraction of the token ids that mean an unknown word."""
+        is_unknown = torch.cat(inputs) == self.preprocessor.unk_token_id
+        return is_unknown.float().mean().item()
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """Compute all states (§2.1): prepared inputs (n_i,) -> states (T_i, L, D)."""

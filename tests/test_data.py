@@ -288,7 +288,7 @@ def test_prepare_takes_the_clips_of_the_classes_and_the_texts_around_them(tmp_pa
         data.prepare(upstream, [replace(u, wav=None) for u in found], 3)
 
     upstream.modality = "text"
-    upstream.preprocessor = SimpleNamespace(unk_token_id=0)
+    upstream.unknown_fraction = lambda inputs: 0.0
     upstream.prepare = lambda text: torch.tensor([int(text[-1])])
     inputs = data.prepare(upstream, found, 3)
     assert {row: row for row in (2, 3, 4, 7, 8)} == inputs

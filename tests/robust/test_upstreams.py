@@ -192,3 +192,18 @@ def test_a_few_unknown_words_give_a_warning(tiny, capsys):
         corpus = [data.Utterance("d_1", 1, "d", "x", 0.0, 0.0, text, "sad", None)]
         data.prepare(tiny["text"], corpus, 1)
         assert ("warning: " in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"), [("难过得很很难", 0.75), ("i hate 难", 0.2), ("i hate it", 0)]
+)
+def test_texts_that_the_encoder_cannot_read(text, unknown, tiny, capsys):
+    """[CLS] and [SEP] count too. Above one half is an error, above a tenth a line."""
+    corpus = [data.Utterance("u", 1, "d", "s", 0, 0, text, "neu", None)]
+    message = f"does not know {unknown:.0%} of all tokens"
+    if unknown > 0.5:
+        with pytest.raises(InputError, match=f"{message}. Give --bert an encoder"):
+            data.prepare(tiny["text"], corpus, 9)
+    else:
+        data.prepare(tiny["text"], corpus, 9)
+        assert (message in capsys.readouterr().out) == (unknown > 0.1)
