@@ -542,7 +542,7 @@ def require_unique(utterance: Utterance, number: int, seen: dict[str, str]) -> N
     number   the number of the line
     seen     where each id, wav, speaker and dialogue was found first
     """
-    # An id and a wav belong to one line, a speaker and a dialogue to one session.
+    # An id and a wav, if any, are of one line, a speaker and a dialogue of one session.
     line = f"line {number}"
     session = f"session {utterance.session}"
     places = {
