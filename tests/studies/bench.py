@@ -27,7 +27,7 @@ from evaluate import format_table
 from tests.studies import gpu
 from tests.studies.alternatives import FILES, load, read_files
 
-WORK = ["cache fp32", "frozen epoch from files"]
+WORK = ["cache fp32", "frozen epoch from files, 8 threads"]
 WORK += ["audio-fc fp32, micro-batch 32", "text-fc fp32, micro-batch 32"]
 
 

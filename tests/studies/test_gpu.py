@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import data
 import model
-from tests.studies import gpu
+from tests.studies import bench, gpu
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,10 @@ def test_a_part_that_fails_is_one_line_and_the_next_one_starts(monkeypatch):
 def test_without_time_no_part_starts_and_nothing_is_known_to_be_right():
     assert gpu.main(["--tiny", "--limit", "5"]) == 1
     assert set(read_json()["parts"].values()) == {"skipped, no time left"}
+
+
+def test_the_bench_has_parts_of_this_script():
+    assert set(bench.WORK) <= set(gpu.PARTS)
 
 
 def test_the_hours_of_table_1():
